@@ -1,0 +1,109 @@
+"""Numbers about a subset: its size, budget, movement and place. Pure functions, fit for jit."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dst_optax import budget, silos
+from dst_optax.transform import states, subset_mask
+
+
+def _count(mask: Any) -> jax.Array:
+    leaves = jax.tree.leaves(mask)
+    return sum((jnp.sum(x, dtype=jnp.float32) for x in leaves), start=jnp.zeros((), jnp.float32))
+
+
+def metrics(
+    state: Any, params: Any = None, *, previous: Any = None, plan: silos.SiloPlan | None = None
+) -> dict[str, jax.Array]:
+    """Scalars to log at every step.
+
+    Args:
+      state: any optimizer state that holds DST states.
+      params: current parameters; adds ``subset_size``, the entries that differ from the seed.
+      previous: parameters before the step; with ``params`` adds ``entered``, ``left`` and
+        ``overlap``, the Jaccard index of both subsets.
+      plan: the plan of :func:`dst_optax.silos.make_plan`; adds ``threshold/<silo>`` and
+        ``budget/<silo>``, and with ``params`` ``subset_size/<silo>`` and ``share/<silo>``.
+
+    Returns:
+      Float32 scalars by name: ``free`` (entries above the thresholds in the last step), ``budget``,
+      ``passes``, ``nonfinite``, ``unresolved``, ``step`` and what the arguments add; all 0 before
+      the first step. Counts above 2**24 are rounded.
+
+    Example:
+      >>> import dst_optax, jax.numpy as jnp, optax
+      >>> from dst_optax import diagnostics
+      >>> tx = dst_optax.wrap(optax.sgd(0.1), fraction_of_free_params=0.5)
+      >>> params = jnp.array([1.0, 2.0, 3.0])
+      >>> updates, state = tx.update(jnp.array([1.0, -5.0, 0.1]), tx.init(params), params)
+      >>> params = dst_optax.apply_updates(params, updates, state)
+      >>> int(diagnostics.metrics(state, params)["subset_size"])
+      1
+    """
+    found = states(state)
+    out = {
+        "free": sum(budget.to_float(s.free) for s in found),
+        "budget": sum(budget.to_float(s.budget) for s in found),
+        "passes": jnp.max(jnp.stack([s.passes for s in found])),
+        "nonfinite": sum(s.nonfinite for s in found),
+        "unresolved": sum(s.unresolved for s in found),
+        "step": jnp.max(jnp.stack([s.step for s in found])),
+    }
+    mask = None if params is None else subset_mask(params, state)
+    if mask is not None:
+        out["subset_size"] = _count(mask)
+        if previous is not None:
+            out |= overlap(subset_mask(previous, state), mask)
+    if plan is not None:
+        if len(found) != 1:
+            raise ValueError(f"a plan describes one DST state, got {len(found)}.")
+        out |= _per_silo(found[0], mask, plan)
+    return {name: jnp.asarray(value).astype(jnp.float32) for name, value in out.items()}
+
+
+def overlap(before: Any, after: Any) -> dict[str, jax.Array]:
+    """How one subset turns into another.
+
+    Args:
+      before: pytree of bool masks.
+      after: pytree of bool masks of the same shapes.
+
+    Returns:
+      ``entered`` and ``left``, entries in one of them only, and ``overlap``, the Jaccard index (1 if
+      both are empty).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from dst_optax import diagnostics
+      >>> a, b = jnp.array([True, True, False]), jnp.array([False, True, False])
+      >>> {k: float(v) for k, v in diagnostics.overlap(a, b).items()}
+      {'entered': 0.0, 'left': 1.0, 'overlap': 0.5}
+    """
+    both = _count(jax.tree.map(jnp.logical_and, before, after))
+    either = _count(jax.tree.map(jnp.logical_or, before, after))
+    return {
+        "entered": _count(after) - both,
+        "left": _count(before) - both,
+        "overlap": jnp.where(either > 0, both / jnp.maximum(either, 1.0), 1.0),
+    }
+
+
+def _per_silo(state: Any, mask: Any, plan: silos.SiloPlan) -> dict[str, jax.Array]:
+    out = {f"threshold/{name}": state.threshold[i] for i, name in enumerate(plan.labels)}
+    if plan.budgets is not None:
+        out |= {f"budget/{name}": jnp.float32(m) for name, m in zip(plan.labels, plan.budgets, strict=True)}
+    if mask is None:
+        return out
+    sizes = jnp.zeros(len(plan.sizes), jnp.float32)
+    for leaf, free in zip(plan.leaves, jax.tree.leaves(mask), strict=True):
+        axes = tuple(i for i in range(free.ndim) if i != leaf.axis)
+        counts = jnp.sum(free, axis=axes, dtype=jnp.float32)
+        sizes = sizes.at[np.array(leaf.silos, np.int32)].add(jnp.atleast_1d(counts))
+    total = jnp.maximum(jnp.sum(sizes), 1.0)
+    for i, name in enumerate(plan.labels):
+        out[f"subset_size/{name}"] = sizes[i]
+        out[f"share/{name}"] = sizes[i] / total
+    return out

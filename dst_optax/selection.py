@@ -1,0 +1,227 @@
+"""Exact thresholds of all silos by counting, without sorting and without moving a parameter.
+
+Distances are compared as integers: the bits of a non-negative float order as the float does. For a
+silo with budget m we look for a threshold t with ``#(key > t) <= m`` and no smaller one that holds
+to it. A pass reads the keys once and counts, for every silo, how many exceed each of ``PROBES``
+thresholds; the counts narrow a bracket ``(lo, hi]`` around t. Ranks at the ends of the bracket tell
+where in it the next probes belong: the error of that interpolation is about the square root of
+the entries left, so a few passes suffice, from a good first guess (the last step's threshold) three
+or four. A pass that fails to narrow the bracket is followed by evenly spaced probes, which bounds
+the number of passes by that of a ninth-section search. When a count meets the budget the silo is
+done.
+
+Nothing but the counts crosses devices. Counts are exact for silos of any size (see
+:mod:`dst_optax.budget`), so the result does not depend on the mesh.
+
+References:
+  Floyd, Rivest, *Expected time bounds for selection*, CACM 18(3), 1975.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from dst_optax import budget
+
+PROBES = 8
+GUESS_OFFSETS = (-24.0, -4.0, -1.0, -0.25, 0.25, 1.0, 4.0, 24.0)  # in units of the guess's spread
+RANK_OFFSETS = (-4.0, -1.5, -0.6, -0.15, 0.15, 0.6, 1.5, 4.0)  # in standard deviations
+CURVATURE = 0.05  # error of linear interpolation of ranks per octave of the bracket's width
+
+
+class Leaf(NamedTuple):
+    """Keys of one tensor and the silos they compete in.
+
+    Attributes:
+      keys: makes the keys, int32 or int64 of any shape; entries below 0 are never counted.
+      axis: axis whose slices are in different silos, or None.
+      silos: indices of the silos, one or one per slice.
+    """
+
+    keys: Callable[[], jax.Array]
+    axis: int | None
+    silos: tuple[int, ...]
+
+
+class Bracket(NamedTuple):
+    """What is known about the thresholds: ``#(key > lo) > m >= #(key > hi)``."""
+
+    lo: jax.Array  # (silos,) key dtype
+    hi: jax.Array  # (silos,) key dtype
+    above_lo: jax.Array  # (silos, 2) int32 limbs
+    above_hi: jax.Array  # (silos, 2) int32 limbs
+    stalled: jax.Array  # (silos,) bool: the last pass narrowed the bracket too little
+    passes: jax.Array  # () int32
+
+    def met(self, m: jax.Array) -> jax.Array:
+        """Whether exactly the budget lies above ``hi``, shape (silos,) bool."""
+        return budget.equal(self.above_hi, m)
+
+    def done(self, m: jax.Array) -> jax.Array:
+        """Whether ``hi`` is the threshold, shape (silos,) bool."""
+        return self.met(m) | (self.hi - self.lo == 1)
+
+
+def spread_to_leaf(values: jax.Array, leaf: Leaf, ndim: int) -> jax.Array:
+    """Per-silo values shaped so that they broadcast against a tensor of rank ``ndim``."""
+    if leaf.axis is None:
+        return values[leaf.silos[0]].reshape((1,) * ndim)
+    picked = values[np.array(leaf.silos, np.int32)]
+    return picked.reshape((1,) * leaf.axis + (-1,) + (1,) * (ndim - leaf.axis - 1))
+
+
+def thresholds(
+    leaves: Sequence[Leaf],
+    m: jax.Array,
+    total: jax.Array,
+    top: int,
+    guess: jax.Array,
+    spread: jax.Array,
+    octave: float,
+    rowwise: bool,
+) -> Bracket:
+    """Finds the smallest t of every silo with at most ``m`` keys above it, or one that meets ``m``.
+
+    Args:
+      leaves: the keys.
+      m: budgets, (silos, 2) int32 limbs.
+      total: number of keys >= 0 of each silo, (silos, 2) int32 limbs.
+      top: the largest possible key.
+      guess: first guess of t, (silos,) key dtype; below 0 for none.
+      spread: how far off the guess may be, (silos,) key dtype, positive.
+      octave: difference of keys over which the density of keys may change by its own size.
+      rowwise: count per row first; fast on CPU, where only such reductions run on all cores.
+
+    Returns:
+      A bracket that is done for every silo; ``hi`` is the threshold.
+    """
+    dtype = guess.dtype
+    start = Bracket(
+        lo=jnp.full_like(guess, -1),
+        hi=jnp.full_like(guess, top),
+        above_lo=total,
+        above_hi=jnp.zeros_like(total),
+        stalled=jnp.ones(guess.shape, bool),
+        passes=jnp.int32(0),
+    )
+    real = jnp.float64 if dtype == jnp.int64 else jnp.float32
+
+    def probes(b: Bracket) -> jax.Array:
+        width = (b.hi - b.lo).astype(real)
+        even = jnp.broadcast_to(
+            (jnp.arange(1, PROBES + 1, dtype=real) / (PROBES + 1))[None], (guess.shape[0], PROBES)
+        )
+        left = jnp.maximum(budget.to_float(b.above_lo) - budget.to_float(b.above_hi), 1.0)
+        at = jnp.clip((budget.to_float(b.above_lo) - budget.to_float(m)) / left, 0.0, 1.0)
+        deviation = jnp.sqrt(jnp.maximum(at * (1 - at) / left, 1 / (4 * left * left))).astype(real)
+        deviation = deviation + CURVATURE * jnp.minimum(width / octave, 1.0)
+        ranked = at.astype(real)[:, None] + deviation[:, None] * jnp.array([RANK_OFFSETS], real)
+        share = jnp.clip(jnp.where(b.stalled[:, None], even, ranked), 0.0, 1.0)
+        inside = b.lo[:, None] + jnp.round(share * width[:, None]).astype(dtype)
+        away = jnp.minimum(spread.astype(real), octave)[:, None] * jnp.array([GUESS_OFFSETS], real)
+        away = jnp.clip(away, -16 * octave, 16 * octave).astype(dtype)
+        guessed = guess[:, None] + jnp.clip(away, -guess[:, None], top - guess[:, None])
+        first = (b.passes == 0) & (guess >= 0)[:, None]
+        t = jnp.where(first, guessed, inside)
+        return jnp.clip(t, b.lo[:, None] + 1, jnp.maximum(b.hi, 1)[:, None] - 1)
+
+    def narrow(b: Bracket) -> Bracket:
+        t = probes(b)
+        above = count(leaves, t, rowwise)
+        fits = budget.less_equal(above, m[:, None])
+        edge = jnp.sum(~fits, axis=1, dtype=jnp.int32)[:, None]
+        ends = jnp.concatenate([b.lo[:, None], t, b.hi[:, None]], axis=1)
+        counts = jnp.concatenate([b.above_lo[:, None], above, b.above_hi[:, None]], axis=1)
+
+        def pick(index: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return (
+                jnp.take_along_axis(ends, index, axis=1)[:, 0],
+                jnp.take_along_axis(counts, index[..., None], axis=1)[:, 0],
+            )
+
+        lo, above_lo = pick(edge)
+        hi, above_hi = pick(edge + 1)
+        slow = (hi - lo).astype(real) * 6 > (b.hi - b.lo).astype(real)
+        first = (b.passes == 0) & (guess >= 0)
+        return Bracket(lo, hi, above_lo, above_hi, slow & ~first, b.passes + 1)
+
+    return lax.while_loop(lambda b: ~jnp.all(b.done(m)), narrow, start)
+
+
+def count(leaves: Sequence[Leaf], t: jax.Array, rowwise: bool) -> jax.Array:
+    """Counts the keys above each threshold.
+
+    Args:
+      leaves: the keys.
+      t: thresholds, (silos, probes) key dtype.
+      rowwise: see :func:`thresholds`.
+
+    Returns:
+      Limbs, (silos, probes, 2) int32.
+    """
+    total = jnp.zeros((*t.shape, 2), jnp.int32)
+    for leaf in leaves:
+        keys = leaf.keys()
+        above = [
+            keys > spread_to_leaf(t[:, j], leaf, keys.ndim).astype(keys.dtype) for j in range(t.shape[1])
+        ]
+        counts = jnp.stack(_sums(above, leaf.axis, rowwise), axis=-2)
+        total = total.at[np.array(leaf.silos, np.int32)].add(
+            counts if leaf.axis is not None else counts[None]
+        )
+    return budget.carry(total)
+
+
+def _sums(masks: list[jax.Array], axis: int | None, rowwise: bool) -> list[jax.Array]:
+    """How many entries of each mask are set, in each slice of ``axis``, as limbs."""
+    shape = masks[0].shape
+    rest = tuple(i for i in range(len(shape)) if i != axis)
+    if int(np.prod([shape[i] for i in rest], dtype=object)) >= 2**31:
+        return [_huge_sum(mask, rest) for mask in masks]
+    if not rest:
+        return [budget.split(mask.astype(jnp.int32)) for mask in masks]
+    ones = [mask.astype(jnp.int32) for mask in masks]
+    if not rowwise:
+        return [budget.split(s) for s in _reduce(ones, rest)]
+    first, *others = rest
+    rows = _reduce(ones, tuple(others)) if others else ones
+    return [budget.split(s) for s in _reduce(rows, (int(axis is not None and axis < first),))]
+
+
+def _reduce(ones: list[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
+    """Sums of several int32 arrays in one read."""
+
+    def one_reduction(*arrays: jax.Array) -> list[jax.Array]:
+        zeros = tuple(jnp.int32(0) for _ in arrays)
+        add = lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True))  # noqa: E731
+        return list(lax.reduce(arrays, zeros, add, axes))
+
+    def fused_sums(*arrays: jax.Array) -> list[jax.Array]:
+        return [jnp.sum(x, axis=axes, dtype=jnp.int32) for x in arrays]
+
+    return lax.platform_dependent(*ones, cpu=one_reduction, default=fused_sums)
+
+
+def _huge_sum(mask: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Sum over more than 2**31 entries, axis by axis in limbs."""
+    pair = jnp.stack([jnp.zeros(mask.shape, jnp.int32), mask.astype(jnp.int32)], axis=-1)
+    for axis in sorted(axes, reverse=True):
+        hi, lo = pair[..., 0], pair[..., 1]
+        low_byte = jnp.sum(lo & 0xFF, axis=axis, dtype=jnp.int32)
+        high_byte = jnp.sum(lo >> 8, axis=axis, dtype=jnp.int32)
+        hi = jnp.sum(hi, axis=axis, dtype=jnp.int32) + (high_byte >> 8)
+        pair = budget.carry(jnp.stack([hi, low_byte + ((high_byte & 0xFF) << 8)], axis=-1))
+    return pair
+
+
+def total_of(ones: list[jax.Array], rowwise: bool) -> list[jax.Array]:
+    """Sums int32 arrays of one shape to scalars in one read."""
+    ndim = ones[0].ndim
+    if ndim == 0:
+        return ones
+    rows = _reduce(ones, tuple(range(1, ndim))) if rowwise and ndim > 1 else ones
+    return _reduce(rows, tuple(range(rows[0].ndim)))

@@ -1,0 +1,351 @@
+"""Silos: which entries compete with each other for the free places.
+
+A silo is a set of entries with a budget of its own. Silos are disjoint and cover every parameter.
+The rules here are turned, for given parameters, into a :class:`SiloPlan`: plain, static, hashable
+numbers that the transform is compiled with.
+"""
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dst_optax import budget
+
+Stacked = Sequence[tuple[str, int]]
+FractionRules = Sequence[tuple[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Silos:
+    """A rule that assigns every leaf, or every slice of a stacked leaf, to a silo.
+
+    Attributes:
+      label: maps a leaf path, and the slice index of a stacked leaf (else None), to a silo's name.
+      stacked: ``(regex, axis)`` pairs; the first that matches a path makes each slice of that axis
+        an entry of its own for ``label``.
+      patterns: regexes that must match at least one path.
+    """
+
+    label: Callable[[str, int | None], str]
+    stacked: tuple[tuple[str, int], ...] = ()
+    patterns: tuple[str, ...] = ()
+
+
+def per_tensor(stacked: Stacked = ()) -> Silos:
+    """Every tensor is a silo; of a stacked tensor, every slice.
+
+    Args:
+      stacked: ``(regex, axis)`` pairs for tensors that hold one layer per index of ``axis`` (as flax's
+        ``nn.scan`` makes them). Such a model is tuned bit for bit like its unstacked twin.
+
+    Returns:
+      The rule, for ``dynamic_subset_tuning(silos=...)``.
+
+    Example:
+      >>> from dst_optax import silos
+      >>> rule = silos.per_tensor(stacked=[("^layers/", 0)])
+    """
+
+    def label(path: str, index: int | None) -> str:
+        return path if index is None else f"{path}[{index}]"
+
+    return Silos(label, tuple(stacked), tuple(p for p, _ in stacked))
+
+
+def per_layer(pattern: str, stacked: Stacked = ()) -> Silos:
+    r"""All tensors of a layer form one silo.
+
+    Args:
+      pattern: regex whose groups name the layer, for example ``r"(encoder|decoder)/layers_(\d+)"``.
+        A tensor that it does not match is a silo of its own.
+      stacked: ``(regex, axis)`` pairs; slice ``i`` belongs to the layer named by the groups and ``i``.
+
+    Returns:
+      The rule, for ``dynamic_subset_tuning(silos=...)``.
+
+    Example:
+      >>> from dst_optax import silos
+      >>> rule = silos.per_layer(r"(encoder|decoder)/layers_(\d+)")
+    """
+    if not re.compile(pattern).groups and not stacked:
+        raise ValueError(
+            f"per_layer got the pattern {pattern!r} without a group; put the part that names the layer "
+            r"in parentheses, for example 'layers_(\d+)'."
+        )
+
+    def label(path: str, index: int | None) -> str:
+        found = re.search(pattern, path)
+        own = [] if index is None else [str(index)]
+        if found is None:
+            return "/".join([path, *own])
+        return "/".join(["layer", *(g for g in found.groups() if g is not None), *own])
+
+    return Silos(label, tuple(stacked), (pattern, *(p for p, _ in stacked)))
+
+
+def per_group(groups: Callable[[str], str] | Sequence[tuple[str, str]]) -> Silos:
+    """Tensors with the same label form one silo.
+
+    Args:
+      groups: a function from a path to a label, or ``(regex, label)`` pairs of which the first match
+        wins. A path that no pair matches is an error.
+
+    Returns:
+      The rule, for ``dynamic_subset_tuning(silos=...)``.
+
+    Example:
+      >>> from dst_optax import silos
+      >>> rule = silos.per_group([("embed", "embedding"), (".*", "rest")])
+    """
+    if callable(groups):
+        return Silos(lambda path, index: groups(path))
+    rules = tuple(groups)
+    return Silos(
+        lambda path, index: first_match(rules, path, "silos.per_group"),
+        patterns=tuple(p for p, _ in rules),
+    )
+
+
+def whole_model() -> Silos:
+    """The whole model is one silo.
+
+    Example:
+      >>> from dst_optax import silos
+      >>> rule = silos.whole_model()
+    """
+    return Silos(lambda path, index: "model")
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafPlan:
+    """One tensor's place in the plan.
+
+    Attributes:
+      path: its path, ``a/b/c``.
+      shape: its shape.
+      dtype: its dtype's name.
+      axis: the stacked axis, or None.
+      silos: silo indices: one, or one per slice of ``axis``.
+      offsets: for each of ``silos``, entries of that silo in earlier leaves.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    axis: int | None
+    silos: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class SiloPlan:
+    """Silos and their budgets for given parameters; static and hashable.
+
+    Attributes:
+      leaves: one per tensor, in tree order.
+      labels: name of each silo.
+      sizes: entries of each silo.
+      budgets: entries that each silo may free, or None when the fraction is known at run time only.
+    """
+
+    leaves: tuple[LeafPlan, ...]
+    labels: tuple[str, ...]
+    sizes: tuple[int, ...]
+    budgets: tuple[int, ...] | None
+
+    def is_free(self, leaf: LeafPlan) -> bool:
+        """Whether every entry of the leaf is free at every step, known statically."""
+        return self.budgets is not None and all(self.budgets[i] == self.sizes[i] for i in leaf.silos)
+
+    def is_frozen(self, leaf: LeafPlan) -> bool:
+        """Whether no entry of the leaf is ever free, known statically."""
+        return self.budgets is not None and all(self.budgets[i] == 0 for i in leaf.silos)
+
+    @property
+    def ranked(self) -> tuple[int, ...]:
+        """Indices of the leaves whose entries compete, and so need a seed."""
+        return tuple(
+            i for i, leaf in enumerate(self.leaves) if not self.is_free(leaf) and not self.is_frozen(leaf)
+        )
+
+    @property
+    def fingerprint(self) -> int:
+        """32 bits over the paths, shapes, dtypes and silos (budgets may change between runs)."""
+        text = repr([(leaf.path, leaf.shape, leaf.dtype, leaf.axis, leaf.silos) for leaf in self.leaves])
+        text += repr(self.ranked)
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+def first_match(rules: Sequence[tuple[str, Any]], path: str, owner: str) -> Any:
+    """The value of the first rule whose regex is found in ``path``."""
+    for pattern, value in rules:
+        if re.search(pattern, path):
+            return value
+    raise ValueError(
+        f"{owner}: no rule matches the parameter {path!r}; rules are {[p for p, _ in rules]}. "
+        "Add a rule for it, for example a last one with the pattern '.*'."
+    )
+
+
+def leaf_path(key_path: Any) -> str:
+    """A key path as ``a/b/c``; the ``/value`` that nnx adds to a variable is dropped."""
+    return jax.tree_util.keystr(key_path, simple=True, separator="/").removesuffix("/value")
+
+
+def is_masked(x: Any) -> bool:
+    """Whether ``x`` marks a place that a wrapper such as ``optax.masked`` has taken out."""
+    return isinstance(x, optax.MaskedNode)
+
+
+def check_fraction(value: Any, where: str) -> None:
+    """Raises if a concrete fraction is not a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
+        raise TypeError(
+            f"{where}: a fraction must be a number, a traced scalar, an optax schedule or a list of "
+            f"(regex, number), got {value!r} of type {type(value).__name__}."
+        )
+    if not 0 <= value <= 1:
+        raise ValueError(
+            f"{where}: got the fraction {value!r}; it must lie in [0, 1] (0 freezes, 1 frees everything)."
+        )
+
+
+def make_plan(
+    params: Any,
+    silos: Silos | None = None,
+    fraction_of_free_params: float | FractionRules | None = 0.1,
+    num_free_params: int | None = None,
+) -> SiloPlan:
+    """Applies silo and budget rules to parameters.
+
+    Args:
+      params: pytree of floating-point arrays or ``jax.ShapeDtypeStruct``; ``None`` and
+        ``optax.MaskedNode`` are passed over.
+      silos: the silo rule; None means :func:`per_tensor`.
+      fraction_of_free_params: a number, or ``(regex, number)`` pairs; None if it is known at run time.
+      num_free_params: absolute budget of all silos together, instead of a fraction.
+
+    Returns:
+      The plan.
+
+    Raises:
+      TypeError: a leaf that is not a floating-point array.
+      ValueError: a rule that matches nothing, a leaf that no rule matches, a silo with two fractions,
+        an axis that a stacked leaf does not have.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from dst_optax import silos
+      >>> plan = silos.make_plan({"a": jnp.zeros((4, 5)), "b": jnp.zeros(3)}, None, 0.1)
+      >>> dict(zip(plan.labels, plan.budgets))
+      {'a': 2, 'b': 1}
+    """
+    rule = per_tensor() if silos is None else silos
+    if not isinstance(rule, Silos):
+        raise TypeError(
+            f"silos: got {silos!r}; use silos.per_tensor(), per_layer(...), per_group(...) or whole_model()."
+        )
+    found = jax.tree_util.tree_flatten_with_path(params)[0]
+    named = [(leaf_path(key_path), leaf) for key_path, leaf in found]
+    for path, leaf in named:
+        _check_leaf(path, leaf)
+    fractions = fraction_of_free_params
+    if num_free_params is not None:
+        fractions = None
+    patterns = list(rule.patterns)
+    if isinstance(fractions, Sequence):
+        patterns += [p for p, _ in fractions]
+    _check_patterns(patterns, [path for path, _ in named])
+
+    indices: dict[str, int] = {}
+    sizes: list[int] = []
+    per_silo: dict[int, tuple[float, str]] = {}
+    leaves = []
+    for path, leaf in named:
+        axis = _stacked_axis(rule, path, leaf.shape)
+        slices = [None] if axis is None else range(leaf.shape[axis])
+        size = int(np.prod(leaf.shape, dtype=object)) // max(len(slices), 1)
+        ids, offsets = [], []
+        for index in slices:
+            name = rule.label(path, index)
+            if not isinstance(name, str):
+                raise TypeError(f"silos: the label of parameter {path!r} must be a str, got {name!r}.")
+            silo = indices.setdefault(name, len(sizes))
+            if silo == len(sizes):
+                sizes.append(0)
+            ids.append(silo)
+            offsets.append(sizes[silo])
+            sizes[silo] += size
+            if fractions is not None:
+                _assign_fraction(per_silo, silo, name, fractions, path)
+        leaves.append(
+            LeafPlan(path, tuple(leaf.shape), np.dtype(leaf.dtype).name, axis, tuple(ids), tuple(offsets))
+        )
+    if num_free_params is not None:
+        budgets = tuple(budget.share(num_free_params, sizes)) if sum(sizes) else (0,) * len(sizes)
+    elif fractions is not None:
+        budgets = tuple(budget.rank(per_silo[i][0], n) for i, n in enumerate(sizes))
+    else:
+        budgets = None
+    return SiloPlan(tuple(leaves), tuple(indices), tuple(sizes), budgets)
+
+
+def _assign_fraction(
+    per_silo: dict[int, tuple[float, str]], silo: int, name: str, fractions: Any, path: str
+) -> None:
+    if isinstance(fractions, Sequence):
+        fraction = first_match(fractions, path, "fraction_of_free_params")
+    else:
+        fraction = fractions
+    check_fraction(fraction, f"fraction_of_free_params for {path!r}")
+    other, other_path = per_silo.setdefault(silo, (fraction, path))
+    if other != fraction:
+        raise ValueError(
+            f"fraction_of_free_params: the silo {name!r} holds {other_path!r} with fraction {other!r} and "
+            f"{path!r} with fraction {fraction!r}; give all tensors of a silo the same fraction or put "
+            "them in different silos."
+        )
+
+
+def _check_leaf(path: str, leaf: Any) -> None:
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or not hasattr(leaf, "shape"):
+        raise TypeError(
+            f"parameter {path!r}: expected an array, got {leaf!r} of type {type(leaf).__name__}; take it "
+            "out of the parameters or mask it (optax.masked)."
+        )
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"parameter {path!r}: expected a floating-point array, got dtype {dtype}; a subset of such "
+            "entries has no distance. Take it out of the parameters or mask it (optax.masked)."
+        )
+
+
+def _check_patterns(patterns: Sequence[str], paths: Sequence[str]) -> None:
+    if not paths:  # optax.tree.map_params calls init with an empty tree
+        return
+    for pattern in patterns:
+        if not any(re.search(pattern, path) for path in paths):
+            raise ValueError(
+                f"the pattern {pattern!r} matches no parameter; the paths are {', '.join(paths[:8])}"
+                f"{', ...' if len(paths) > 8 else ''}. Correct it or take it out."
+            )
+
+
+def _stacked_axis(rule: Silos, path: str, shape: tuple[int, ...]) -> int | None:
+    for pattern, axis in rule.stacked:
+        if re.search(pattern, path):
+            if not -len(shape) <= axis < len(shape):
+                raise ValueError(
+                    f"parameter {path!r}: the rule ({pattern!r}, {axis}) names an axis that its shape "
+                    f"{shape} does not have."
+                )
+            return axis % len(shape)
+    return None

@@ -1,0 +1,1 @@
+"""Dynamic Subset Tuning inside T5X: the only package here that imports t5x."""

@@ -1,0 +1,43 @@
+"""Ranks at run time against exact rationals."""
+
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dst_optax import budget
+
+pytestmark = pytest.mark.usefixtures("strict")
+SIZES = (1, 2, 3, 11, 100_003, 2**31 - 1, 2**31 + 5, 10**10, 2**45 + 1)
+
+
+def exact_rank(fraction, n):
+    if fraction >= 1:
+        return n
+    if fraction <= 0:
+        return 0
+    mantissa, exponent = np.frexp(fraction)
+    low = Fraction(2 * int(np.float64(mantissa) * 2**24) - 1) * Fraction(2) ** int(exponent - 25)
+    product = low * (n - 1)
+    return -(-product.numerator // product.denominator)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.floats(-0.5, 1.5, width=32, allow_subnormal=False))
+def test_traced_rank_is_exact(fraction):
+    got = np.asarray(jax.jit(budget.traced_rank, static_argnums=1)(jnp.float32(fraction), SIZES))
+    assert [int(hi) * 2**16 + int(lo) for hi, lo in got] == [
+        exact_rank(np.float32(fraction), n) for n in SIZES
+    ]
+
+
+@given(st.integers(0, 10**6), st.lists(st.integers(1, 10**5), min_size=1, max_size=20))
+def test_share_is_proportional_and_complete(total, sizes):
+    shares = budget.share(total, sizes)
+    assert sum(shares) == min(total, sum(sizes))
+    for got, size in zip(shares, sizes, strict=True):
+        assert abs(Fraction(got) - Fraction(min(total, sum(sizes)) * size, sum(sizes))) < 1

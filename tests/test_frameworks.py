@@ -1,0 +1,156 @@
+"""Trainers and checkpoints of other libraries: budget and exactness hold in each."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+
+import dst_optax
+
+FRACTION = 0.1
+
+
+def check(seed, params, least=1):
+    """Per tensor within the budget, by their bits; some entry moved."""
+    moved = 0
+    pairs = zip(jax.tree.leaves(seed), jax.tree.leaves(params), strict=True)
+    for old, new in pairs:
+        old, new = np.asarray(old), np.asarray(new)
+        differ = int((oracle.bits(old) != oracle.bits(new)).sum())
+        assert differ <= oracle.rank(FRACTION, old.size)
+        moved += differ
+    assert moved >= least
+
+
+def batches(n=5):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=(16, 8)), jnp.float32) for _ in range(n)]
+
+
+def copied(tree):
+    return jax.tree.map(np.array, tree)
+
+
+def test_linen_train_state_with_donation():
+    nn = pytest.importorskip("flax.linen", reason="needs flax")
+    train_state = pytest.importorskip("flax.training.train_state", reason="needs flax")
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4)(nn.relu(nn.Dense(32)(x)))
+
+    model = Model()
+    params = model.init(jax.random.key(0), batches()[0])["params"]
+    seed = copied(params)
+    tx = dst_optax.wrap(optax.adamw(1e-2), FRACTION)
+    state = train_state.TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+
+    def gradients(state, x):
+        return jax.grad(lambda p: jnp.mean((state.apply_fn({"params": p}, x) - 1.0) ** 2))(state.params)
+
+    def exact(state, x):
+        updates, opt_state = state.tx.update(gradients(state, x), state.opt_state, state.params)
+        params = dst_optax.apply_updates(state.params, updates, opt_state)
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+
+    step = jax.jit(exact, donate_argnums=0)
+    for x in batches():
+        before = state
+        state = step(state, x)
+        check(seed, state.params)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
+    assert step._cache_size() <= 2  # the step counter of a new TrainState is a Python int
+
+    plain = jax.jit(lambda s, x: s.apply_gradients(grads=gradients(s, x)), donate_argnums=0)
+    for x in batches():
+        state = plain(state, x)
+        check(seed, dst_optax.finalize(state.params, state.opt_state))
+
+
+def test_nnx_optimizer():
+    nnx = pytest.importorskip("flax.nnx", reason="needs flax")
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.l1 = nnx.Linear(8, 32, rngs=rngs)
+            self.l2 = nnx.Linear(32, 4, rngs=rngs)
+
+        def __call__(self, x):
+            return self.l2(nnx.relu(self.l1(x)))
+
+    model = Model(nnx.Rngs(0))
+    seed = copied(nnx.as_pure(nnx.state(model, nnx.Param)))
+    rules = [("^l1/kernel$", FRACTION), ("^l1/bias$", FRACTION), ("^l2/", FRACTION)]
+    tx = dst_optax.wrap(optax.adam(1e-2), rules)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        grads = nnx.grad(lambda m: jnp.mean((m(x) - 1.0) ** 2))(model)
+        optimizer.update(model, grads)
+
+    for x in batches():
+        step(model, optimizer, x)
+        params, opt_state = nnx.as_pure(nnx.state(model, nnx.Param)), nnx.as_pure(optimizer.opt_state)
+        check(seed, dst_optax.finalize(params, opt_state))
+
+
+def test_equinox():
+    eqx = pytest.importorskip("equinox", reason="needs equinox")
+    model = eqx.nn.MLP(8, 4, 32, 2, key=jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    seed = copied(params)
+    tx = dst_optax.wrap(optax.lion(1e-2), FRACTION)
+    state = tx.init(params)
+
+    @eqx.filter_jit
+    def step(params, state, x):
+        def loss(p):
+            return jnp.mean((jax.vmap(eqx.combine(p, static))(x) - 1.0) ** 2)
+
+        updates, state = tx.update(eqx.filter_grad(loss)(params), state, params)
+        return dst_optax.apply_updates(params, updates, state), state
+
+    for x in batches():
+        params, state = step(params, state, x)
+        check(seed, params)
+
+
+@pytest.mark.parametrize("fraction", [FRACTION, [("b", 1.0), ("frozen", 0.0), (".*", FRACTION)]])
+def test_orbax_restore_continues_bit_for_bit(tmp_path, fraction):
+    ocp = pytest.importorskip("orbax.checkpoint", reason="needs orbax-checkpoint")
+    rng = np.random.default_rng(1)
+    shapes = {"w": (20, 15), "b": (7,), "frozen": (6,), "half": (9, 9)}
+    dtypes = {"half": jnp.bfloat16}
+
+    def draw(rng):
+        return {n: jnp.asarray(rng.normal(size=s), dtypes.get(n, jnp.float32)) for n, s in shapes.items()}
+
+    params, all_grads = draw(rng), [draw(rng) for _ in range(6)]
+    tx = dst_optax.wrap(optax.adamw(1e-2), fraction)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return dst_optax.apply_updates(params, updates, state), state
+
+    for g in all_grads[:3]:
+        params, state = step(params, state, g)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "run", {"params": params, "state": state})
+        checkpointer.wait_until_finished()
+        shapes_of = jax.eval_shape(lambda p: {"params": p, "state": tx.init(p)}, params)
+        restored = checkpointer.restore(tmp_path / "run", shapes_of)
+    assert jax.tree.structure(restored["state"]) == jax.tree.structure(state)
+    again, state_again = restored["params"], restored["state"]
+    for g in all_grads[3:]:
+        params, state = step(params, state, g)
+        again, state_again = step(again, state_again, g)
+    for a, b in zip(
+        jax.tree.leaves((params, state)), jax.tree.leaves((again, state_again)), strict=True
+    ):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()

@@ -1,0 +1,59 @@
+"""Thresholds by counting against sorting."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dst_optax import budget, selection
+
+pytestmark = pytest.mark.usefixtures("strict")
+TOP = 0x7F800000
+
+
+def search(keys, m, guess, spread, rowwise):
+    def run(keys, m, guess, spread):
+        leaf = selection.Leaf(lambda: keys, 0, tuple(range(keys.shape[0])))
+        total = jnp.asarray(budget.limbs([keys.shape[1]] * keys.shape[0]))
+        return selection.thresholds([leaf], m, total, TOP, guess, spread, 2.0**23, rowwise)
+
+    return jax.jit(run)(*map(jnp.asarray, (keys, m, guess, spread)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_guess_leads_to_the_exact_threshold(data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    n, silos = 200, 3
+    spans = np.array([[1], [50], [TOP + 1]])
+    keys = rng.integers(0, spans, (silos, n)).astype(np.int32)
+    m = rng.integers(0, n, silos)
+    guess = data.draw(st.lists(st.integers(-1, TOP), min_size=silos, max_size=silos))
+    spread = data.draw(st.lists(st.integers(1, 2**31 - 1), min_size=silos, max_size=silos))
+    found = search(
+        keys,
+        budget.limbs(m.tolist()),
+        np.array(guess, np.int32),
+        np.array(spread, np.int32),
+        data.draw(st.booleans()),
+    )
+    q = np.sort(keys, axis=1)[np.arange(silos), n - m - 1]
+    wanted = (keys > q[:, None]) & (m > 0)[:, None]
+    np.testing.assert_array_equal(keys > np.asarray(found.hi)[:, None], wanted)
+    assert int(found.passes) <= 40
+
+
+def test_limb_sums_of_more_than_2_to_the_31_entries():
+    per_row = jnp.full((3, 5), 2**30, jnp.int32)
+    pair = budget.split(per_row)
+    total = budget.carry(jnp.sum(pair, axis=1, dtype=jnp.int32))
+    assert [int(h) * 2**16 + int(low) for h, low in np.asarray(total)] == [5 * 2**30] * 3
+
+
+@pytest.mark.parametrize("shape", [(7,), (4, 300), (2, 3, 70_000)])
+def test_huge_sum_equals_numpy(shape):
+    mask = np.random.default_rng(0).random(shape) < 0.7
+    hi, lo = np.asarray(selection._huge_sum(jnp.asarray(mask), tuple(range(len(shape)))))
+    assert int(hi) * 2**16 + int(lo) == mask.sum()

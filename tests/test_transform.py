@@ -1,0 +1,389 @@
+"""The contract, against an oracle that shares no code with the package."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dst_optax
+from dst_optax import distances, silos
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16]
+
+
+def given_updates():
+    """An optimizer whose updates are its gradients."""
+    return optax.identity()
+
+
+def values(rng, kind, n, dtype):
+    match kind:
+        case "normal":
+            x = rng.normal(size=n)
+        case "tied":
+            x = rng.integers(-2, 3, n) * 0.5
+        case "zero":
+            x = np.zeros(n)
+        case "denormal":
+            x = rng.normal(size=n) * 10.0 ** rng.integers(-45, -30, n)
+        case "wide":
+            x = rng.normal(size=n) * 10.0 ** rng.integers(-30, 30, n)
+        case "neighbours":  # one bit apart, the hardest to tell
+            x = np.float32(1) + np.spacing(np.float32(1)) * rng.integers(0, 9, n)
+        case "nonfinite":
+            x = rng.normal(size=n)
+            x[rng.random(n) < 0.2] = rng.choice([np.nan, np.inf, -np.inf])
+        case _:
+            raise AssertionError(kind)
+    with np.errstate(over="ignore"):
+        return np.asarray(x, np.float64).astype(dtype)
+
+
+KINDS = ["normal", "tied", "zero", "denormal", "wide", "neighbours", "nonfinite"]
+
+
+def run_steps(tx, seed, all_updates):
+    """Yields parameters before, updates given, parameters after and the state of each step."""
+    params, state = jnp.asarray(seed), tx.init(jnp.asarray(seed))
+    step = jax.jit(tx.update)
+    for u in all_updates:
+        before = np.asarray(params)
+        updates, state = step(jnp.asarray(u), state, params)
+        params = dst_optax.apply_updates(params, updates, state)
+        yield before, u, np.asarray(params), state
+
+
+def check_against_oracle(seed, before, u, after, fraction, ties):
+    delta, odd = oracle.distance_keys(seed, before, u)
+    m = oracle.rank(fraction, seed.size)
+    free = m >= seed.size
+    kept = oracle.keep(delta, m, ties) | (odd & (m > 0))
+    with np.errstate(all="ignore"):
+        proposal = (oracle.flush(before) + oracle.flush(u)).astype(seed.dtype)
+        asks = oracle.flush(u) == oracle.flush((oracle.flush(seed) - oracle.flush(before)).astype(seed.dtype))
+    expected = np.where(kept & (free | ~asks), oracle.flush(proposal), seed)
+    same = oracle.bits(oracle.flush(after)) == oracle.bits(oracle.flush(expected))
+    nan = np.isnan(after.astype(np.float32)) & np.isnan(expected.astype(np.float32))
+    wrong = np.flatnonzero(~(same | nan))
+    assert wrong.size == 0, (wrong[:5], after[wrong[:5]], expected[wrong[:5]], kept[wrong[:5]])
+    if not free:
+        outside = ~kept
+        assert (oracle.bits(after)[outside] == oracle.bits(seed)[outside]).all()
+
+
+@pytest.mark.parametrize("ties", ["strict", "fill"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_step_equals_the_oracle(kind, dtype, ties):
+    rng = np.random.default_rng(0)
+    for n, fraction in ((2, 0.1), (37, 0.1), (300, 0.5)):
+        seed = values(rng, "normal" if kind == "nonfinite" else kind, n, dtype)
+        updates = [values(rng, kind, n, dtype) * np.asarray(0.5, dtype) for _ in range(3)]
+        tx = dst_optax.wrap(given_updates(), fraction, ties=ties)
+        for before, u, after, _ in run_steps(tx, seed, updates):
+            check_against_oracle(seed, before, u, after, fraction, ties)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_random_silos_equal_the_oracle(data):
+    n = data.draw(st.sampled_from([1, 2, 5, 64, 301]))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    ties = data.draw(st.sampled_from(["strict", "fill"]))
+    fraction = data.draw(st.sampled_from([0.01, 0.1, 0.25, 0.9]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    kinds = data.draw(st.lists(st.sampled_from(KINDS), min_size=1, max_size=3))
+    seed = values(rng, data.draw(st.sampled_from(KINDS[:-1])), n, dtype)
+    tx = dst_optax.wrap(given_updates(), fraction, ties=ties)
+    updates = [values(rng, kind, n, dtype) for kind in kinds]
+    for before, u, after, _ in run_steps(tx, seed, updates):
+        check_against_oracle(seed, before, u, after, fraction, ties)
+
+
+@pytest.mark.parametrize("n", [100_003, 1_000_003])
+@pytest.mark.parametrize("fraction", [1e-3, 0.1, 1e-5])
+def test_rank_is_exact_where_float32_ranks_are_not(n, fraction):
+    rng = np.random.default_rng(1)
+    seed = rng.normal(size=n).astype(np.float32)
+    tx = dst_optax.wrap(given_updates(), fraction)
+    u = (rng.permutation(n).astype(np.float32) + 1) * np.float32(2.0**-20)
+    seed = np.zeros_like(seed)
+    _, _, after, _ = next(run_steps(tx, seed, [u]))
+    assert (after != seed).sum() == oracle.rank(fraction, n)
+
+
+def test_float64():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(2)
+        seed = rng.normal(size=5000)
+        updates = [rng.normal(size=5000) * 1e-12 for _ in range(4)]
+        tx = dst_optax.wrap(given_updates(), 0.1)
+        for before, u, after, _ in run_steps(tx, seed, updates):
+            check_against_oracle(seed, before, u, after, 0.1, "strict")
+            assert (after != seed).sum() == 500
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25, 1e-3, 0.7, 1.0])
+def test_traced_fraction_equals_static(fraction):
+    rng = np.random.default_rng(3)
+    params = {"a": jnp.asarray(rng.normal(size=(37, 11)), jnp.float32), "b": jnp.ones(101)}
+    static = dst_optax.dynamic_subset_tuning(fraction)
+    injected = optax.inject_hyperparams(
+        dst_optax.dynamic_subset_tuning, static_args=("distance", "silos", "ties")
+    )(fraction_of_free_params=fraction)
+    scheduled = dst_optax.dynamic_subset_tuning(optax.constant_schedule(fraction))
+    results = []
+    for tx in (static, injected, scheduled):
+        p, state = params, tx.init(params)
+        for i in range(4):
+            keys = jax.random.split(jax.random.key(i))
+            u = {n: jax.random.normal(k, p[n].shape) for n, k in zip("ab", keys, strict=True)}
+            u, state = jax.jit(tx.update)(u, state, p)
+            p = dst_optax.apply_updates(p, u, state)
+        results.append(p)
+    for other in results[1:]:
+        jax.tree.map(np.testing.assert_array_equal, results[0], other)
+
+
+def test_fraction_one_is_the_inner_optimizer_bit_for_bit_and_keeps_no_seed():
+    params = {"w": jax.random.normal(jax.random.key(0), (50, 3))}
+    tx, plain = dst_optax.wrap(optax.sgd(0.1, 0.9), 1.0), optax.sgd(0.1, 0.9)
+    state, plain_state, p, r = tx.init(params), plain.init(params), params, params
+    assert jax.tree.leaves(state[-1].seed) == []
+    for i in range(3):
+        g = {"w": jax.random.normal(jax.random.key(i), (50, 3))}
+        u, state = tx.update(g, state, p)
+        p = dst_optax.apply_updates(p, u, state)
+        v, plain_state = plain.update(g, plain_state, r)
+        r = optax.apply_updates(r, v)
+    np.testing.assert_array_equal(p["w"], r["w"])
+
+
+def test_frozen_leaves_keep_their_bits():
+    seed = {"w": jnp.array([-0.0, 0.0, 1e-40, 1.0, jnp.inf]), "free": jnp.ones(3)}
+    tx = dst_optax.wrap(optax.sgd(1.0), [("^w$", 0), ("free", 1)])
+    state = tx.init(seed)
+    updates, state = tx.update(jax.tree.map(jnp.ones_like, seed), state, seed)
+    after = dst_optax.apply_updates(seed, updates, state)
+    np.testing.assert_array_equal(oracle.bits(np.asarray(after["w"])), oracle.bits(np.asarray(seed["w"])))
+    np.testing.assert_array_equal(after["free"], 0)
+
+
+def test_updates_that_are_products_in_the_same_program():
+    """The proposal that is ranked and the one that is applied round alike (no fused multiply-add)."""
+    tx = dst_optax.dynamic_subset_tuning(0.3)
+
+    @jax.jit
+    def step(p, g, c, state):
+        updates, state = tx.update(g * c, state, p)
+        return dst_optax.apply_updates(p, updates, state), state
+
+    rng = np.random.default_rng(4)
+    seed = rng.normal(size=100_000).astype(np.float32)
+    p, state = jnp.asarray(seed), tx.init(jnp.asarray(seed))
+    for _ in range(3):
+        before, g = np.asarray(p), rng.normal(size=seed.size).astype(np.float32)
+        p, state = step(p, jnp.asarray(g), jnp.float32(0.00317), state)
+        u = g * np.float32(0.00317)
+        check_against_oracle(seed, before, u, np.asarray(p), 0.3, "strict")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_finalize_heals_plain_apply(dtype):
+    params = jax.random.normal(jax.random.key(0), (400, 10), dtype)
+    tx = dst_optax.wrap(optax.sgd(1.0), 0.1, ties="fill")
+    seed, p, state, healed = params, params, tx.init(params), 0
+    for i in range(5):
+        g = (jax.random.normal(jax.random.key(10 + i), p.shape) * 10).astype(dtype)
+        u, state = tx.update(g, state, p)
+        p = optax.apply_updates(p, u)
+        final = dst_optax.finalize(p, state)
+        healed += int(((p != seed) & (final == seed)).sum())
+        assert int((final != seed).sum()) <= oracle.rank(0.1, 4000)
+        assert int(dst_optax.diagnostics.metrics(state)["unresolved"]) == 0
+    assert healed > 0
+
+
+def test_finalize_changes_nothing_after_an_exact_apply():
+    params = jax.random.normal(jax.random.key(0), (500,))
+    tx = dst_optax.wrap(optax.sgd(1e-3, 0.9), 0.1)
+    p, state = params, tx.init(params)
+    for i in range(4):
+        u, state = tx.update(jax.random.normal(jax.random.key(i), p.shape), state, p)
+        p = dst_optax.apply_updates(p, u, state)
+        np.testing.assert_array_equal(dst_optax.finalize(p, state), p)
+
+
+def test_seed_is_the_model_of_the_first_update():
+    tx = dst_optax.wrap(optax.sgd(0.1), 0.2)
+    random, restored = jnp.arange(20.0), jnp.arange(20.0) * 3
+    state = tx.init(random)
+    assert not bool(state[-1].captured)
+    assert not dst_optax.subset_mask(restored, state).any()
+    np.testing.assert_array_equal(dst_optax.finalize(restored, state), restored)
+    u, state = tx.update(jnp.ones(20), state, restored)
+    np.testing.assert_array_equal(state[-1].seed, restored)
+    p = dst_optax.apply_updates(restored, u, state)
+    u, state = tx.update(jnp.ones(20), state, p)
+    np.testing.assert_array_equal(state[-1].seed, restored)
+
+
+def test_reseed():
+    tx = dst_optax.wrap(optax.sgd(0.1), 0.2)
+    state = dst_optax.reseed(tx.init(jnp.zeros(20)), jnp.ones(20))
+    assert bool(state[-1].captured)
+    np.testing.assert_array_equal(state[-1].seed, 1)
+
+
+def test_stacked_equals_unstacked():
+    key = jax.random.key(0)
+    stacked = {"w": jax.random.normal(key, (7, 5, 4)), "b": jnp.zeros((3, 5))}
+    flat = {f"w{i}": stacked["w"][:, i] for i in range(5)} | {f"b{i}": stacked["b"][:, i] for i in range(5)}
+    for ties in ("strict", "fill"):
+        one = dst_optax.wrap(
+            optax.sgd(0.1, 0.9), 0.3, ties=ties, silos=silos.per_tensor(stacked=[("^[wb]$", 1)])
+        )
+        many = dst_optax.wrap(optax.sgd(0.1, 0.9), 0.3, ties=ties)
+        p, s, q, r = stacked, one.init(stacked), flat, many.init(flat)
+        for i in range(4):
+            g = jax.tree.map(lambda x, i=i: jax.random.normal(jax.random.key(i), x.shape), stacked)
+            h = {f"{n}{i}": g[n][:, i] for n in "wb" for i in range(5)}
+            u, s = one.update(g, s, p)
+            p = dst_optax.apply_updates(p, u, s)
+            v, r = many.update(h, r, q)
+            q = dst_optax.apply_updates(q, v, r)
+        for name, i in itertools.product("wb", range(5)):
+            np.testing.assert_array_equal(p[name][:, i], q[f"{name}{i}"])
+
+
+@pytest.mark.parametrize("ties", ["strict", "fill"])
+def test_silo_over_tensors_of_different_dtypes(ties):
+    rng = np.random.default_rng(5)
+    params = {
+        "a": jnp.asarray(rng.normal(size=(30, 4)), jnp.float32),
+        "b": jnp.asarray(rng.normal(size=50), jnp.bfloat16),
+    }
+    tx = dst_optax.wrap(given_updates(), 0.1, silos=silos.whole_model(), ties=ties)
+    u = {k: jnp.asarray(rng.normal(size=v.shape), v.dtype) for k, v in params.items()}
+    updates, state = tx.update(u, tx.init(params), params)
+    after = dst_optax.apply_updates(params, updates, state)
+    parts = [
+        oracle.distance_keys(*(np.asarray(x[k]).reshape(-1) for x in (params, params, u)))[0] for k in "ab"
+    ]
+    kept = oracle.keep(np.concatenate(parts), oracle.rank(0.1, 170), ties)
+    got = np.concatenate([(np.asarray(after[k]) != np.asarray(params[k])).ravel() for k in "ab"])
+    np.testing.assert_array_equal(got, kept)
+
+
+def test_num_free_params_with_fill_meets_the_budget_exactly():
+    params = {"a": jnp.ones((40, 40)), "b": jnp.ones(100), "c": jnp.ones(())}
+    tx = dst_optax.wrap(optax.sgd(0.1, 0.9), num_free_params=77, ties="fill")
+    state = tx.init(params)
+    g = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), params)
+    u, state = tx.update(g, state, params)
+    mask = dst_optax.subset_mask(dst_optax.apply_updates(params, u, state), state)
+    assert sum(int(m.sum()) for m in jax.tree.leaves(mask)) == 77
+
+
+@pytest.mark.parametrize("distance", [distances.relative, distances.squared])
+def test_other_distances_rank_as_numpy_does(distance):
+    rng = np.random.default_rng(6)
+    seed, u = (rng.normal(size=200).astype(np.float32) for _ in range(2))
+    tx = dst_optax.wrap(given_updates(), 0.1, distance=distance)
+    _, _, after, _ = next(run_steps(tx, seed, [u]))
+    moved = np.abs((seed + u) - seed)
+    delta = moved / np.maximum(np.abs(seed), 1e-6) if distance is distances.relative else moved**2
+    np.testing.assert_array_equal(after != seed, oracle.keep(delta, 20))
+
+
+def test_state_is_small_and_named():
+    params = {"a": jnp.ones((64, 64), jnp.bfloat16), "b": jnp.ones(8)}
+    state = dst_optax.dynamic_subset_tuning(0.1).init(params)
+    assert type(state).__name__.endswith("State")
+    assert "count" not in state._fields
+    assert jax.tree.map(lambda x: x.dtype, state.seed) == jax.tree.map(lambda x: x.dtype, params)
+    rest = sum(x.nbytes for x in jax.tree.leaves(state._replace(seed=())))
+    assert rest <= 8 * 2 + 8 * 2 + 40
+
+
+def test_captured_seed_is_passed_on_in_place():
+    """No step after the first writes the seed: its buffer is donated through."""
+    tx = dst_optax.wrap(optax.sgd(0.1), 0.1)
+    p = jnp.ones((256, 256))
+    state = dst_optax.reseed(tx.init(p), p)
+    step = jax.jit(lambda g, s, p: tx.update(g, s, p)[1], donate_argnums=1)
+    before = state[-1].seed.unsafe_buffer_pointer()
+    state = step(p, state, p)
+    assert state[-1].seed.unsafe_buffer_pointer() == before
+
+
+REFUSED = [
+    (dict(fraction_of_free_params=1.5), ValueError, "1.5"),
+    (dict(fraction_of_free_params=-0.1), ValueError, "-0.1"),
+    (dict(fraction_of_free_params="x"), TypeError, "'x'"),
+    (dict(fraction_of_free_params=0.2, num_free_params=3), ValueError, "both"),
+    (dict(num_free_params=-1), ValueError, "-1"),
+    (dict(ties="some"), ValueError, "'some'"),
+    (dict(fraction_of_free_params=[("nothing", 0.1), (".*", 0.1)]), ValueError, "'nothing'"),
+    (dict(fraction_of_free_params=[("a", 0.1)]), ValueError, "'b'"),
+    (dict(silos=silos.per_tensor(stacked=[("zz", 0)])), ValueError, "'zz'"),
+    (dict(silos=silos.per_tensor(stacked=[("b", 4)])), ValueError, "axis"),
+    (dict(silos=silos.per_group([("a", "x")])), ValueError, "'b'"),
+    (dict(silos="per_tensor"), TypeError, "per_tensor"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "says"), REFUSED)
+def test_bad_arguments_are_refused(arguments, error, says):
+    with pytest.raises(error, match=says):
+        dst_optax.dynamic_subset_tuning(**arguments).init({"a": jnp.ones(3), "b": jnp.ones(4)})
+
+
+def test_bad_parameters_are_refused():
+    tx = dst_optax.dynamic_subset_tuning()
+    with pytest.raises(TypeError, match=r"'n/k'.*int32"):
+        tx.init({"n": {"k": jnp.arange(3)}})
+    with pytest.raises(TypeError, match="'key'"):
+        tx.init({"key": jax.random.key(0)})
+    params = {"a": jnp.ones(3)}
+    state = tx.init(params)
+    with pytest.raises(ValueError, match="params"):
+        tx.update(params, state)
+    with pytest.raises(ValueError, match="'a'"):
+        tx.update({"a": jnp.ones(4)}, state, {"a": jnp.ones(4)})
+    with pytest.raises(ValueError, match="'a' that params lacks"):
+        tx.update({"b": jnp.ones(3)}, state, {"b": jnp.ones(3)})
+    with pytest.raises(ValueError, match="fingerprint"):
+        tx.update(params, state._replace(plan=jnp.uint32(1)), params)
+    with pytest.raises(ValueError, match="silos"):
+        dst_optax.dynamic_subset_tuning(silos=silos.per_tensor(stacked=[("a", 0)])).update(
+            params, state, params
+        )
+    with pytest.raises(ValueError, match="no DynamicSubsetTuningState"):
+        dst_optax.apply_updates(params, params, optax.EmptyState())
+
+
+def test_distance_of_wrong_shape_is_refused():
+    tx = dst_optax.wrap(optax.sgd(0.1), distance=lambda a, b, c: jnp.sum(jnp.abs(a - b)))
+    params = {"a": jnp.ones(3)}
+    with pytest.raises(ValueError, match=r"'a'.*component-wise"):
+        tx.update(params, tx.init(params), params)
+
+
+def test_no_recompile_after_the_first_call():
+    tx = dst_optax.wrap(optax.sgd(0.1, 0.9), 0.1)
+    step = jax.jit(tx.update)
+    params = {"a": jnp.ones((8, 8))}
+    state = tx.init(params)
+    for _ in range(3):
+        _, state = step(params, state, params)
+    assert step._cache_size() == 1
