@@ -717,11 +717,10 @@ def _settle(u: jax.Array, zero: jax.Array, in_memory: bool = False) -> jax.Array
     every pass nor schedules before ``zero`` is known.
     """
     bits = _bits(u)
-    flip = zero.astype(bits.dtype)
-    bits = bits ^ flip
-    if in_memory:
-        bits = lax.while_loop(lambda c: c[0] != 0, lambda c: (c[0] >> 1, c[1] ^ c[0]), (flip, bits))[1]
-    return lax.bitcast_convert_type(bits, u.dtype)
+    settled = lax.bitcast_convert_type(bits ^ zero.astype(bits.dtype), u.dtype)
+    if not in_memory:
+        return settled
+    return lax.while_loop(lambda c: c[0] != 0, lambda c: (c[0] >> 1, -c[1]), (zero, settled))[1]
 
 
 def _select(
