@@ -437,7 +437,7 @@ def _check_same_seed(subsets: Sequence[Subset]) -> None:
 def _written(x: Any, positions: np.ndarray, values: np.ndarray | None) -> Any:
     assert values is not None
     if isinstance(x, jax.Array):
-        return scatter.scatter(x, scatter.pieces(x, positions, values))
+        return scatter.scatter(x, scatter.pieces([(x, positions, values)])[0])
     out = np.array(x, order="C")
     out.reshape(-1)[positions] = values
     return out

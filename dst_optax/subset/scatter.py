@@ -5,7 +5,8 @@ real ones, so that many subsets share few programs. Padding points behind the en
 nothing is written.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +19,8 @@ from dst_optax.subset import trees
 class Piece(NamedTuple):
     """The entries that lie in one shard, on the shard's device."""
 
-    where: tuple[jax.Array, ...]  # (padded,) int32: row-major positions, or an index for each axis
-    values: jax.Array  # (padded,)
+    where: tuple[Any, ...]  # (padded,) int32: row-major positions, or an index for each axis
+    values: Any  # (padded,)
 
 
 def padded(count: int) -> int:
@@ -28,37 +29,37 @@ def padded(count: int) -> int:
     return -(-count // step) * step
 
 
-def pieces(x: jax.Array, positions: np.ndarray, values: np.ndarray) -> list[Piece]:
-    """Entries as one piece for each shard of ``x`` that this process holds.
+def pieces(wanted: Iterable[tuple[jax.Array, np.ndarray, np.ndarray]]) -> list[list[Piece]]:
+    """Puts the entries of many arrays on the devices where they belong, in one transfer.
 
     Args:
-      x: the array that the entries are for.
-      positions: (k,) row-major positions, sorted.
-      values: (k,) values of the dtype of ``x``.
+      wanted: an array, (k,) row-major sorted positions, and (k,) values of its dtype.
 
     Returns:
-      Pieces in the order of ``x.addressable_shards``.
+      For each array one piece per shard that this process holds, in the order of ``addressable_shards``.
     """
-    out = []
-    for shard in x.addressable_shards:
-        start = trees.box_start(shard.index)
-        chosen, local = trees.to_box(positions, shard.data.shape, start, x.shape)
-        out.append(_piece(shard.data, local, values[chosen], shard.device))
-    return out
+    host: list[list[Piece]] = []
+    devices: list[Any] = []
+    for x, positions, values in wanted:
+        host.append([])
+        for shard in x.addressable_shards:
+            shape = shard.data.shape
+            chosen, local = trees.to_box(positions, shape, trees.box_start(shard.index), x.shape)
+            host[-1].append(_padded_piece(shape, local, values[chosen]))
+            devices += [shard.device] * len(jax.tree.leaves(host[-1][-1]))
+    flat, treedef = jax.tree.flatten(host)
+    return jax.tree.unflatten(treedef, jax.device_put(flat, devices))
 
 
-def _piece(data: jax.Array, local: np.ndarray, values: np.ndarray, device: Any) -> Piece:
-    extra = padded(len(local)) - len(local)
-    if data.size + extra < 2**31:
-        behind = np.arange(data.size, data.size + extra)
-        where = [np.concatenate([local, behind]).astype(np.int32)]
+def _padded_piece(shape: tuple[int, ...], local: np.ndarray, values: np.ndarray) -> Any:
+    extra, size = padded(len(local)) - len(local), math.prod(shape)
+    if size + extra < 2**31:
+        where = (np.concatenate([local, np.arange(size, size + extra)], dtype=np.int32),)
     else:
-        coordinates = np.unravel_index(local, data.shape)
-        behind = [data.shape[0] + np.arange(extra), *[np.zeros(extra, int)] * (data.ndim - 1)]
-        where = [np.concatenate(c).astype(np.int32) for c in zip(coordinates, behind, strict=True)]
-    filled = np.concatenate([values, np.zeros(extra, values.dtype)])
-    *where, filled = jax.device_put([*where, filled], device)
-    return Piece(tuple(where), filled)
+        behind = [shape[0] + np.arange(extra), *[np.zeros(extra, int)] * (len(shape) - 1)]
+        parts = zip(np.unravel_index(local, shape), behind, strict=True)
+        where = tuple(np.concatenate(part, dtype=np.int32) for part in parts)
+    return Piece(where, np.concatenate([values, np.zeros(extra, values.dtype)]))
 
 
 def scatter(x: jax.Array, entries: list[Piece], donate: bool = False) -> jax.Array:
