@@ -1,7 +1,7 @@
 """Benchmark of subset files and swapping: position coding, fingerprints, loading, activation.
 
-Run with ``python scripts/benchmark_subset.py [--small] [--out FILE]``; prints JSON. Times are medians; the model has the
-shapes of T5-base. Single-core rates are entries per second of CPU time.
+Run with ``python scripts/benchmark_subset.py [--small] [--out FILE]``; prints JSON. Times are medians; the
+model has the shapes of T5-base. Single-core rates are entries per second of CPU time.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import safetensors
 import safetensors.numpy
 
 from dst_optax import serving, subset
-from dst_optax.subset import gaps, scatter
+from dst_optax.subset import gaps
 
 SHAPES = (
     {"shared/embedding": (32128, 768)}
@@ -82,7 +82,9 @@ def swapping(shapes: dict[str, tuple[int, ...]], share: float, directory: pathli
             where = np.sort(rng.choice(x.size, count, replace=False))
             leaves[path] = subset.Entries(x.shape, where, rng.standard_normal(count, np.float32))
         prints = dict(zip(seed, subset.fingerprints(seed.values()), strict=True))
-        leaves = {p: subset.Entries(e.shape, e.positions, e.values, None, prints[p]) for p, e in leaves.items()}
+        leaves = {
+            p: subset.Entries(e.shape, e.positions, e.values, None, prints[p]) for p, e in leaves.items()
+        }
         subset.Subset(leaves).save(directory / name)
     full = directory / "model.safetensors"
     safetensors.numpy.save_file(seed, full)
