@@ -108,7 +108,7 @@ def counting(delta: jax.Array, guess: jax.Array, spread: jax.Array, m: int) -> s
     total = jnp.asarray(budget.limbs([delta.size]))
     rowwise = jax.default_backend() == "cpu"
     return selection.thresholds(
-        [leaf], jnp.asarray(budget.limbs([m])), total, INFINITY, guess, spread, 2.0**23, rowwise
+        [leaf], jnp.asarray(budget.limbs([m])), total, INFINITY, guess, spread, guess | (1 << 30), 2.0**23, rowwise
     )
 
 
