@@ -611,9 +611,7 @@ class _Ranked(NamedTuple):
             jnp.max(jnp.where(keep, far, 0.0), initial=0.0),
         )
 
-    def unresolved(
-        self, kept: Callable[[], jax.Array], gap: jax.Array, reach: jax.Array, rowwise: bool
-    ) -> jax.Array:
+    def unresolved(self, kept: Callable[[], jax.Array], gap: jax.Array, reach: jax.Array) -> jax.Array:
         """Reverted entries whose rounding error under a plain apply may look like a kept distance.
 
         The error of ``p + (s - p)`` is at most one unit in the last place of ``s - p``, and p lies
@@ -628,9 +626,7 @@ class _Ranked(NamedTuple):
             back = _back(self.seed, self.param, self.update.dtype)
             landed = _rounded(_add(self.param, back), self.zero).astype(wide)
             residue = jnp.abs(landed - self.seed.astype(wide))
-            lost = ~keep & (residue > 0) & (residue >= half)
-            ones = [lost.astype(jnp.int32), keep.astype(jnp.int32)]
-            return selection.total_of(ones, rowwise)[0]
+            return jnp.sum(~keep & (residue > 0) & (residue >= half), dtype=jnp.int32)
 
         return lax.cond(error < half, lambda: jnp.zeros((), jnp.int32), count)
 
@@ -919,7 +915,7 @@ def _select_group(
             gap, far_off = jnp.min(nearest[at]), jnp.max(farthest[at])
         else:
             gap, far_off = item.extent(kept())
-        lost = item.unresolved(kept, gap, reached, rowwise)
+        lost = item.unresolved(kept, gap, reached)
         unresolved = unresolved + lost
         out.append(item.chosen(kept(), lost >> 31))
         gaps.append(jnp.where(all_free[at].all(), FREE, gap).astype(jnp.float32))
