@@ -6,9 +6,9 @@ to it. A pass reads the keys once and counts, for every silo, how many exceed ea
 thresholds; the counts narrow a bracket ``(lo, hi]`` around t. Ranks at the ends of the bracket tell
 where in it the next probes belong: the error of that interpolation is about the square root of
 the entries left, so a few passes suffice, from a good first guess (the last step's threshold) three
-or four. A pass that fails to narrow the bracket is followed by evenly spaced probes, which bounds
-the number of passes by that of a ninth-section search. When a count meets the budget the silo is
-done.
+or four. The other half of the probes is spaced evenly: where many keys are equal ranks mislead, and
+so the passes are never more than those of a search that divides by five. When a count meets the
+budget the silo is done.
 
 The first pass also learns how many keys there are at all (its lowest probe is -1) and whether any
 key is far beyond the guess (its highest probe).
@@ -32,7 +32,8 @@ from dst_optax import budget
 
 PROBES = 8
 GUESS_OFFSETS = (-24.0, -24.0, -2.0, -0.3, 0.3, 2.0, 24.0, 24.0)  # in units of the guess's spread
-RANK_OFFSETS = (-4.0, -1.5, -0.6, -0.15, 0.15, 0.6, 1.5, 4.0)  # in standard deviations
+RANK_OFFSETS = (-2.0, -0.4, 0.4, 2.0)  # in standard deviations
+EVEN_SHARES = (0.2, 0.4, 0.6, 0.8)  # of the bracket's width
 CURVATURE = 0.05  # error of linear interpolation of ranks per octave of the bracket's width
 
 
@@ -59,7 +60,6 @@ class Bracket(NamedTuple):
     above_hi: jax.Array  # (silos, 2) int32 limbs
     counted: jax.Array  # (silos, 2) int32 limbs: keys >= 0
     most: jax.Array  # (silos,) key dtype: no key is known to exceed it
-    stalled: jax.Array  # (silos,) bool: the last pass narrowed the bracket too little
     passes: jax.Array  # () int32
 
     def met(self, m: jax.Array) -> jax.Array:
@@ -114,22 +114,20 @@ def thresholds(
         above_hi=jnp.zeros_like(total),
         counted=total,
         most=jnp.full_like(guess, top),
-        stalled=jnp.ones(guess.shape, bool),
         passes=jnp.int32(0),
     )
     real = jnp.float64 if dtype == jnp.int64 else jnp.float32
 
     def probes(b: Bracket) -> jax.Array:
-        width = b.hi.astype(real) - b.lo.astype(real)  # hi - lo may exceed the integers
-        even = jnp.broadcast_to(
-            (jnp.arange(1, PROBES + 1, dtype=real) / (PROBES + 1))[None], (guess.shape[0], PROBES)
-        )
+        unsigned = jnp.uint64 if dtype == jnp.int64 else jnp.uint32  # hi - lo may exceed a signed integer
+        width = (b.hi.astype(unsigned) - b.lo.astype(unsigned)).astype(real)
         left = jnp.maximum(budget.to_float(b.above_lo) - budget.to_float(b.above_hi), 1.0)
         at = jnp.clip((budget.to_float(b.above_lo) - budget.to_float(m)) / left, 0.0, 1.0)
         deviation = jnp.sqrt(jnp.maximum(at * (1 - at) / left, 1 / (4 * left * left))).astype(real)
         deviation = deviation + CURVATURE * jnp.minimum(width / octave, 1.0)
         ranked = at.astype(real)[:, None] + deviation[:, None] * jnp.array([RANK_OFFSETS], real)
-        share = jnp.clip(jnp.where(b.stalled[:, None], even, ranked), 0.0, 1.0)
+        even = jnp.broadcast_to(jnp.array([EVEN_SHARES], real), ranked.shape)
+        share = jnp.clip(jnp.concatenate([even, ranked], axis=1), 0.0, 1.0)
         offset = jnp.round(share * width[:, None]).astype(dtype)
         inside = b.lo[:, None] + jnp.minimum(offset, (b.hi - 1 - b.lo)[:, None])
         away = jnp.minimum(spread.astype(real), octave)[:, None] * jnp.array([GUESS_OFFSETS], real)
@@ -139,32 +137,32 @@ def thresholds(
         t = jnp.where(first & (guess >= 0)[:, None], guessed, inside)
         t = jnp.clip(t, b.lo[:, None] + 1, jnp.maximum(b.hi, 1)[:, None] - 1)
         lowest = jnp.where(first, -1, t[:, :1])
-        highest = jnp.where(first, jnp.maximum(far[:, None], t[:, -1:]), t[:, -1:])
+        highest = jnp.where(first, far[:, None], t[:, -1:])
         return jnp.concatenate([lowest, t[:, 1:-1], highest], axis=1)
 
     def narrow(b: Bracket) -> Bracket:
         t, active = probes(b), (b.passes == 0) | ~b.done(m)
         above = count(leaves, t, rowwise, active)
         fits = budget.less_equal(above, m[:, None]) & (t >= 0)
-        edge = jnp.sum(~fits, axis=1, dtype=jnp.int32)[:, None]
         ends = jnp.concatenate([b.lo[:, None], t, b.hi[:, None]], axis=1)
         counts = jnp.concatenate([b.above_lo[:, None], above, b.above_hi[:, None]], axis=1)
+        fits = jnp.pad(fits, ((0, 0), (1, 1))) | (jnp.arange(PROBES + 2) == PROBES + 1)[None]
 
         def pick(index: jax.Array) -> tuple[jax.Array, jax.Array]:
+            index = index[:, None]
             return (
                 jnp.take_along_axis(ends, index, axis=1)[:, 0],
                 jnp.take_along_axis(counts, index[..., None], axis=1)[:, 0],
             )
 
-        lo, above_lo = pick(edge)
-        hi, above_hi = pick(edge + 1)
-        slow = (hi.astype(real) - lo.astype(real)) * 6 > b.hi.astype(real) - b.lo.astype(real)
+        lo, above_lo = pick(jnp.argmax(jnp.where(fits, -2, ends), axis=1))
+        last = jnp.argmin(jnp.where(fits, ends, top)[:, ::-1], axis=1)
+        hi, above_hi = pick(PROBES + 1 - last)
         first = b.passes == 0
         counted = jnp.where(first, above[:, 0], b.counted)
         empty = (above == 0).all(axis=-1)
         most = jnp.minimum(b.most, jnp.min(jnp.where(empty, t, top), axis=1))
-        slow &= ~(first & (guess >= 0))
-        found = Bracket(lo, hi, above_lo, above_hi, counted, most, slow, b.passes)
+        found = Bracket(lo, hi, above_lo, above_hi, counted, most, b.passes)
 
         def renewed(new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(active.reshape(-1, *[1] * (new.ndim - 1)), new, old)
