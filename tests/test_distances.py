@@ -73,7 +73,7 @@ def test_half_precision_is_ranked_in_float32(name, dtype):
     [
         (lambda a, b, c: jnp.sum(jnp.abs(a - b)), r"shape \(\)"),
         (lambda a, b, c: jnp.abs(a - b).astype(jnp.bfloat16), "bfloat16"),
-        (lambda a, b, c: (a > b), "bool"),
+        (lambda a, b, c: a > b, "bool"),
     ],
 )
 def test_a_distance_that_is_not_component_wise_is_refused(distance, says):

@@ -9,7 +9,10 @@ import pytest
 from dst_optax import silos
 
 PARAMS = {
-    "decoder": {"layers_0": {"w": jnp.zeros((4, 5)), "b": jnp.zeros(5)}, "layers_1": {"w": jnp.zeros((4, 5))}},
+    "decoder": {
+        "layers_0": {"w": jnp.zeros((4, 5)), "b": jnp.zeros(5)},
+        "layers_1": {"w": jnp.zeros((4, 5))},
+    },
     "embed": jnp.zeros((7, 3), jnp.bfloat16),
     "scan": jnp.zeros((2, 3, 4)),
 }
