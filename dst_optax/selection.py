@@ -143,8 +143,8 @@ def thresholds(
         return jnp.concatenate([lowest, t[:, 1:-1], highest], axis=1)
 
     def narrow(b: Bracket) -> Bracket:
-        t = probes(b)
-        above = count(leaves, t, rowwise)
+        t, active = probes(b), (b.passes == 0) | ~b.done(m)
+        above = count(leaves, t, rowwise, active)
         fits = budget.less_equal(above, m[:, None]) & (t >= 0)
         edge = jnp.sum(~fits, axis=1, dtype=jnp.int32)[:, None]
         ends = jnp.concatenate([b.lo[:, None], t, b.hi[:, None]], axis=1)
@@ -164,32 +164,47 @@ def thresholds(
         empty = (above == 0).all(axis=-1)
         most = jnp.minimum(b.most, jnp.min(jnp.where(empty, t, top), axis=1))
         slow &= ~(first & (guess >= 0))
-        return Bracket(lo, hi, above_lo, above_hi, counted, most, slow, b.passes + 1)
+        found = Bracket(lo, hi, above_lo, above_hi, counted, most, slow, b.passes)
+
+        def renewed(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(active.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+        silos = jax.tree.map(renewed, found[:-1], b[:-1])
+        return found._replace(**dict(zip(Bracket._fields, silos, strict=False)), passes=b.passes + 1)
 
     return lax.while_loop(lambda b: (b.passes == 0) | ~jnp.all(b.done(m)), narrow, start)
 
 
-def count(leaves: Sequence[Leaf], t: jax.Array, rowwise: bool) -> jax.Array:
+def count(leaves: Sequence[Leaf], t: jax.Array, rowwise: bool, active: jax.Array) -> jax.Array:
     """Counts the keys above each threshold.
 
     Args:
       leaves: the keys.
       t: thresholds, (silos, probes) key dtype.
-      rowwise: see :func:`thresholds`.
+      rowwise: see :func:`thresholds`; then leaves without an active silo are passed over, too.
+      active: silos whose counts are asked for, (silos,) bool.
 
     Returns:
-      Limbs, (silos, probes, 2) int32.
+      Limbs, (silos, probes, 2) int32; 0 or right for silos that are not active.
     """
     total = jnp.zeros((*t.shape, 2), jnp.int32)
     for leaf in leaves:
-        keys = leaf.keys()
-        above = [
-            keys > spread_to_leaf(t[:, j], leaf, keys.ndim).astype(keys.dtype) for j in range(t.shape[1])
-        ]
-        counts = jnp.stack(_sums(above, leaf.axis, rowwise), axis=-2)
-        total = total.at[np.array(leaf.silos, np.int32)].add(
-            counts if leaf.axis is not None else counts[None]
-        )
+
+        def above(leaf: Leaf = leaf) -> jax.Array:
+            keys = leaf.keys()
+            masks = [
+                keys > spread_to_leaf(t[:, j], leaf, keys.ndim).astype(keys.dtype) for j in range(t.shape[1])
+            ]
+            counts = jnp.stack(_sums(masks, leaf.axis, rowwise), axis=-2)
+            return counts if leaf.axis is not None else counts[None]
+
+        ids = np.array(leaf.silos, np.int32)
+        if rowwise:
+            nothing = jnp.zeros((len(ids), t.shape[1], 2), jnp.int32)
+            counts = lax.cond(active[ids].any(), above, lambda nothing=nothing: nothing)
+        else:
+            counts = above()
+        total = total.at[ids].add(counts)
     return budget.carry(total)
 
 
@@ -233,12 +248,3 @@ def _huge_sum(mask: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         hi = jnp.sum(hi, axis=axis, dtype=jnp.int32) + (high_byte >> 8)
         pair = budget.carry(jnp.stack([hi, low_byte + ((high_byte & 0xFF) << 8)], axis=-1))
     return pair
-
-
-def total_of(ones: list[jax.Array], rowwise: bool) -> list[jax.Array]:
-    """Sums int32 arrays of one shape to scalars in one read."""
-    ndim = ones[0].ndim
-    if ndim == 0:
-        return ones
-    rows = _reduce(ones, tuple(range(1, ndim))) if rowwise and ndim > 1 else ones
-    return _reduce(rows, tuple(range(rows[0].ndim)))

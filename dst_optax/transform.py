@@ -36,7 +36,7 @@ FREE = -1.0  # in `gap`: every entry of the leaf is free at this step
 class DynamicSubsetTuningState(NamedTuple):
     """State of :func:`dynamic_subset_tuning`."""
 
-    seed: Any  # like params, their dtypes; optax.MaskedNode where a leaf is statically free or frozen
+    seed: Any  # like params, their dtypes; a MaskedNode (Free, Frozen) where a leaf is so at every step
     captured: jax.Array  # (), bool: the seed is the model that training started from
     threshold: jax.Array  # (silos,), float32: the last threshold; -1 free, inf frozen
     movement: jax.Array  # (silos,), float32: its change in the last step
@@ -110,7 +110,10 @@ def dynamic_subset_tuning(
         plan = plan_of(params)
         ranked = set(plan.ranked)
         leaves, treedef = jax.tree.flatten(params)
-        seed = [_copy(x) if i in ranked else optax.MaskedNode() for i, x in enumerate(leaves)]
+        seed = [
+            _copy(x) if i in ranked else Free() if plan.is_free(leaf) else Frozen()
+            for i, (x, leaf) in enumerate(zip(leaves, plan.leaves, strict=True))
+        ]
         nothing = jnp.zeros((), jnp.int32)
         return DynamicSubsetTuningState(
             seed=jax.tree.unflatten(treedef, seed),
@@ -198,14 +201,13 @@ def apply_updates(params: Any, updates: Any, state: Any) -> Any:
       [1.0, 2.5, 3.0]
     """
 
-    def apply(p: jax.Array, u: jax.Array, place: _Place | None) -> jax.Array:
-        if u is None:
+    def apply(p: jax.Array, u: jax.Array, place: Any) -> jax.Array:
+        if u is None or isinstance(place, Frozen):
             return p
         p = jnp.asarray(p)
         added = _add(p, u)
-        if place is None:
-            frozen = _bits(u) == _bits(jnp.full((), -0.0, u.dtype))
-            return jnp.where(frozen, p, added)
+        if not isinstance(place, _Place):
+            return added
         asked = _asks_for_seed(u, place.seed, p) & (place.gap != FREE) & place.captured
         return jnp.where(asked, place.seed, added)
 
@@ -235,8 +237,8 @@ def finalize(params: Any, state: Any) -> Any:
       [1.0, 2.5, 3.0]
     """
 
-    def settle(p: jax.Array, place: _Place | None) -> jax.Array:
-        if place is None:
+    def settle(p: jax.Array, place: Any) -> jax.Array:
+        if not isinstance(place, _Place):
             return p
         wide = _wide(p.dtype)
         near = jnp.abs(p.astype(wide) - place.seed.astype(wide)) < 0.5 * place.gap.astype(wide)
@@ -307,8 +309,10 @@ def subset_mask(params: Any, state: Any) -> Any:
       [False, True, False]
     """
 
-    def differs(p: jax.Array, place: _Place | None) -> jax.Array:
-        if place is None:
+    def differs(p: jax.Array, place: Any) -> jax.Array:
+        if isinstance(place, Free):
+            return jnp.ones(jnp.shape(p), bool)
+        if not isinstance(place, _Place):
             return jnp.zeros(jnp.shape(p), bool)
         return (_bits(jnp.asarray(p)) != _bits(place.seed)) & place.captured
 
@@ -316,7 +320,10 @@ def subset_mask(params: Any, state: Any) -> Any:
 
 
 def seed_leaves(params: Any, state: Any) -> list[tuple[str, Any]]:
-    """The seed of every leaf of ``params``, in order, with its path; None where none is kept.
+    """The seed of every leaf of ``params``, in order, with its path; a frozen leaf is its own seed.
+
+    Returns:
+      Pairs of path and seed; None where none is kept, as for a leaf that is statically free.
 
     Raises:
       ValueError: the seed is not captured yet.
@@ -328,8 +335,21 @@ def seed_leaves(params: Any, state: Any) -> list[tuple[str, Any]]:
                 "params) with the seed model."
             )
     places = _places(state)
-    found = [(path, places.get(path)) for path, _ in _paths(params)]
-    return [(path, None if place is None else place.seed) for path, place in found]
+
+    def seed(leaf: Any, place: Any) -> Any:
+        if isinstance(place, Frozen):
+            return leaf
+        return place.seed if isinstance(place, _Place) else None
+
+    return [(path, seed(leaf, places.get(path))) for path, leaf in _paths(params)]
+
+
+class Free(optax.MaskedNode):
+    """In place of a seed: every entry of the leaf is free at every step."""
+
+
+class Frozen(optax.MaskedNode):
+    """In place of a seed: no entry of the leaf ever moves."""
 
 
 class _Place(NamedTuple):
@@ -363,15 +383,21 @@ def _paths(params: Any) -> list[tuple[str, Any]]:
     return [(leaf_path(k), x) for k, x in jax.tree_util.tree_flatten_with_path(params)[0]]
 
 
-def _places(state: Any) -> dict[str, _Place]:
-    places: dict[str, _Place] = {}
+def _places(state: Any) -> dict[str, _Place | Free | Frozen]:
+    places: dict[str, _Place | Free | Frozen] = {}
     for dst in states(state):
-        for i, (path, seed) in enumerate(_paths(dst.seed)):
+        leaves = jax.tree_util.tree_flatten_with_path(dst.seed, is_leaf=is_masked)[0]
+        ranked = iter(range(len(leaves)))
+        for key_path, seed in leaves:
+            path = leaf_path(key_path)
+            marked = isinstance(seed, Free | Frozen)
+            if is_masked(seed) and not marked:
+                continue
             if path in places:
                 raise ValueError(
                     f"two DST states hold the parameter {path!r}; their leaves must be disjoint."
                 )
-            places[path] = _Place(seed, dst.gap[..., i], dst.captured)
+            places[path] = seed if marked else _Place(seed, dst.gap[next(ranked)], dst.captured)
     return places
 
 
@@ -386,7 +412,7 @@ def _map_places(f: Callable[..., Any], params: Any, state: Any, *rest: Any) -> A
         path = leaf_path(key_path)
         place = places.get(path)
         used.add(path)
-        if place is not None and place.seed.shape != jnp.shape(p):
+        if isinstance(place, _Place) and place.seed.shape != jnp.shape(p):
             raise ValueError(
                 f"parameter {path!r} has the shape {jnp.shape(p)}, its seed {place.seed.shape}; the state "
                 "belongs to another model."
@@ -398,7 +424,7 @@ def _map_places(f: Callable[..., Any], params: Any, state: Any, *rest: Any) -> A
     missing = [path for path in places if path not in used]
     if missing:
         raise ValueError(
-            f"the state holds a seed for {missing[0]!r}, which the parameters lack; pass the parameters "
+            f"the state knows of {missing[0]!r}, which the parameters lack; pass the parameters "
             "that the state was made for."
         )
     return out
@@ -585,7 +611,7 @@ class _Ranked(NamedTuple):
             jnp.max(jnp.where(keep, far, 0.0), initial=0.0),
         )
 
-    def unresolved(self, kept: Callable[[], jax.Array], gap: jax.Array, reach: jax.Array, rowwise: bool) -> jax.Array:
+    def unresolved(self, kept: Callable[[], jax.Array], gap: jax.Array, reach: jax.Array) -> jax.Array:
         """Reverted entries whose rounding error under a plain apply may look like a kept distance.
 
         The error of ``p + (s - p)`` is at most one unit in the last place of ``s - p``, and p lies
@@ -600,9 +626,7 @@ class _Ranked(NamedTuple):
             back = _back(self.seed, self.param, self.update.dtype)
             landed = _rounded(_add(self.param, back), self.zero).astype(wide)
             residue = jnp.abs(landed - self.seed.astype(wide))
-            lost = ~keep & (residue > 0) & (residue >= half)
-            ones = [lost.astype(jnp.int32), keep.astype(jnp.int32)]
-            return selection.total_of(ones, rowwise)[0]
+            return jnp.sum(~keep & (residue > 0) & (residue >= half), dtype=jnp.int32)
 
         return lax.cond(error < half, lambda: jnp.zeros((), jnp.int32), count)
 
@@ -891,7 +915,7 @@ def _select_group(
             gap, far_off = jnp.min(nearest[at]), jnp.max(farthest[at])
         else:
             gap, far_off = item.extent(kept())
-        lost = item.unresolved(kept, gap, reached, rowwise)
+        lost = item.unresolved(kept, gap, reached)
         unresolved = unresolved + lost
         out.append(item.chosen(kept(), lost >> 31))
         gaps.append(jnp.where(all_free[at].all(), FREE, gap).astype(jnp.float32))
