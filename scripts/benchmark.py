@@ -221,7 +221,9 @@ def step_cells(models: list[str], fraction: float, runs: int, naive: bool) -> It
             naive_tx = optax.chain(adamw, reference.dynamic_subset_tuning(fraction))
             trainees["adamw+naive"] = Trainee(naive_tx, False, params, gradients)
         else:
-            skipped["adamw+naive"] = f"would take more than {LIMIT:.0f} s a step" if naive else "not asked for"
+            skipped["adamw+naive"] = (
+                f"would take more than {LIMIT:.0f} s a step" if naive else "not asked for"
+            )
         for name, trainee in trainees.items():  # past the first, cold steps
             for _ in range(1 if name == "adamw+naive" else 4):
                 jax.block_until_ready(trainee.step())
@@ -254,7 +256,9 @@ def show(cell: dict[str, Any]) -> None:
         times = "  ".join(
             f"{name} {t['ms']:.3g} ms (x{cell['x_warm'][name]:.3g})" for name, t in cell["times"].items()
         )
-        print(f"n={cell['n']:<11,} fraction={cell['fraction']:<7} passes={cell['passes']}  {times}", flush=True)
+        print(
+            f"n={cell['n']:<11,} fraction={cell['fraction']:<7} passes={cell['passes']}  {times}", flush=True
+        )
     else:
         print(f"T5 v1.1 {cell['model']}: {cell['parameters']:,} parameters in {cell['tensors']} tensors")
         for name, t in cell["times"].items():

@@ -1,6 +1,7 @@
 """Files that survive: trees of arrays, seed models, subsets, and checkpoints that are whole or absent."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -13,8 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from dst_optax import subset
 from dst_optax.silos import leaf_path
-from dst_optax.transform import seed_leaves
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_WORDS = ("No space left", "Disk quota exceeded", "File too large")
@@ -182,52 +183,6 @@ def load_model(path: Path, like: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda k, x: found[leaf_path(k)].astype(x.dtype), like)
 
 
-def save_subset(path: Path, tuned: Any, state: Any) -> None:
-    """Writes positions and values of the entries that differ from the seed.
-
-    Args:
-      path: directory to make.
-      tuned: tuned parameters.
-      state: the optimizer's state, with the seed.
-    """
-    from safetensors.numpy import save_file
-
-    path.mkdir()
-    seeds = seed_leaves(tuned, state)
-    arrays = {}
-    for (name, seed), x in zip(seeds, jax.tree.leaves(tuned), strict=True):
-        x = np.asarray(x).reshape(-1)
-        bits = f"u{x.dtype.itemsize}"
-        free = np.arange(x.size)
-        if seed is not None:
-            free = np.flatnonzero(x.view(bits) != np.asarray(seed).reshape(-1).view(bits))
-        arrays |= {f"{name}:positions": free, f"{name}:values": x[free]}
-    save_file(arrays, path / "subset.safetensors")
-
-
-def load_subset(path: Path, seed: Any, like: Any) -> Any:
-    """Puts what :func:`save_subset` wrote over the seed model.
-
-    Args:
-      path: the directory.
-      seed: parameters of the seed model.
-      like: the same tree; shardings are taken from it.
-
-    Returns:
-      Tuned parameters.
-    """
-    from safetensors.numpy import load_file
-
-    arrays = load_file(path / "subset.safetensors")
-
-    def put(key: Any, x: Any, place: Any) -> Any:
-        x, name = np.array(x), leaf_path(key)
-        x.reshape(-1)[arrays[f"{name}:positions"]] = arrays[f"{name}:values"]
-        return jax.device_put(x, place.sharding)
-
-    return jax.tree_util.tree_map_with_path(put, seed, like)
-
-
 def pick(params: Any, like: Any) -> Any:
     """Copies of those leaves of ``params`` that ``like`` has, with its shardings."""
     known = named_leaves(params)
@@ -237,14 +192,16 @@ def pick(params: Any, like: Any) -> Any:
 
 
 def fingerprint(params: Any) -> str:
-    """Fingerprint of a whole model: changes with any bit, name, shape or dtype."""
-    import hashlib
+    """Fingerprint of a whole model: changes with any bit, name, shape or dtype.
 
-    digest = hashlib.sha256()
-    for name, x in sorted(named_leaves(params).items()):
-        x = np.asarray(x)
-        digest.update(f"{name} {x.dtype} {x.shape}\n".encode() + np.ascontiguousarray(x).tobytes())
-    return digest.hexdigest()[:32]
+    Example:
+      >>> import numpy as np
+      >>> len(fingerprint({"w": np.zeros(3, np.float32)}))
+      32
+    """
+    leaves = sorted(named_leaves(params).items())
+    parts = zip((name for name, _ in leaves), subset.fingerprints(x for _, x in leaves), strict=True)
+    return hashlib.sha256(repr(list(parts)).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)

@@ -474,7 +474,7 @@ def _claim(root: Path, identity: dict[str, Any]) -> None:
 def _seed(root: Path, model: t5.T5Config, network: Any, checkpoint: str | None, reference: bool) -> Params:
     """The seed model on the host: kept in the run directory, or where it lies."""
     tokens = jnp.zeros((1, 1), jnp.int32)
-    init = lambda: network.init(jax.random.key(0), tokens, tokens, tokens)["params"]  # noqa: E731
+    init = lambda: network.init(jax.random.key(0), tokens, tokens, tokens, enable_dropout=False)["params"]  # noqa: E731
     like = jax.eval_shape(init)
     kept = root / "seed" / "model.safetensors"
     if kept.exists():

@@ -9,7 +9,7 @@ import jax
 import optax
 
 import dst_optax
-from dst_optax import diagnostics, distances
+from dst_optax import diagnostics, distances, subset
 from dst_optax import silos as silos_lib
 from dst_optax.finetuning import storage
 from dst_optax.finetuning.methods import Params
@@ -74,10 +74,10 @@ class DST:
         self, directory: Path, tuned: Params, state: Any, save_model: Callable[[Path, Params], None]
     ) -> None:
         del save_model
-        storage.save_subset(directory / "subset", tuned, state)
+        subset.extract(tuned, state).save(directory / "subset")
 
     def save(self, directory: Path, tuned: Params, state: Any) -> None:  # noqa: D102
-        storage.save_subset(directory / "subset", tuned, state)
+        subset.extract(tuned, state).save(directory / "subset")
         storage.save_tree(directory / "slots", _map_states(lambda s: s._replace(seed=None), state))
 
     def load(self, directory: Path, seed: Params, tuned: Params, state: Any) -> tuple[Params, Any]:  # noqa: D102
@@ -86,7 +86,8 @@ class DST:
         restored = storage.load_tree(directory / "slots", bare)
         known = iter(seeds)
         filled = _map_states(lambda s: s._replace(seed=storage.pick(seed, next(known))), restored)
-        return storage.load_subset(directory / "subset", seed, tuned), filled
+        patched = subset.Subset.load(directory / "subset").apply(seed)
+        return storage.pick(patched, tuned), filled
 
 
 def _map_states(change: Callable[[Any], Any], state: Any) -> Any:

@@ -1,27 +1,33 @@
 """A small, deterministic stand-in for SuperGLUE, for machines without its data.
 
-Rows have the official form, but speak of letters in a row: "k f a q" says that k came first, then f,
-and so on. Every answer depends on the order of the letters or on a relation between two parts of the
-row; the letters themselves, counted, tell nothing. Labels are balanced.
+Rows have the official form, but tell one kind of story: "cf b hit k z" says that b hit k; the letters
+around it mean nothing. The one who is hit falls, the other runs. Every answer depends on the order of
+the two names or on a relation between two parts of the row; bytes, counted, tell little or nothing of
+it. Labels are balanced.
 
-    boolq    passage "k f a q", question "k before a": true
-    cb       premise "k f a q", hypothesis "a f": contradiction ("k a" entailment, "k x" neutral)
-    copa     which of two letters came first (question "cause") or last ("effect")
-    multirc  which letters came after the one in the question
-    record   which letter follows the one in the query at once
-    rte      premise "k f a q", hypothesis "k a q": entailment, as its letters are in the same order
-    wic      whether the word is followed by the same letter in both sentences
-    wsc      "k hit f and it fell" means f, "k hit f and it ran" means k
-    axb      rte with the hypothesis turned round or not; axg like rte
+    boolq    passage "cf b hit k z", question "b hit k": True, "k hit b": False
+    cb       hypothesis "b hit k": entailment, "k hit b": contradiction, "b hit m": neutral
+    copa     choices "b" and "k": who ran (question "cause"), or who fell (question "effect")
+    multirc  question "fell" or "ran", answer "b" or "k"
+    record   query "@placeholder hit k": b, "b hit @placeholder": k
+    rte      hypothesis "b hit k": entailment, "k hit b": not_entailment
+    wic      whether the word has the same part in both sentences
+    wsc      "cf b hit k z and it fell": it is k, "and it ran": it is b
+    axb      like rte; axg likewise
 """
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from random import Random
 from typing import Any
 
-from dst_optax.finetuning.superglue.benchmark import spec
+from dst_optax.finetuning.superglue.benchmark import flatten, spec
+from dst_optax.finetuning.superglue.text import to_text
 
-LETTERS = "bcdfghjklmnpqrstvwxz"
+NAMES = "bdkm"
+LETTERS = "cfghjlnpqrstvwxz"
+DEEDS = ("ran", "fell")
+LIMIT = 200_000  # rows to try
 SIZES = {"validation": 256, "test": 256, "train": 20_000}
 
 
@@ -39,165 +45,130 @@ def rows(task: str, split: str, seed: int = 0, train_size: int = SIZES["train"])
 
     Example:
       >>> rows("rte", "train")[0]
-      {'premise': 'p m v q s', 'hypothesis': 'p q s', 'label': 'entailment', 'idx': 0}
+      {'premise': 'gg b hit d g', 'hypothesis': 'b hit d', 'label': 'entailment', 'idx': 0}
     """
     if split not in spec(task).splits:
         raise ValueError(f"the synthetic {task} has no split {split!r}, only {', '.join(spec(task).splits)}.")
-    stream = _distinct(_MAKERS[task], Random(f"{task} {seed}"))
+    stream = _distinct(task, Random(f"{task} {seed}"))
     for name, size in {**SIZES, "train": train_size}.items():
-        made = [
-            {**next(stream), "idx": i} for i in range(size if name in (split, "validation", "test") else 0)
-        ]
         if name == split:
-            return [_numbered(task, row) for row in made]
+            return [_numbered(row, i) for i, row in enumerate(islice(stream, size))]
+        if name != "train":  # leave out what belongs to the other splits
+            list(islice(stream, size))
     raise AssertionError(split)
 
 
-def _distinct(make: Callable[[Random, int], dict[str, Any]], random: Random) -> Iterator[dict[str, Any]]:
-    seen, count = set(), 0
-    while True:
-        row = make(random, count)
-        key = repr(row)
-        if key not in seen:
-            seen.add(key)
-            count += 1
+def _distinct(task: str, random: Random) -> Iterator[dict[str, Any]]:
+    """Rows that have no inputs in common."""
+    seen: set[str] = set()
+    for count in range(LIMIT):
+        row = _MAKERS[task](random, len(seen))
+        texts = {to_text(task, flat)[0] for flat in flatten(task, _numbered(row, count), labelled=True)}
+        if not texts & seen:
+            seen |= texts
             yield row
+    raise ValueError(f"there are not so many distinct synthetic rows of {task}; lower train_size.")
 
 
-def _numbered(task: str, row: dict[str, Any]) -> dict[str, Any]:
-    if task == "record":
-        row["qas"][0]["idx"] = row["idx"]
-    return row
+def _numbered(row: dict[str, Any], index: int) -> dict[str, Any]:
+    if "qas" in row:
+        row = {**row, "qas": [{**row["qas"][0], "idx": index}]}
+    return {**row, "idx": index}
 
 
-def _some(random: Random, low: int = 4, high: int = 5) -> list[str]:
-    return random.sample(LETTERS, random.randint(low, high))
+def _story(random: Random) -> tuple[str, str, str]:
+    """Who hit whom, and the text."""
+    a, b = random.sample(NAMES, 2)
+    x, y, z = random.choices(LETTERS, k=3)
+    return a, b, f"{x}{y} {a} hit {b} {z}"
 
 
-def _ordered_pair(random: Random, letters: list[str]) -> tuple[str, str]:
-    first, second = sorted(random.sample(range(len(letters)), 2))
-    return letters[first], letters[second]
+def _claim(a: str, b: str, true: bool) -> str:
+    return f"{a} hit {b}" if true else f"{b} hit {a}"
 
 
 def _boolq(random: Random, count: int) -> dict[str, Any]:
-    letters, label = _some(random), count % 2 == 0
-    pair = _ordered_pair(random, letters)
-    first, second = pair if label else pair[::-1]
-    return {"passage": " ".join(letters), "question": f"{first} before {second}", "label": label}
+    a, b, text = _story(random)
+    label = count % 2 == 0
+    return {"passage": text, "question": _claim(a, b, label), "label": label}
 
 
 def _cb(random: Random, count: int) -> dict[str, Any]:
-    letters, label = _some(random), spec("cb").labels[count % 3]
-    pair = list(_ordered_pair(random, letters))
-    if label == "contradiction":
-        pair.reverse()
-    if label == "neutral":
-        pair[random.randrange(2)] = random.choice([x for x in LETTERS if x not in letters])
-    return {"premise": " ".join(letters), "hypothesis": " ".join(pair), "label": label}
+    a, b, text = _story(random)
+    other = random.choice([x for x in NAMES if x not in (a, b)])
+    neutral = random.choice((_claim(a, other, True), _claim(other, b, True)))
+    claims = (_claim(a, b, True), _claim(a, b, False), neutral)
+    return {"premise": text, "hypothesis": claims[count % 3], "label": spec("cb").labels[count % 3]}
 
 
 def _copa(random: Random, count: int) -> dict[str, Any]:
-    letters, question, label = _some(random), ("cause", "effect")[count % 2], count // 2 % 2
-    first, last = _ordered_pair(random, letters)
-    answer, other = (first, last) if question == "cause" else (last, first)
-    choices = (answer, other) if label == 0 else (other, answer)
+    a, b, text = _story(random)
+    effect, label = count % 2, count // 2 % 2
+    choices = (a, b) if effect == label else (b, a)
     return {
-        "premise": " ".join(letters),
+        "premise": text,
         "choice1": choices[0],
         "choice2": choices[1],
-        "question": question,
+        "question": ("cause", "effect")[effect],
         "label": label,
     }
 
 
 def _multirc(random: Random, count: int) -> dict[str, Any]:
-    del count
-    letters = _some(random, 5, 6)
-    at = random.randrange(1, len(letters) - 1)
-    before, after = random.choice(letters[:at]), random.choice(letters[at + 1 :])
-    answers = random.sample([(before, 0), (after, 1)], 2)
-    return {
-        "passage": {
-            "text": " ".join(letters),
-            "questions": [
-                {
-                    "question": f"after {letters[at]}",
-                    "answers": [{"text": x, "idx": i, "label": y} for i, (x, y) in enumerate(answers)],
-                    "idx": 0,
-                }
-            ],
-        }
+    a, b, text = _story(random)
+    deed = count // 2 % 2
+    answers = random.sample([(a, 1 - deed), (b, deed)], 2)
+    question = {
+        "question": DEEDS[deed],
+        "answers": [{"text": x, "idx": i, "label": y} for i, (x, y) in enumerate(answers)],
+        "idx": 0,
     }
+    return {"passage": {"text": text, "questions": [question]}}
 
 
 def _record(random: Random, count: int) -> dict[str, Any]:
-    del count
-    letters = _some(random)
-    at = random.randrange(len(letters) - 1)
+    a, b, text = _story(random)
+    entities = [{"start": text.index(x), "end": text.index(x)} for x in (a, b)]
+    query, answer = ((f"@placeholder hit {b}", a), (f"{a} hit @placeholder", b))[count % 2]
     return {
-        "passage": {
-            "text": " ".join(letters),
-            "entities": [{"start": 2 * i, "end": 2 * i} for i in range(len(letters))],
-        },
-        "qas": [{"query": f"{letters[at]} @placeholder", "answers": [{"text": letters[at + 1]}]}],
+        "passage": {"text": text, "entities": entities},
+        "qas": [{"query": query, "answers": [{"text": answer}]}],
     }
 
 
 def _rte(random: Random, count: int) -> dict[str, Any]:
-    letters, entailed = _some(random), count % 2 == 0
-    kept = [letters[i] for i in sorted(random.sample(range(len(letters)), 3))]
-    if not entailed:
-        i = random.randrange(2)
-        kept[i], kept[i + 1] = kept[i + 1], kept[i]
-    label = spec("rte").labels[not entailed]
-    return {"premise": " ".join(letters), "hypothesis": " ".join(kept), "label": label}
+    a, b, text = _story(random)
+    label = spec("rte").labels[count % 2]
+    return {"premise": text, "hypothesis": _claim(a, b, count % 2 == 0), "label": label}
 
 
 def _wic(random: Random, count: int) -> dict[str, Any]:
-    letters, same = _some(random), count % 2 == 0
-    at = random.randrange(len(letters) - 1)
-    word, follower = letters[at], letters[at + 1]
-    others = [x for x in letters if x not in (word, follower)]
-    random.shuffle(others)
-    if same:
-        place = random.randint(0, len(others))
-        second = [*others[:place], word, follower, *others[place:]]
-    else:
-        place = random.randrange(len(others))
-        second = [*others[:place], word, *others[place:]]
-        second.insert(random.choice([i for i in range(len(second) + 1) if i != place + 1]), follower)
-    first, second = " ".join(letters), " ".join(second)
-    starts = {"start1": first.index(word), "start2": second.index(word)}
-    ends = {"end1": first.index(word) + 1, "end2": second.index(word) + 1}
-    return {"word": word, "sentence1": first, "sentence2": second, **starts, **ends, "label": same}
+    a, b, first = _story(random)
+    same, word = count % 2 == 0, random.choice((a, b))
+    x, y, z = random.choices(LETTERS, k=3)
+    second = f"{x}{y} {_claim(a, b, same)} {z}"
+    places = {f"start{i}": s.index(word) for i, s in ((1, first), (2, second))}
+    places |= {f"end{i}": s.index(word) + 1 for i, s in ((1, first), (2, second))}
+    return {"word": word, "sentence1": first, "sentence2": second, **places, "label": same}
 
 
 def _wsc(random: Random, count: int) -> dict[str, Any]:
-    subject, obj = random.sample(LETTERS, 2)
-    verb = random.choice(("ran", "fell"))
-    extra = random.sample([x for x in LETTERS if x not in (subject, obj)], 2)
-    meant, other = (subject, obj) if verb == "ran" else (obj, subject)
-    label = count % 2 == 0
-    candidate = meant if label else other
-    text = f"{extra[0]} {subject} hit {obj} {extra[1]} and it {verb}"
+    a, b, text = _story(random)
+    deed, label = random.randrange(2), count % 2 == 0
+    candidate = b if label == bool(deed) else a
+    text = f"{text} and it {DEEDS[deed]}"
     target = {
         "span1_text": candidate,
         "span1_index": text.split().index(candidate),
         "span2_text": "it",
-        "span2_index": 6,
+        "span2_index": text.split().index("it"),
     }
     return {"text": text, "target": target, "label": label}
 
 
 def _axb(random: Random, count: int) -> dict[str, Any]:
     row = _rte(random, count)
-    if row["label"] == "not_entailment":
-        row["hypothesis"] = " ".join(sorted(row["hypothesis"].split(), key=row["premise"].index)[::-1])
     return {"sentence1": row["premise"], "sentence2": row["hypothesis"], "label": row["label"]}
-
-
-def _axg(random: Random, count: int) -> dict[str, Any]:
-    return _rte(random, count)
 
 
 _MAKERS: dict[str, Callable[[Random, int], dict[str, Any]]] = {
@@ -210,5 +181,5 @@ _MAKERS: dict[str, Callable[[Random, int], dict[str, Any]]] = {
     "wic": _wic,
     "wsc": _wsc,
     "axb": _axb,
-    "axg": _axg,
+    "axg": _rte,
 }

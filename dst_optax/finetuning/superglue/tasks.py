@@ -76,7 +76,7 @@ def examples(task: str, split: str, source: Source) -> list[dict[str, Any]]:
     Example:
       >>> from dst_optax.finetuning.superglue.sources import SyntheticSource
       >>> examples("rte", "train", SyntheticSource())[0]["inputs"]
-      'rte hypothesis: p q s premise: p m v q s'
+      'rte hypothesis: b hit d premise: gg b hit d g'
     """
     rows = source.rows(task, split)
     if split == "train" and task == "wsc":

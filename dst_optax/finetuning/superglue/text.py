@@ -16,8 +16,10 @@ from dst_optax.finetuning.superglue.benchmark import spec
 
 UNKNOWN = "<unk>"  # target of an unlabelled example
 _DETERMINERS = frozenset(
-    ("a", "an", "few", "her", "his", "each", "every", "many", "much", "my", "our", "some", "that", "the")
-    + ("their", "these", "this", "those", "which", "whose", "your")
+    [
+        *("a", "an", "few", "her", "his", "each", "every", "many", "much", "my", "our", "some", "that"),
+        *("the", "their", "these", "this", "those", "which", "whose", "your"),
+    ]
 )
 
 
