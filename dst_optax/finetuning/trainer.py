@@ -410,7 +410,8 @@ class _Pace:
 @contextmanager
 def _stop_requests() -> Iterator[Callable[[], bool]]:
     """Notes SIGINT and SIGTERM instead of dying; a second one kills as usual."""
-    asked = []
+    asked: list[int] = []
+    old: dict[int, Any] = {}
 
     def note(number: int, frame: Any) -> None:
         del frame
@@ -418,7 +419,8 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
         signal.signal(number, old[number])
 
     try:
-        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            old[number] = signal.signal(number, note)
     except ValueError:  # not the main thread
         yield lambda: False
         return
@@ -495,7 +497,7 @@ def _baseline(root: Path, data: SuperGlue, evaluator: Evaluator, seed: Params) -
     file = root / "baseline.json"
     if not file.exists():
         majority = data.majority()
-        found = {} if majority is None else {"majority": {"score": majority}}
+        found: dict[str, Any] = {} if majority is None else {"majority": {"score": majority}}
         metrics, score = evaluator.score(seed)
         found["seed model"] = {"score": score, "metrics": metrics}
         _write_text(file, json.dumps(found, indent=1))

@@ -13,7 +13,7 @@ from dst_optax import diagnostics, distances, subset
 from dst_optax import silos as silos_lib
 from dst_optax.finetuning import storage
 from dst_optax.finetuning.methods import Params
-from dst_optax.transform import DynamicSubsetTuningState
+from dst_optax.transform import DynamicSubsetTuningState, states
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class DST:
         storage.save_tree(directory / "slots", _map_states(lambda s: s._replace(seed=None), state))
 
     def load(self, directory: Path, seed: Params, tuned: Params, state: Any) -> tuple[Params, Any]:  # noqa: D102
-        seeds = [s.seed for s in dst_optax.transform.states(state)]
+        seeds = [s.seed for s in states(state)]
         bare = _map_states(lambda s: s._replace(seed=None), state)
         restored = storage.load_tree(directory / "slots", bare)
         known = iter(seeds)

@@ -110,7 +110,7 @@ class _Rows(seqio.FunctionDataSource):
         return len(self._made(split))
 
 
-def _task(task: str, name: str, source: Source, feature: seqio.Feature) -> seqio.Task:
+def _task(task: str, name: str, source: Source, feature: Any) -> seqio.Task:
     return seqio.Task(
         name,
         source=_Rows(task, source),
@@ -123,7 +123,7 @@ def _task(task: str, name: str, source: Source, feature: seqio.Feature) -> seqio
 
 
 def _tensors(made: list[dict[str, Any]]) -> tf.data.Dataset:
-    columns = {
+    columns: Any = {
         name: tf.ragged.constant([e[name] for e in made], dtype=tf.string)
         if name == "answers"
         else tf.constant([e[name] for e in made])
