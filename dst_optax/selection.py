@@ -111,7 +111,7 @@ def thresholds(
     real = jnp.float64 if dtype == jnp.int64 else jnp.float32
 
     def probes(b: Bracket) -> jax.Array:
-        width = (b.hi - b.lo).astype(real)
+        width = b.hi.astype(real) - b.lo.astype(real)  # hi - lo may exceed the integers
         even = jnp.broadcast_to(
             (jnp.arange(1, PROBES + 1, dtype=real) / (PROBES + 1))[None], (guess.shape[0], PROBES)
         )
@@ -121,7 +121,8 @@ def thresholds(
         deviation = deviation + CURVATURE * jnp.minimum(width / octave, 1.0)
         ranked = at.astype(real)[:, None] + deviation[:, None] * jnp.array([RANK_OFFSETS], real)
         share = jnp.clip(jnp.where(b.stalled[:, None], even, ranked), 0.0, 1.0)
-        inside = b.lo[:, None] + jnp.round(share * width[:, None]).astype(dtype)
+        offset = jnp.round(share * width[:, None]).astype(dtype)
+        inside = b.lo[:, None] + jnp.minimum(offset, (b.hi - 1 - b.lo)[:, None])
         away = jnp.minimum(spread.astype(real), octave)[:, None] * jnp.array([GUESS_OFFSETS], real)
         away = jnp.clip(away, -16 * octave, 16 * octave).astype(dtype)
         guessed = guess[:, None] + jnp.clip(away, -guess[:, None], top - guess[:, None])
@@ -145,7 +146,7 @@ def thresholds(
 
         lo, above_lo = pick(edge)
         hi, above_hi = pick(edge + 1)
-        slow = (hi - lo).astype(real) * 6 > (b.hi - b.lo).astype(real)
+        slow = (hi.astype(real) - lo.astype(real)) * 6 > b.hi.astype(real) - b.lo.astype(real)
         first = (b.passes == 0) & (guess >= 0)
         return Bracket(lo, hi, above_lo, above_hi, slow & ~first, b.passes + 1)
 

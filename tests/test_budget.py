@@ -26,7 +26,7 @@ def exact_rank(fraction, n):
     return -(-product.numerator // product.denominator)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.floats(-0.5, 1.5, width=32, allow_subnormal=False))
 def test_traced_rank_is_exact(fraction):
     got = np.asarray(jax.jit(budget.traced_rank, static_argnums=1)(jnp.float32(fraction), SIZES))

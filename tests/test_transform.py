@@ -93,7 +93,7 @@ def test_every_step_equals_the_oracle(kind, dtype, ties):
             check_against_oracle(seed, before, u, after, fraction, ties)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_random_silos_equal_the_oracle(data):
     n = data.draw(st.sampled_from([1, 2, 5, 64, 301]))

@@ -1,0 +1,312 @@
+#!/usr/bin/env python
+"""Times Dynamic Subset Tuning against its baselines in one run and writes the figures as JSON.
+
+    python scripts/benchmark.py                       # everything
+    python scripts/benchmark.py step --models small   # one part
+
+selection: thresholds of one silo of n distances, against numpy's and jax's sorts.
+step: a whole training step's optimizer on T5-shaped trees, with compile time, memory and passes.
+A cell that would take more than a minute or the memory of the machine is skipped and says so.
+Figures are medians; `min` and `max` stand beside them in the JSON.
+"""
+
+import argparse
+import functools
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import dst_optax
+from dst_optax import budget, reference, selection
+
+LIMIT = 60.0  # seconds that a cell may take
+INFINITY = 0x7F800000
+
+
+def t5_shapes(size: str) -> dict[str, tuple[int, ...]]:
+    """Parameter shapes of T5 v1.1, named as T5X does."""
+    emb, heads, mlp, layers = {"small": (512, 6, 1024, 8), "base": (768, 12, 2048, 12)}[size]
+    joined, vocab = heads * 64, 32128
+    attention = {"query": (emb, joined), "key": (emb, joined), "value": (emb, joined), "out": (joined, emb)}
+    feed_forward = {"wi_0": (emb, mlp), "wi_1": (emb, mlp), "wo": (mlp, emb)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embedder/embedding": (vocab, emb),
+        "decoder/logits_dense/kernel": (emb, vocab),
+    }
+    blocks = {
+        "encoder": {"attention": attention, "mlp": feed_forward},
+        "decoder": {"self_attention": attention, "encoder_decoder_attention": attention, "mlp": feed_forward},
+    }
+    for stack, parts in blocks.items():
+        shapes[f"{stack}/relpos_bias/rel_embedding"] = (heads, 32)
+        shapes[f"{stack}/{stack}_norm/scale"] = (emb,)
+        for i in range(layers):
+            for part, kernels in parts.items():
+                shapes[f"{stack}/layers_{i}/pre_{part}_layer_norm/scale"] = (emb,)
+                for name, shape in kernels.items():
+                    shapes[f"{stack}/layers_{i}/{part}/{name}/kernel"] = shape
+    return shapes
+
+
+def random_tree(shapes: dict[str, tuple[int, ...]], seed: int, scale: float) -> dict[str, jax.Array]:
+    """Normal entries; the scale differs from tensor to tensor, as that of gradients does."""
+    tree = {}
+    for i, (path, shape) in enumerate(shapes.items()):
+        key = jax.random.fold_in(jax.random.key(seed), i)
+        tree[path] = jax.random.normal(key, shape) * scale * (1 + i % 7)
+    return tree
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    """Milliseconds: median, least and most."""
+    ms = [1e3 * s for s in seconds]
+    return {"ms": statistics.median(ms), "min": min(ms), "max": max(ms), "runs": len(ms)}
+
+
+def timed(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+
+def alternate(calls: dict[str, Callable[[], Any]], runs: int) -> dict[str, dict[str, float]]:
+    """Times calls in turn, so that what disturbs the machine disturbs all of them."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for name, call in calls.items():
+        first = timed(call)
+        if first > LIMIT:
+            times[name] = [first]
+    for _ in range(runs):
+        for name, call in calls.items():
+            if len(times[name]) < 2 or sum(times[name]) < LIMIT:
+                times[name].append(timed(call))
+    return {name: summary(seconds) for name, seconds in times.items()}
+
+
+# --- selection -----------------------------------------------------------------------------------
+
+
+def key_of(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def counting(delta: jax.Array, guess: jax.Array, spread: jax.Array, m: int) -> selection.Bracket:
+    """The threshold as the transform finds it; a negative guess is a cold start."""
+    side = 2 ** int(np.log2(delta.size) // 2)
+    keys = key_of(delta).reshape(side, -1) if delta.size % side == 0 else key_of(delta)[None]
+    leaf = selection.Leaf(lambda: keys, None, (0,))
+    total = jnp.asarray(budget.limbs([delta.size]))
+    rowwise = jax.default_backend() == "cpu"
+    return selection.thresholds(
+        [leaf], jnp.asarray(budget.limbs([m])), total, INFINITY, guess, spread, 2.0**23, rowwise
+    )
+
+
+def selection_cells(largest: int, runs: int) -> Iterator[dict[str, Any]]:
+    """Selection alone for n = 1e4 ... largest and four fractions."""
+    n = 10_000
+    while n <= largest:
+        delta = jnp.abs(jax.random.normal(jax.random.key(n), (n,)))
+        host = np.asarray(delta)
+        for fraction in (0.5, 0.1, 1e-3, 1e-5):
+            m = budget.rank(fraction, n)
+            none, one = jnp.full(1, -1, jnp.int32), jnp.ones(1, jnp.int32)
+            cold = counting(delta, none, one, m)
+            threshold = jax.lax.bitcast_convert_type(cold.hi, jnp.float32)
+            off = key_of(threshold * 1.003)  # the last step's threshold, 0.3% off
+            around = jnp.full(1, 1 << 14, jnp.int32)
+            calls: dict[str, Callable[[], Any]] = {
+                "warm": lambda m=m, off=off, around=around: counting(delta, off, around, m),
+                "cold": lambda m=m, none=none, one=one: counting(delta, none, one, m),
+                "np.partition": lambda m=m: np.partition(host, n - m - 1)[n - m - 1],
+            }
+            skipped = {}
+            if n * 1.2e-7 * 4.5 < LIMIT:  # measured: 0.5 s a million
+                quantile = jax.jit(lambda x, f=fraction: jnp.quantile(x, 1 - f, method="lower"))
+                calls["jnp.quantile"] = lambda quantile=quantile: quantile(delta)
+            else:
+                skipped["jnp.quantile"] = f"would take more than {LIMIT:.0f} s"
+            if m <= 2000:
+                top_k = jax.jit(lambda x, m=m: jax.lax.top_k(x, m + 1)[0][-1])
+                calls["lax.top_k"] = lambda top_k=top_k: top_k(delta)
+            else:
+                skipped["lax.top_k"] = f"k = {m} is a sort"
+            jax.block_until_ready([c() for name, c in calls.items() if name != "jnp.quantile"])
+            times = alternate(calls, runs)
+            warm = times["warm"]["ms"]
+            passes = int(counting(delta, off, around, m).passes)
+            assert int((delta > threshold[0]).sum()) == m
+            yield {
+                "part": "selection",
+                "n": n,
+                "fraction": fraction,
+                "passes": {"warm": passes, "cold": int(cold.passes)},
+                "times": times,
+                "x_warm": {name: t["ms"] / warm for name, t in times.items()},
+                "skipped": skipped,
+            }
+        n *= 10
+
+
+# --- whole step ----------------------------------------------------------------------------------
+
+
+def fused_where(threshold: float) -> optax.GradientTransformation:
+    """The floor: the same bytes as Dynamic Subset Tuning with thresholds that are given."""
+
+    def update(updates: Any, seed: Any, params: Any) -> tuple[Any, Any]:
+        new = jax.tree.map(
+            lambda u, s, p: jnp.where(jnp.abs(p + u - s) > threshold, u, s - p), updates, seed, params
+        )
+        return new, seed
+
+    return optax.GradientTransformation(lambda params: jax.tree.map(jnp.copy, params), update)  # type: ignore[arg-type]
+
+
+class Trainee:
+    """One optimizer on one tree: compiled, stepped, timed."""
+
+    def __init__(self, tx: optax.GradientTransformation, exact: bool, params: Any, gradients: list[Any]):
+        self.gradients, self.turn = gradients, 0
+        self.params = jax.tree.map(jnp.copy, params)
+        self.state = tx.init(self.params)
+
+        def step(params: Any, state: Any, g: Any) -> tuple[Any, Any]:
+            updates, state = tx.update(g, state, params)
+            if exact:
+                return dst_optax.apply_updates(params, updates, state), state
+            return optax.apply_updates(params, updates), state
+
+        start = time.perf_counter()
+        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(self.params, self.state, gradients[0]).compile()
+        self.compile_seconds = time.perf_counter() - start
+        self.compiled = compiled
+        analysis = compiled.memory_analysis()
+        self.temp = int(analysis.temp_size_in_bytes) if analysis is not None else -1
+
+    def step(self) -> Any:
+        g = self.gradients[self.turn % len(self.gradients)]
+        self.turn += 1
+        self.params, self.state = self.compiled(self.params, self.state, g)
+        return self.params
+
+
+def step_cells(models: list[str], fraction: float, runs: int, naive: bool) -> Iterator[dict[str, Any]]:
+    """adamw alone, with DST, with the naive DST, and with a fused where."""
+    for model in models:
+        shapes = t5_shapes(model)
+        params = random_tree(shapes, 0, 0.02)
+        gradients = [random_tree(shapes, i + 1, 1e-3) for i in range(2)]
+        size = sum(p.size for p in params.values())
+        adamw = optax.adamw(optax.linear_schedule(1e-3, 1e-4, 1000))
+        kinds: dict[str, tuple[optax.GradientTransformation, bool]] = {
+            "adamw": (adamw, False),
+            "adamw+where": (optax.chain(adamw, fused_where(1e-3)), False),
+            "adamw+dst": (dst_optax.wrap(adamw, fraction), True),
+            "adamw+dst fill": (dst_optax.wrap(adamw, fraction, ties="fill"), True),
+        }
+        trainees = {name: Trainee(tx, exact, params, gradients) for name, (tx, exact) in kinds.items()}
+        skipped = {}
+        if naive and size * 3.5e-7 < LIMIT:  # measured: 22.5 s for 77 million
+            naive_tx = optax.chain(adamw, reference.dynamic_subset_tuning(fraction))
+            trainees["adamw+naive"] = Trainee(naive_tx, False, params, gradients)
+        else:
+            skipped["adamw+naive"] = f"would take more than {LIMIT:.0f} s a step" if naive else "not asked for"
+        for name, trainee in trainees.items():  # past the first, cold steps
+            for _ in range(1 if name == "adamw+naive" else 4):
+                jax.block_until_ready(trainee.step())
+        slow = {"adamw+naive": trainees.pop("adamw+naive").step} if "adamw+naive" in trainees else {}
+        times = alternate({name: t.step for name, t in trainees.items()}, runs)
+        times |= {name: summary([timed(call)]) for name, call in slow.items()}
+        facts = dst_optax.diagnostics.metrics(trainees["adamw+dst"].state)
+        plain = trainees["adamw"]
+        yield {
+            "part": "step",
+            "model": model,
+            "parameters": size,
+            "tensors": len(shapes),
+            "fraction": fraction,
+            "times": times,
+            "x_adamw": {name: t["ms"] / times["adamw"]["ms"] for name, t in times.items()},
+            "compile_seconds": {name: t.compile_seconds for name, t in trainees.items()},
+            "temp_bytes_a_parameter": {
+                name: (t.temp - plain.temp) / size for name, t in trainees.items() if t.temp >= 0
+            },
+            "passes": int(facts["passes"]),
+            "free": int(facts["free"]),
+            "budget": int(facts["budget"]),
+            "skipped": skipped,
+        }
+
+
+def show(cell: dict[str, Any]) -> None:
+    if cell["part"] == "selection":
+        times = "  ".join(
+            f"{name} {t['ms']:.3g} ms (x{cell['x_warm'][name]:.3g})" for name, t in cell["times"].items()
+        )
+        print(f"n={cell['n']:<11,} fraction={cell['fraction']:<7} passes={cell['passes']}  {times}", flush=True)
+    else:
+        print(f"T5 v1.1 {cell['model']}: {cell['parameters']:,} parameters in {cell['tensors']} tensors")
+        for name, t in cell["times"].items():
+            memory = cell["temp_bytes_a_parameter"].get(name)
+            compiled = cell["compile_seconds"].get(name)
+            print(
+                f"  {name:<15} {t['ms']:9.1f} ms  x{cell['x_adamw'][name]:<7.2f}"
+                + (f" compile {compiled:5.1f} s" if compiled is not None else "")
+                + (f"  temp +{memory:.2f} B/parameter" if memory is not None else "")
+            )
+        print(f"  passes of the slowest silo: {cell['passes']}; free {cell['free']:,} of {cell['budget']:,}")
+    for name, why in cell["skipped"].items():
+        print(f"  {name}: skipped, {why}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=["all", "selection", "step"], default="all")
+    parser.add_argument("--out", default="benchmark.json", help="where the figures go")
+    parser.add_argument("--runs", type=int, default=9, help="timed runs of each cell")
+    parser.add_argument("--largest", type=float, default=1e8, help="largest n of the selection part")
+    parser.add_argument("--models", nargs="+", choices=["small", "base"], default=["small", "base"])
+    parser.add_argument("--fraction", type=float, default=0.1, help="fraction of the step part")
+    parser.add_argument("--skip-naive", action="store_true", help="leave out the naive step (22 s a run)")
+    args = parser.parse_args()
+    device = jax.devices()[0]
+    report: dict[str, Any] = {
+        "environment": {
+            "device": f"{jax.device_count()} x {device.device_kind}",
+            "cpus": os.cpu_count(),
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "optax": optax.__version__,
+        },
+        "cells": [],
+    }
+    print(report["environment"], flush=True)
+    cells: list[Iterator[dict[str, Any]]] = []
+    if args.part in ("all", "selection"):
+        cells.append(selection_cells(int(args.largest), args.runs))
+    if args.part in ("all", "step"):
+        cells.append(step_cells(args.models, args.fraction, args.runs, not args.skip_naive))
+    for part in cells:
+        for cell in part:
+            show(cell)
+            report["cells"].append(cell)
+            temporary = f"{args.out}.part"
+            with open(temporary, "w") as f:
+                json.dump(report, f, indent=1)
+            os.replace(temporary, args.out)
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
