@@ -682,7 +682,7 @@ def _select(
     """
     leaves = [plan.leaves[i] for i in plan.ranked]
     groups = _components(leaves) if one_by_one else [list(range(len(leaves)))]
-    zero = step * 0  # a zero that the compiler cannot know
+    zero = step >> 31  # a zero that the compiler cannot know
     out: list[Any] = [None] * len(leaves)
     gaps: list[Any] = [None] * len(leaves)
     new_threshold, passes = threshold, []

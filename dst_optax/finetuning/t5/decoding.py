@@ -60,7 +60,7 @@ def decode(
             f"max_length={max_length!r}, num_beams={num_beams!r}, alpha={alpha!r}."
         )
     variables = {"params": params}
-    encoded = model.apply(variables, encoder_input_tokens, method="encode")
+    encoded: Any = model.apply(variables, encoder_input_tokens, method="encode")
     encoded, inputs = (jnp.repeat(x, num_beams, axis=0) for x in (encoded, encoder_input_tokens))
 
     def apply(variables: Any, tokens: jax.Array, position: jax.Array, mutable: list[str]) -> Any:
