@@ -1,11 +1,12 @@
 """The command ``dst-optax``."""
 
+import logging
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-FINETUNE_USAGE = """usage: dst-optax finetune --gin_file=FILE... [--gin.NAME=VALUE...] [--gin_search_paths=DIR,...]
+FINETUNE_USAGE = """usage: dst-optax finetune --gin_file=FILE [--gin.NAME=VALUE ...] [--gin_search_paths=DIR]
 
 Fine-tunes T5 as gin files say; later files and --gin.NAME=VALUE override earlier ones, e.g.
   dst-optax finetune --gin_file=superglue/synthetic.gin --gin.RUN_DIR=\\"/tmp/run\\" --gin.FRACTION=0.01
@@ -83,11 +84,12 @@ def gin_flags(arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]
 
 def _finetune(files: list[str], bindings: list[str], paths: list[str]) -> int:
     import gin
-    from absl import logging
+    from absl import logging as absl_logging
 
     from dst_optax.finetuning import trainer
 
-    logging.set_verbosity(logging.ERROR)
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    logging.getLogger().addFilter(lambda record: "Path not found" not in record.msg)  # gin's search
     for path in [str(CONFIGS), *paths]:
         gin.add_config_file_search_path(path)
     try:

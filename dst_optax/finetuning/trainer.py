@@ -34,6 +34,7 @@ from dst_optax.finetuning.methods import Method, Params
 from dst_optax.finetuning.plots import plot_scores
 from dst_optax.finetuning.steps import TrainState, make_step
 from dst_optax.finetuning.superglue.suite import SuperGlue
+from dst_optax.silos import leaf_path
 
 
 class Interrupted(Exception):  # noqa: N818
@@ -212,7 +213,7 @@ class Run:
 
     def _start(self, seed: Params) -> TrainState:
         key = jax.random.fold_in(jax.random.key(self.rng_seed), 0)
-        frozen, tuned = self.method.split(_place(seed, self.network, self.mesh), key)
+        frozen, tuned = self.method.split(_place(seed, self.mesh), key)
         return TrainState(frozen, tuned, _place_like(self.method.transform.init(tuned), tuned, self.mesh))
 
     def _restore(self, path: Path, seed: Params, state: TrainState) -> TrainState:
@@ -382,7 +383,7 @@ class Evaluator:
 
     def save_model(self, directory: Path, params: Params) -> None:
         """Writes a whole model that ``checkpoint=`` can name."""
-        t5.save_hf(directory, params, self._network.config)
+        t5.save_hf(params, self._network.config, directory)
 
 
 class _Pace:
@@ -468,23 +469,23 @@ def _claim(root: Path, identity: dict[str, Any]) -> None:
         name = differ[0]
         raise ValueError(
             f"{root} belongs to another run: {', '.join(differ)} differ. For {name}, it has "
-            f"{str(known.get(name))[:300]!r} and this run {str(identity[name])[:300]!r}. Give another run_dir, "
-            "or delete it."
+            f"{str(known.get(name))[:300]!r} and this run {str(identity[name])[:300]!r}. Give another "
+            "run_dir, or delete it."
         )
 
 
 def _seed(root: Path, model: t5.T5Config, network: Any, checkpoint: str | None, reference: bool) -> Params:
     """The seed model on the host: kept in the run directory, or where it lies."""
     tokens = jnp.zeros((1, 1), jnp.int32)
-    init = lambda: network.init(jax.random.key(0), tokens, tokens, tokens, enable_dropout=False)["params"]  # noqa: E731
+
+    def init() -> Params:
+        return network.init(jax.random.key(0), tokens, tokens, tokens, enable_dropout=False)["params"]
+
     like = jax.eval_shape(init)
     kept = root / "seed" / "model.safetensors"
     if kept.exists():
         return storage.load_model(kept, like)
-    if checkpoint is None:
-        seed = jax.jit(init)()
-    else:
-        seed = t5.load(checkpoint, model, jnp.float32)
+    seed = jax.jit(init)() if checkpoint is None else t5.load(checkpoint, model)
     seed = jax.tree.map(np.asarray, seed)
     if not reference:
         with storage.whole(root / "seed") as there:
@@ -504,9 +505,20 @@ def _baseline(root: Path, data: SuperGlue, evaluator: Evaluator, seed: Params) -
     return json.loads(file.read_text())
 
 
-def _place(params: Params, network: Any, mesh: Mesh) -> Params:
-    return jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+def _place(params: Params, mesh: Mesh) -> Params:
+    """Copies of the parameters on the devices, divided as their logical axes say."""
+    return jax.device_put(params, t5.shardings(params, mesh))
 
 
-def _place_like(state: Any, tuned: Any, mesh: Mesh) -> Any:
-    return jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+def _place_like(slots: Any, tuned: Params, mesh: Mesh) -> Any:
+    """Slots beside the parameters that they belong to; what belongs to none on every device."""
+    known = {name: (x.shape, x.sharding) for name, x in storage.named_leaves(tuned).items()}
+
+    def place(key: Any, x: Any) -> Any:
+        path = leaf_path(key)
+        for name, (shape, sharding) in known.items():
+            if x.shape == shape and f"/{path}".endswith(f"/{name}"):
+                return jax.device_put(x, sharding)
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
+
+    return jax.tree_util.tree_map_with_path(place, slots)
