@@ -1,15 +1,121 @@
-"""The ``dst-optax`` command; needs the extra ``cli``."""
+"""The command ``dst-optax``."""
 
-import typer
+import logging
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
-from dst_optax.subset.cli import app as subset
+FINETUNE_USAGE = """usage: dst-optax finetune --gin_file=FILE [--gin.NAME=VALUE ...] [--gin_search_paths=DIR]
 
-app = typer.Typer(help="Dynamic Subset Tuning.", no_args_is_help=True, add_completion=False)
+Fine-tunes T5 as gin files say; later files and --gin.NAME=VALUE override earlier ones, e.g.
+  dst-optax finetune --gin_file=superglue/synthetic.gin --gin.RUN_DIR=\\"/tmp/run\\" --gin.FRACTION=0.01
+Files are looked for here, in the search paths and among the configs of this package. The head of each
+file says what it needs and how long it takes.
+"""
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
-@app.callback()
-def main() -> None:
-    """Dynamic Subset Tuning."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+      arguments: of the command line, without the program's name; None takes the process's.
+
+    Returns:
+      Exit status: 0, 2 for bad input, 130 for an interrupted run that can go on.
+
+    Example:
+      >>> main(["--help"])
+      usage: dst-optax finetune | subset ...
+      0
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and arguments[0] in COMMANDS:
+        return COMMANDS[arguments[0]](arguments[1:])
+    print(f"usage: dst-optax {' | '.join(COMMANDS)} ...")
+    return 0 if arguments in (["--help"], ["-h"]) else 2
 
 
-app.add_typer(subset, name="subset")
+def finetune(arguments: Sequence[str]) -> int:
+    """Runs ``dst-optax finetune``; see FINETUNE_USAGE."""
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        print(FINETUNE_USAGE)
+        return 0 if arguments else 2
+    try:
+        files, bindings, paths = gin_flags(arguments)
+        return _finetune(files, bindings, paths)
+    except ValueError as error:
+        print(f"dst-optax finetune: {error}", file=sys.stderr)
+        return 2
+
+
+def gin_flags(arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """Parses T5X's flags.
+
+    Args:
+      arguments: ``--gin_file=F``, ``--gin.NAME=VALUE`` (or ``--gin_bindings=NAME=VALUE``) and
+        ``--gin_search_paths=A,B``, in any order and number.
+
+    Returns:
+      Files, bindings and search paths.
+
+    Raises:
+      ValueError: another argument.
+
+    Example:
+      >>> gin_flags(["--gin_file=a.gin", "--gin.STEPS=5"])
+      (['a.gin'], ['STEPS=5'], [])
+    """
+    files, bindings, paths = [], [], []
+    for argument in arguments:
+        if found := re.fullmatch(r"--gin_file=(.+)", argument, re.DOTALL):
+            files.append(found[1])
+        elif found := re.fullmatch(r"--gin(?:\.|_bindings=)([^=]+=.+)", argument, re.DOTALL):
+            bindings.append(found[1])
+        elif found := re.fullmatch(r"--gin_search_paths=(.+)", argument):
+            paths += found[1].split(",")
+        else:
+            raise ValueError(f"unknown argument {argument!r}.\n{FINETUNE_USAGE}")
+    if not files:
+        raise ValueError(f"no --gin_file.\n{FINETUNE_USAGE}")
+    return files, bindings, paths
+
+
+def _finetune(files: list[str], bindings: list[str], paths: list[str]) -> int:
+    import gin
+    from absl import logging as absl_logging
+
+    from dst_optax.finetuning import trainer
+
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    logging.getLogger().addFilter(lambda record: "Path not found" not in record.msg)  # gin's search
+    for path in [str(CONFIGS), *paths]:
+        gin.add_config_file_search_path(path)
+    try:
+        gin.parse_config_files_and_bindings(files, bindings)
+        run = gin.get_configurable(trainer.finetune)
+        run(config=_without_run_dir(gin.config_str()))
+    except OSError as error:
+        if "Unable to open file" in str(error):
+            raise ValueError(f"{error}. Looked in {', '.join(['.', *paths, str(CONFIGS)])}.") from error
+        raise
+    except trainer.Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return 130
+    return 0
+
+
+def _without_run_dir(config: str) -> str:
+    return "\n".join(line for line in config.splitlines() if "RUN_DIR" not in line and "run_dir" not in line)
+
+
+def subset(arguments: Sequence[str]) -> int:
+    """Runs ``dst-optax subset``; needs the extra ``cli``."""
+    from dst_optax.subset.cli import app
+
+    app(list(arguments), prog_name="dst-optax subset")
+    return 0
+
+
+COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {"finetune": finetune, "subset": subset}

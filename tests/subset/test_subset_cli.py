@@ -11,7 +11,7 @@ from oracle import bits
 from typer.testing import CliRunner
 
 from dst_optax import subset
-from dst_optax.cli import app
+from dst_optax.subset.cli import app
 from dst_optax.subset import Subset, SubsetError, files, models
 
 SHAPES = {"model.embed.weight": (40, 8), "model.layer.0.weight": (8, 8), "model.norm": (8,), "scale": ()}
@@ -47,7 +47,7 @@ def disk(tmp_path):
 
 
 def call(*arguments, code=0):
-    result = CliRunner().invoke(app, ["subset", *map(str, arguments), "--json"])
+    result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
     assert result.exit_code == code, result.output
     return json.loads(result.output)
 
@@ -76,7 +76,7 @@ def test_the_whole_way(disk):
     assert both["entries"] == Subset.load(disk / "sa").union(Subset.load(disk / "sb")).count
     assert call("verify", disk / "sa", "--seed", disk / "seed")["tensors_compared"] == 4
     for arguments in (["inspect", disk / "sa"], ["diff", disk / "sa", disk / "sb"], ["verify", disk / "sa"]):
-        result = CliRunner().invoke(app, ["subset", *map(str, arguments)])
+        result = CliRunner().invoke(app, [*map(str, arguments)])
         assert result.exit_code == 0, result.output
         assert len(result.output) > 20
 
@@ -92,7 +92,7 @@ def test_errors_have_exit_codes(disk):
     content = (disk / "sa" / files.TENSORS).read_bytes()
     (disk / "sa" / files.TENSORS).write_bytes(content[:-1] + b"x")
     assert "damaged" in call("verify", disk / "sa", code=1)["error"]
-    assert CliRunner().invoke(app, ["subset", "inspect"]).exit_code == 2
+    assert CliRunner().invoke(app, ["inspect"]).exit_code == 2
 
 
 def test_models_are_mapped_not_read(disk):

@@ -1,0 +1,1 @@
+"""Fine-tuning T5 on SuperGLUE: the application that stands on the library."""

@@ -1,0 +1,110 @@
+"""What a run says while it runs: metrics.jsonl, TensorBoard, a live line."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+
+class Log:
+    """Writes metrics to ``metrics.jsonl`` and TensorBoard and shows them.
+
+    Args:
+      directory: of the run.
+      title: shown beside the metrics.
+      start: step that the run goes on from; later lines of an earlier attempt are removed.
+    """
+
+    def __init__(self, directory: Path, title: str, start: int):
+        from clu import metric_writers
+
+        self._file = directory / "metrics.jsonl"
+        self._title = title
+        _forget_after(self._file, start)
+        self._stream = self._file.open("a")
+        self._board = metric_writers.SummaryWriter(str(directory / "tensorboard"))
+        self.console = Console()
+        self._shown: dict[str, str] = {}
+        self._live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
+
+    def __enter__(self) -> "Log":
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+        self._stream.close()
+        self._board.close()
+
+    def write(self, step: int, values: Mapping[str, Any], shown: Mapping[str, str]) -> None:
+        """Records scalars of a step.
+
+        Args:
+          step: the step.
+          values: what to record.
+          shown: what to show, worded.
+        """
+        self._stream.write(json.dumps({"step": step, **values}) + "\n")
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._board.write_scalars(step, {k: v for k, v in values.items() if v is not None})
+        self._shown.update(shown)
+        if self._live is None:
+            self.console.print(f"{self._title}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
+            return
+        table = Table(*self._shown, title=self._title)
+        table.add_row(*self._shown.values())
+        self._live.update(table, refresh=True)
+
+    def say(self, text: str) -> None:
+        """Prints a line."""
+        self.console.print(text, highlight=False)
+
+
+def _forget_after(file: Path, step: int) -> None:
+    """Removes lines of steps that will be done again, and a line that a kill cut off."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(file)
+
+
+def results_table(rows: list[dict[str, Any]], model_size: int) -> Table:
+    """The table at the end of a command.
+
+    Args:
+      rows: with ``method``, ``score``, ``free_params`` and ``seconds``, one a run; runs of one method are
+        drawn together as mean and standard deviation.
+      model_size: parameters of the model.
+
+    Returns:
+      A table to print.
+    """
+    import numpy as np
+
+    table = Table("method", "score", "free parameters", "share", "seconds")
+    methods = dict.fromkeys(row["method"] for row in rows)
+    for method in methods:
+        same = [row for row in rows if row["method"] == method]
+        scores = [row["score"] for row in same]
+        spread = f" ± {np.std(scores, ddof=1):.1f}" if len(scores) > 1 else ""
+        free = np.mean([row["free_params"] for row in same])
+        seconds = np.mean([row["seconds"] for row in same])
+        share = f"{100 * free / model_size:.3g}%"
+        table.add_row(method, f"{np.mean(scores):.1f}{spread}", f"{free:,.0f}", share, f"{seconds:.0f}")
+    return table

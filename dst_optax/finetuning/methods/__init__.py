@@ -1,0 +1,91 @@
+"""What is compared: one method a file, all of the same small interface.
+
+A method says which parameters are tuned, which optimizer moves them and what of them a checkpoint
+must hold beside the seed model. The trainer knows no method by name.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import optax
+
+Params = Any
+
+
+class Method(Protocol):
+    """A way of fine-tuning."""
+
+    @property
+    def transform(self) -> optax.GradientTransformationExtraArgs:
+        """The optimizer of the tuned parameters."""
+        ...
+
+    def split(self, seed: Params, key: jax.Array) -> tuple[Params, Params]:
+        """Parts the seed model into what stays and what is tuned, e.g. ``({}, seed)``.
+
+        Args:
+          seed: parameters of the seed model.
+          key: randomness, for methods that add parameters.
+
+        Returns:
+          Frozen parameters and tuned ones.
+        """
+        ...
+
+    def merge(self, frozen: Params, tuned: Params) -> Params:
+        """The parameters that the network runs with; differentiable in ``tuned``."""
+        ...
+
+    def apply_updates(self, tuned: Params, updates: Params, state: Any) -> Params:
+        """The tuned parameters after a step."""
+        ...
+
+    def mark(self, tuned: Params, state: Any) -> Any:
+        """What :meth:`metrics` wants to know of the parameters before a step; masks, or nothing."""
+        ...
+
+    def metrics(self, tuned: Params, state: Any, before: Any) -> dict[str, jax.Array]:
+        """Scalars to log after a step.
+
+        Args:
+          tuned: tuned parameters.
+          state: the optimizer's state.
+          before: what :meth:`mark` said before the step.
+
+        Returns:
+          ``free_params``, the parameters that differ from the seed or were added, and more.
+        """
+        ...
+
+    def export(
+        self, directory: Path, tuned: Params, state: Any, save_model: Callable[[Path, Params], None]
+    ) -> None:
+        """Writes the tuned model as small as the method allows.
+
+        Args:
+          directory: where to.
+          tuned: tuned parameters.
+          state: the optimizer's state.
+          save_model: writes a whole model.
+        """
+        ...
+
+    def save(self, directory: Path, tuned: Params, state: Any) -> None:
+        """Writes the tuned model and the optimizer's state, but nothing that the seed holds."""
+        ...
+
+    def load(self, directory: Path, seed: Params, tuned: Params, state: Any) -> tuple[Params, Any]:
+        """Reads what :meth:`save` wrote.
+
+        Args:
+          directory: where it lies.
+          seed: parameters of the seed model.
+          tuned: tuned parameters of the right shapes, dtypes and shardings.
+          state: likewise the optimizer's state.
+
+        Returns:
+          Tuned parameters and state.
+        """
+        ...

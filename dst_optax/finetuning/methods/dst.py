@@ -1,0 +1,97 @@
+"""Dynamic Subset Tuning: a small, moving subset of the parameters is free."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+
+import dst_optax
+from dst_optax import diagnostics, distances, subset
+from dst_optax import silos as silos_lib
+from dst_optax.finetuning import storage
+from dst_optax.finetuning.methods import Params
+from dst_optax.transform import DynamicSubsetTuningState, states
+
+
+@dataclass(frozen=True)
+class DST:
+    """Tunes a subset that is chosen anew at each step.
+
+    Attributes:
+      optimizer: any optax optimizer.
+      fraction_of_free_params: see :func:`dst_optax.dynamic_subset_tuning`, like all that follow.
+      num_free_params: likewise.
+      silos: likewise.
+      distance: likewise.
+      ties: likewise.
+    """
+
+    optimizer: optax.GradientTransformation
+    fraction_of_free_params: Any = 0.1
+    num_free_params: int | None = None
+    silos: silos_lib.Silos | None = None
+    distance: distances.Distance = distances.absolute
+    ties: str = "strict"
+
+    @property
+    def transform(self) -> optax.GradientTransformationExtraArgs:  # noqa: D102
+        return dst_optax.wrap(
+            self.optimizer,
+            self.fraction_of_free_params,
+            num_free_params=self.num_free_params,
+            silos=self.silos,
+            distance=self.distance,
+            ties=self.ties,
+        )
+
+    def split(self, seed: Params, key: jax.Array) -> tuple[Params, Params]:  # noqa: D102
+        del key
+        return {}, seed
+
+    def merge(self, frozen: Params, tuned: Params) -> Params:  # noqa: D102
+        del frozen
+        return tuned
+
+    def apply_updates(self, tuned: Params, updates: Params, state: Any) -> Params:  # noqa: D102
+        return dst_optax.apply_updates(tuned, updates, state)
+
+    def mark(self, tuned: Params, state: Any) -> Any:  # noqa: D102
+        return dst_optax.subset_mask(tuned, state)
+
+    def metrics(self, tuned: Params, state: Any, before: Any) -> dict[str, jax.Array]:  # noqa: D102
+        found = diagnostics.metrics(state, tuned)
+        moved = diagnostics.overlap(before, dst_optax.subset_mask(tuned, state))
+        return {
+            "free_params": found["subset_size"],
+            "churn": 1.0 - moved["overlap"],
+            **{name: found[name] for name in ("budget", "passes", "nonfinite", "unresolved")},
+        }
+
+    def export(  # noqa: D102
+        self, directory: Path, tuned: Params, state: Any, save_model: Callable[[Path, Params], None]
+    ) -> None:
+        del save_model
+        subset.extract(tuned, state).save(directory / "subset")
+
+    def save(self, directory: Path, tuned: Params, state: Any) -> None:  # noqa: D102
+        subset.extract(tuned, state).save(directory / "subset")
+        storage.save_tree(directory / "slots", _map_states(lambda s: s._replace(seed=None), state))
+
+    def load(self, directory: Path, seed: Params, tuned: Params, state: Any) -> tuple[Params, Any]:  # noqa: D102
+        seeds = [s.seed for s in states(state)]
+        bare = _map_states(lambda s: s._replace(seed=None), state)
+        restored = storage.load_tree(directory / "slots", bare)
+        known = iter(seeds)
+        filled = _map_states(lambda s: s._replace(seed=storage.pick(seed, next(known))), restored)
+        patched = subset.Subset.load(directory / "subset").apply(seed)
+        return storage.pick(patched, tuned), filled
+
+
+def _map_states(change: Callable[[Any], Any], state: Any) -> Any:
+    def is_state(x: Any) -> bool:
+        return isinstance(x, DynamicSubsetTuningState)
+
+    return jax.tree.map(lambda x: change(x) if is_state(x) else x, state, is_leaf=is_state)

@@ -1,0 +1,96 @@
+"""One training step and one decoding pass, compiled once."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dst_optax.finetuning.losses import cross_entropy
+from dst_optax.finetuning.methods import Method
+
+
+class TrainState(NamedTuple):
+    """What a step changes."""
+
+    frozen: Any  # parameters that stay
+    tuned: Any  # parameters that are trained
+    slots: Any  # the optimizer's state
+
+
+def make_step(
+    model: Any,
+    method: Method,
+    *,
+    accumulate: int = 1,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+    """Makes the training step.
+
+    Gradients of ``accumulate`` parts of the batch are summed before the one update, so a subset is
+    selected once a step. The loss is the mean over the target tokens of the whole batch.
+
+    Args:
+      model: a linen T5.
+      method: what is tuned, and how.
+      accumulate: parts of a batch.
+      label_smoothing: see :func:`~dst_optax.finetuning.losses.cross_entropy`.
+      z_loss: likewise.
+
+    Returns:
+      A function of state, batch and random key, to be jitted, that returns the new state and ``loss``,
+      ``z_loss``, ``accuracy`` (of tokens), ``tokens`` and ``grad_norm``.
+    """
+    transform = method.transform
+
+    def part(tuned: Any, frozen: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Any]:
+        targets = batch["decoder_target_tokens"]
+        logits = model.apply(
+            {"params": method.merge(frozen, tuned)},
+            batch["encoder_input_tokens"],
+            batch["decoder_input_tokens"],
+            targets,
+            enable_dropout=True,
+            rngs={"dropout": key},
+        )
+        weights = batch["decoder_loss_weights"].astype(jnp.float32)
+        losses, z = cross_entropy(logits, targets, label_smoothing, z_loss)
+        right = (jnp.argmax(logits, -1) == targets).astype(jnp.float32)
+        sums = {
+            "loss": jnp.sum(losses * weights),
+            "z_loss": jnp.sum(z * weights),
+            "accuracy": jnp.sum(right * weights),
+        }
+        return sums["loss"], sums
+
+    def gradients(state: TrainState, batch: dict[str, jax.Array], key: jax.Array) -> tuple[Any, Any]:
+        grad = jax.grad(part, has_aux=True)
+        if accumulate == 1:
+            return grad(state.tuned, state.frozen, batch, key)
+
+        def add(total: Any, one: Any) -> tuple[Any, None]:
+            piece, key = one
+            return jax.tree.map(jnp.add, total, grad(state.tuned, state.frozen, piece, key)), None
+
+        parts = {k: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1) for k, x in batch.items()}
+        keys = jax.random.split(key, accumulate)
+        first = grad(state.tuned, state.frozen, {k: x[0] for k, x in parts.items()}, keys[0])
+        rest = ({k: x[1:] for k, x in parts.items()}, keys[1:])
+        return jax.lax.scan(add, first, rest)[0]
+
+    def step(
+        state: TrainState, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        tokens = jnp.maximum(jnp.sum(batch["decoder_loss_weights"].astype(jnp.float32)), 1.0)
+        grads, sums = gradients(state, batch, key)
+        grads = jax.tree.map(lambda g: g / tokens.astype(g.dtype), grads)
+        updates, slots = transform.update(grads, state.slots, state.tuned)
+        tuned = method.apply_updates(state.tuned, updates, slots)
+        measured = {name: total / tokens for name, total in sums.items()}
+        measured["tokens"] = tokens
+        squares = [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)]
+        measured["grad_norm"] = jnp.sqrt(jnp.sum(jnp.stack(squares)))
+        return TrainState(state.frozen, tuned, slots), measured
+
+    return step

@@ -1,0 +1,268 @@
+"""Files that survive: trees of arrays, seed models, subsets, and checkpoints that are whole or absent."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dst_optax import subset
+from dst_optax.silos import leaf_path
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_WORDS = ("No space left", "Disk quota exceeded", "File too large")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Makes a directory that is there with all its files or not at all.
+
+    Args:
+      path: the directory; must not exist.
+
+    Yields:
+      Where to write; renamed to ``path`` at the end.
+
+    Raises:
+      ValueError: the disk is full; nothing is left of the attempt.
+
+    Example:
+      >>> import tempfile
+      >>> root = Path(tempfile.mkdtemp())
+      >>> with whole(root / "a") as there:
+      ...     _ = (there / "x").write_text("1")
+      >>> sorted(str(p.relative_to(root)) for p in root.rglob("*"))
+      ['a', 'a/x']
+    """
+    temporary = path.parent / f".tmp-{path.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in [*temporary.rglob("*"), temporary]:
+            _sync(file)
+        temporary.rename(path)
+        _sync(path.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if _is_full(error):
+            free = shutil.disk_usage(path.parent).free
+            raise ValueError(
+                f"{path}: the disk is full ({free:,} bytes free); nothing was written and earlier "
+                "checkpoints are untouched. Make room and start the same command again."
+            ) from error
+        raise
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _is_full(error: BaseException) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return True
+        if any(words in str(error) for words in _FULL_WORDS):
+            return True
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return False
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Leaves by path.
+
+    Example:
+      >>> named_leaves({"a": {"b": 1}})
+      {'a/b': 1}
+    """
+    return {leaf_path(path): x for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def save_tree(path: Path, tree: Any) -> None:
+    """Writes the arrays of any pytree with orbax.
+
+    Args:
+      path: directory to make.
+      tree: arrays.
+    """
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path.absolute(), _numbered(tree))
+
+
+def load_tree(path: Path, like: Any) -> Any:
+    """Reads what :func:`save_tree` wrote.
+
+    Args:
+      path: the directory.
+      like: a tree of the same structure; shapes, dtypes and shardings are taken from it.
+
+    Returns:
+      The tree.
+
+    Raises:
+      ValueError: the files are missing, damaged or of another tree.
+    """
+    import orbax.checkpoint as ocp
+
+    def abstract(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
+
+    leaves = _numbered(jax.tree.map(abstract, like))
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            found = checkpointer.restore(path.absolute(), leaves)
+    except Exception as error:
+        raise ValueError(
+            f"{path} cannot be read, or belongs to another model or optimizer: {str(error)[:300]} "
+            "Delete this checkpoint to go on from an earlier one."
+        ) from error
+    return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in leaves])
+
+
+def _numbered(tree: Any) -> dict[str, Any]:
+    return {f"{i:05d}": x for i, x in enumerate(jax.tree.leaves(tree))}
+
+
+def save_model(path: Path, params: Any) -> None:
+    """Writes parameters as one safetensors file, by path.
+
+    Args:
+      path: the file.
+      params: nested dict of arrays.
+    """
+    from safetensors.numpy import save_file
+
+    leaves = {name: np.asarray(x) for name, x in named_leaves(params).items()}
+    save_file({name: np.ascontiguousarray(x).reshape(x.shape) for name, x in leaves.items()}, path)
+
+
+def load_model(path: Path, like: Any) -> Any:
+    """Reads what :func:`save_model` wrote.
+
+    Args:
+      path: the file.
+      like: nested dict with the shapes and dtypes that must be there.
+
+    Returns:
+      Nested dict of numpy arrays.
+
+    Raises:
+      ValueError: the file is missing, truncated or of another model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; the run directory is damaged.")
+    try:
+        found = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read, it is truncated or damaged: {error}") from error
+    want = {name: x.shape for name, x in named_leaves(like).items()}
+    have = {name: x.shape for name, x in found.items()}
+    if want != have:
+        differ = sorted(set(want.items()) ^ set(have.items()))
+        raise ValueError(
+            f"{path} holds another model; the first differences are {differ[:4]}. Give the model "
+            "configuration that it was made with."
+        )
+    return jax.tree_util.tree_map_with_path(lambda k, x: found[leaf_path(k)].astype(x.dtype), like)
+
+
+def pick(params: Any, like: Any) -> Any:
+    """Copies of those leaves of ``params`` that ``like`` has, with its shardings."""
+    known = named_leaves(params)
+    return jax.tree_util.tree_map_with_path(
+        lambda key, x: jax.device_put(np.array(known[leaf_path(key)]), x.sharding), like
+    )
+
+
+def fingerprint(params: Any) -> str:
+    """Fingerprint of a whole model: changes with any bit, name, shape or dtype.
+
+    Example:
+      >>> import numpy as np
+      >>> len(fingerprint({"w": np.zeros(3, np.float32)}))
+      32
+    """
+    leaves = sorted(named_leaves(params).items())
+    parts = zip((name for name, _ in leaves), subset.fingerprints(x for _, x in leaves), strict=True)
+    return hashlib.sha256(repr(list(parts)).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run: ``<directory>/<step>``, each whole.
+
+    Attributes:
+      directory: where they lie.
+      seed: fingerprint of the seed model.
+    """
+
+    directory: Path
+    seed: str
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints, in order; clears what a killed run left unfinished."""
+        if not self.directory.is_dir():
+            return []
+        for left in self.directory.glob(".tmp-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdigit())
+
+    def save(self, step: int, write: Callable[[Path], None], progress: dict[str, Any]) -> None:
+        """Writes a checkpoint, then removes all but it and the best one.
+
+        Args:
+          step: its step.
+          write: writes the model and the optimizer into a directory.
+          progress: JSON values to keep with it; ``best_step`` names the checkpoint to keep.
+
+        Raises:
+          ValueError: the disk is full.
+        """
+        path = self.directory / f"{step:08d}"
+        if not path.exists():
+            with whole(path) as there:
+                write(there)
+                text = json.dumps({"seed": self.seed, "step": step, **progress})
+                (there / "progress.json").write_text(text)
+        for old in self.steps():
+            if old not in (step, progress.get("best_step")):
+                shutil.rmtree(self.directory / f"{old:08d}")
+
+    def path(self, step: int) -> Path:
+        """Directory of a checkpoint."""
+        return self.directory / f"{step:08d}"
+
+    def progress(self, step: int) -> dict[str, Any]:
+        """What was kept with a checkpoint.
+
+        Raises:
+          ValueError: it is damaged, or was made from another seed model.
+        """
+        file = self.path(step) / "progress.json"
+        try:
+            found = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file} cannot be read: {error}. Delete this checkpoint.") from error
+        if found["seed"] != self.seed:
+            raise ValueError(
+                f"{self.path(step)} was made from the seed model {found['seed']}, but the seed model given "
+                f"now is {self.seed}; give the same seed or another run directory."
+            )
+        return found

@@ -1,0 +1,293 @@
+"""Whole runs of a tiny model: the same bits however often a run is stopped, and clear refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+seqio = pytest.importorskip("seqio")
+for needed in ("orbax.checkpoint", "clu", "rich", "tensorboard", "matplotlib"):
+    pytest.importorskip(needed)
+
+from dst_optax import subset  # noqa: E402
+from dst_optax.finetuning import storage, t5, trainer  # noqa: E402
+from dst_optax.finetuning.methods.dst import DST  # noqa: E402
+from dst_optax.finetuning.methods.full import Full  # noqa: E402
+from dst_optax.finetuning.steps import TrainState, make_step  # noqa: E402
+from dst_optax.finetuning.superglue.sources import JsonlSource, SyntheticSource  # noqa: E402
+from dst_optax.finetuning.superglue.suite import SuperGlue  # noqa: E402
+
+MODEL = t5.T5Config(
+    vocab_size=384,
+    emb_dim=16,
+    num_heads=2,
+    head_dim=8,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+    mlp_dim=16,
+    dropout_rate=0.1,
+)
+RECIPE = trainer.Recipe(
+    steps=6,
+    batch_size=8,
+    lengths={"inputs": 48, "targets": 16},
+    accumulate=2,
+    eval_every=3,
+    save_every=1,
+    log_every=2,
+    eval_batch_size=96,
+)
+DATA = SuperGlue(SyntheticSource(train_size=40), seqio.ByteVocabulary(), ("rte",))
+REAL = Path(__file__).parents[2].parent / "shared" / "data"
+
+
+def dst():
+    return DST(optax.adam(1e-2), 0.05)
+
+
+def tune(directory, **changes):
+    given = {"data": DATA, "model": MODEL, "methods": {"dst": dst()}, "recipe": RECIPE, **changes}
+    return trainer.finetune(str(directory), **given)
+
+
+def contents(run):
+    """Everything a checkpoint holds, by name, as bits."""
+    last = run / "checkpoints" / "00000006"
+    found = subset.Subset.load(last / "subset")
+    out = {
+        f"{path}:{part}": getattr(e, part).tobytes()
+        for path, e in found.items()
+        for part in ("positions", "values")
+    }
+    seed = storage.load_model(run.parents[1] / "seed" / "model.safetensors", shapes())
+    slots = jax.tree.map(lambda x: x, dst().transform.init(jax.tree.map(jnp.asarray, seed)))
+    tuned, slots = dst().load(last, seed, jax.tree.map(jnp.asarray, seed), slots)
+    for name, x in storage.named_leaves({"tuned": tuned, "slots": slots}).items():
+        out[name] = np.asarray(x).tobytes()
+    return out
+
+
+def shapes():
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    init = lambda: t5.Transformer(MODEL).init(jax.random.key(0), tokens, tokens, tokens)["params"]  # noqa: E731
+    return jax.eval_shape(init)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    return directory, tune(directory)
+
+
+def test_a_run_leaves_what_it_promises(whole):
+    directory, rows = whole
+    run = directory / "dst" / "rng_0"
+    assert [row["method"] for row in rows] == ["majority", "seed model", "dst"]
+    row = rows[-1]
+    assert 0 < row["free_params"] <= 0.06 * sum(x.size for x in jax.tree.leaves(shapes()))
+    assert rows[0]["score"] == 50.0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in lines if "loss" in line} == {1, 2, 4, 6}
+    assert {line["step"] for line in lines if "eval/score" in line} == {3, 6}
+    assert len((run / "predictions" / "RTE.jsonl").read_text().splitlines()) == 256
+    tuned = subset.Subset.load(run / "tuned" / "subset")
+    assert tuned.count == row["free_params"]
+    assert (directory / "scores.png").read_bytes()[:4] == b"\x89PNG"
+    assert list((run / "tensorboard").iterdir())
+    best = json.loads((run / "checkpoints" / "00000006" / "progress.json").read_text())["best_step"]
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {f"{s:08d}" for s in {best, 6}}
+
+
+def test_checkpoints_hold_no_copy_of_the_model(whole):
+    run = whole[0] / "dst" / "rng_0" / "checkpoints" / "00000006"
+    size = 4 * sum(x.size for x in jax.tree.leaves(shapes()))
+    values = subset.Subset.load(run / "subset").nbytes
+    slots = sum(p.stat().st_size for p in (run / "slots").rglob("*") if p.is_file())
+    assert values < 0.2 * size
+    assert slots < 2.2 * size + 50_000  # Adam's two slots
+
+
+def test_done_runs_are_not_done_again(whole, monkeypatch):
+    monkeypatch.setattr(trainer, "make_step", None)
+    assert tune(whole[0]) == whole[1]
+
+
+def test_ctrl_c_saves_and_the_resumed_run_is_the_same_bit_for_bit(whole, tmp_path, monkeypatch):
+    spent = trainer.inputs.count_tokens
+
+    def interrupt(batch):
+        interrupt.calls += 1
+        if interrupt.calls == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return spent(batch)
+
+    interrupt.calls = 0
+    monkeypatch.setattr(trainer.inputs, "count_tokens", interrupt)
+    with pytest.raises(trainer.Interrupted, match="stopped at step 4"):
+        tune(tmp_path / "run")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    tune(tmp_path / "run")
+    assert contents(tmp_path / "run" / "dst" / "rng_0") == contents(whole[0] / "dst" / "rng_0")
+
+
+KILLED = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from dst_optax.finetuning import storage
+import test_trainer
+save = storage.save_tree
+def slow(path, tree):  # dies in the middle of a checkpoint
+    save(path, tree)
+    if path.parent.name.endswith("00000003"):
+        print("SAVING", flush=True)
+        time.sleep(600)
+storage.save_tree = slow
+test_trainer.tune({run!r})
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_while_saving_loses_only_the_steps_since_the_last_checkpoint(whole, tmp_path):
+    code = KILLED.format(tests=str(Path(__file__).parent), run=str(tmp_path / "run"))
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as child:
+        assert child.stdout is not None
+        while child.poll() is None and b"SAVING" not in child.stdout.readline():
+            time.sleep(0.01)
+        child.kill()
+    made = tmp_path / "run" / "dst" / "rng_0" / "checkpoints"
+    assert (made / ".tmp-00000003").is_dir()
+    assert (made / "00000002" / "progress.json").is_file()
+    tune(tmp_path / "run")
+    assert contents(tmp_path / "run" / "dst" / "rng_0") == contents(whole[0] / "dst" / "rng_0")
+    lines = [json.loads(x) for x in (made.parent / "metrics.jsonl").read_text().splitlines()]
+    assert len([x for x in lines if "loss" in x]) == 4
+
+
+def test_another_run_is_refused_before_anything_is_written(whole):
+    before = sorted((p, p.stat().st_mtime_ns) for p in whole[0].rglob("*"))
+    recipe = trainer.replace(RECIPE, batch_size=16)
+    with pytest.raises(ValueError, match=r"belongs to another run: recipe differ.*'batch_size': 8"):
+        tune(whole[0], recipe=recipe)
+    assert sorted((p, p.stat().st_mtime_ns) for p in whole[0].rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"data": SuperGlue(DATA.source, DATA.vocabulary, ("rtx",))}, "unknown SuperGLUE task 'rtx'"),
+        ({"data": SuperGlue(DATA.source, DATA.vocabulary, ("axb",))}, "axb has no training data"),
+        (
+            {"data": SuperGlue(JsonlSource("/absent"), DATA.vocabulary, ("rte",))},
+            "/absent/RTE/train.jsonl does not",
+        ),
+        ({"model": trainer.replace(MODEL, vocab_size=100)}, "the vocabulary has 259 pieces"),
+        ({"checkpoint": "/absent"}, "/absent"),
+        ({"mesh_shape": (3, 5)}, "mesh_shape"),
+    ],
+)
+def test_bad_input_is_refused_before_training(changes, says, tmp_path):
+    with pytest.raises(ValueError, match=says.replace("/", "/")):
+        tune(tmp_path / "run", **changes)
+    assert not (tmp_path / "run" / "dst").exists()
+
+
+def test_recipes_are_checked():
+    with pytest.raises(ValueError, match="no multiple of accumulate 3"):
+        trainer.Recipe(steps=1, batch_size=8, accumulate=3)
+    with pytest.raises(ValueError, match="steps is 0"):
+        trainer.Recipe(steps=0)
+
+
+def batch_of(random, rows):
+    targets = random.integers(1, 300, (rows, 5)).astype(np.int32)
+    targets[: rows // 2, 3:] = 0
+    return {
+        "encoder_input_tokens": random.integers(1, 300, (rows, 7)).astype(np.int32),
+        "decoder_input_tokens": np.roll(targets, 1, 1),
+        "decoder_target_tokens": targets,
+        "decoder_loss_weights": (targets > 0).astype(np.int32),
+    }
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    network = t5.Transformer(trainer.replace(MODEL, dropout_rate=0.0))
+    tokens = jnp.ones((1, 1), jnp.int32)
+    params = network.init(jax.random.key(0), tokens, tokens, tokens, enable_dropout=False)["params"]
+    method = Full(optax.sgd(1.0))
+    state = TrainState({}, params, method.transform.init(params))
+    batch = batch_of(np.random.default_rng(0), 8)
+    made = [
+        jax.jit(make_step(network, method, accumulate=n))(state, batch, jax.random.key(1)) for n in (1, 4)
+    ]
+    (one, facts), (four, same) = made
+    for name, x in facts.items():
+        np.testing.assert_allclose(x, same[name], rtol=1e-4, err_msg=name)
+    assert facts["tokens"] == np.count_nonzero(batch["decoder_target_tokens"])
+    for x, y in zip(jax.tree.leaves(one.tuned), jax.tree.leaves(four.tuned), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5)
+
+
+def test_a_selection_a_step_however_many_parts():
+    network = t5.Transformer(MODEL)
+    tokens = jnp.ones((1, 1), jnp.int32)
+    params = network.init(jax.random.key(0), tokens, tokens, tokens, enable_dropout=False)["params"]
+    method = dst()
+    state = TrainState({}, params, method.transform.init(params))
+    state, _ = jax.jit(make_step(network, method, accumulate=4))(
+        state, batch_of(np.random.default_rng(0), 8), jax.random.key(1)
+    )
+    assert int(optax.tree.get(state.slots, "step")) == 1
+
+
+def test_dst_adds_the_seed_and_eight_bytes_a_silo():
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes())
+    size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))  # noqa: E731
+    adam = Full(optax.adam(1e-2)).transform.init(params)
+    leaves = len(jax.tree.leaves(params))
+    extra = size(dst().transform.init(params)) - size(adam) - size(params)
+    assert extra <= 8 * leaves + 4 * leaves + 64
+
+
+EIGHT = """
+import sys
+sys.path.insert(0, {tests!r})
+import jax, test_trainer
+assert jax.device_count() == 8
+rows = test_trainer.tune({run!r}, mesh_shape=(4, 2))
+"""
+
+
+@pytest.mark.slow
+def test_eight_devices(whole, tmp_path):
+    code = EIGHT.format(tests=str(Path(__file__).parent), run=str(tmp_path / "run"))
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True)
+    (one,), (eight,) = (
+        [json.loads(x) for x in (d / "dst/rng_0/metrics.jsonl").read_text().splitlines() if '"step": 1,' in x]
+        for d in (whole[0], tmp_path / "run")
+    )
+    assert eight["loss"] == pytest.approx(one["loss"], rel=0.05)  # other dropout on other devices
+    assert eight["tokens"] == one["tokens"]
+
+
+@pytest.mark.skipif(not (REAL / "superglue" / "CB").is_dir(), reason=f"real SuperGLUE is not in {REAL}")
+def test_a_few_steps_of_the_real_cb(tmp_path):
+    vocabulary = seqio.SentencePieceVocabulary(str(REAL / "t5_vocab" / "spiece.model"))
+    data = SuperGlue(JsonlSource(str(REAL / "superglue")), vocabulary, ("cb",))
+    recipe = trainer.replace(RECIPE, steps=2, lengths={"inputs": 64, "targets": 8}, eval_every=2)
+    rows = tune(tmp_path / "run", data=data, recipe=recipe, model=trainer.replace(MODEL, vocab_size=32128))
+    assert rows[0]["score"] == pytest.approx(42.76, abs=0.5)  # always contradiction: 50% right, F1 22.2
+    lines = (tmp_path / "run/dst/rng_0/predictions/CB.jsonl").read_text().splitlines()
+    assert [json.loads(x)["idx"] for x in lines] == list(range(250))
+    assert {json.loads(x)["label"] for x in lines} <= {"entailment", "contradiction", "neutral"}

@@ -1,0 +1,30 @@
+"""The command line: flags as T5X's, errors as one line and a status."""
+
+import pytest
+
+from dst_optax import cli
+
+
+def test_flags_in_any_order():
+    got = cli.gin_flags(
+        [
+            "--gin.A=1",
+            "--gin_file=x.gin",
+            "--gin_bindings=b.C='='",
+            "--gin_search_paths=p,q",
+            "--gin_file=y.gin",
+        ]
+    )
+    assert got == (["x.gin", "y.gin"], ["A=1", "b.C='='"], ["p", "q"])
+
+
+@pytest.mark.parametrize("flags", [["--gin_fil=x"], ["x.gin"], ["--gin.A"], ["--gin.A=1"]])
+def test_bad_flags(flags, capsys):
+    assert cli.main(["finetune", *flags]) == 2
+    assert "usage: dst-optax finetune" in capsys.readouterr().err
+
+
+def test_usage(capsys):
+    assert cli.main([]) == 2
+    assert cli.main(["finetune", "--help"]) == 0
+    assert "--gin_file" in capsys.readouterr().out
