@@ -4,6 +4,7 @@ Run as a script, it records what ``transformers`` makes of them in ``transformer
 """
 
 import dataclasses
+import functools
 import pathlib
 import zlib
 
@@ -26,7 +27,6 @@ CONFIGS = {
         _V1_1, vocab_size=384, num_encoder_layers=3, num_decoder_layers=1, num_heads=3, head_dim=4
     ),
 }
-BEAM = dict(num_beams=4, length_penalty=0.0, early_stopping="never")
 
 
 def weights(config, scale=0.4):
@@ -54,7 +54,12 @@ def batch(config, inputs=40, targets=7):
 
 
 def logits(config, params, *tokens):
-    return np.asarray(t5.Transformer(config).apply({"params": params}, *tokens, enable_dropout=False))
+    return np.asarray(_logits(config, params, *tokens))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config, params, *tokens):
+    return t5.Transformer(config).apply({"params": params}, *tokens, enable_dropout=False)
 
 
 def hugging_face(path):
@@ -75,13 +80,15 @@ def hugging_face_logits(model, x, y_in):
         return model(input_ids=x, attention_mask=x > 0, decoder_input_ids=y_in).logits.numpy()
 
 
-def hugging_face_decode(model, x, **options):
+def hugging_face_greedy(model, x, eos_id):
     """Generated tokens without the start, padded to LENGTH."""
     import torch
 
     x = torch.tensor(x).long()
     with torch.no_grad():
-        found = model.generate(x, attention_mask=x > 0, do_sample=False, max_new_tokens=LENGTH, **options)
+        found = model.generate(
+            x, attention_mask=x > 0, do_sample=False, num_beams=1, max_new_tokens=LENGTH, eos_token_id=eos_id
+        )
     found = found.numpy()[:, 1:]
     return np.pad(found, ((0, 0), (0, LENGTH - found.shape[1])))
 
@@ -96,10 +103,8 @@ def record():
             model = hugging_face(path)
         x, y_in, _ = batch(config)
         found[f"{name}/logits"] = hugging_face_logits(model, x, y_in)
-        found[f"{name}/greedy"] = hugging_face_decode(model, x, num_beams=1, eos_token_id=EOS[name])
-        found[f"{name}/beam"] = hugging_face_decode(model, x, eos_token_id=EOS[name], **BEAM)
+        found[f"{name}/greedy"] = hugging_face_greedy(model, x, EOS[name])
     np.savez_compressed(RECORD, **found)
-    print(jax.tree.map(lambda a: (a.shape, a if a.ndim == 2 else a.std()), found))
 
 
 if __name__ == "__main__":
