@@ -150,5 +150,7 @@ def test_orbax_restore_continues_bit_for_bit(tmp_path, fraction):
     for g in all_grads[3:]:
         params, state = step(params, state, g)
         again, state_again = step(again, state_again, g)
-    for a, b in zip(jax.tree.leaves((params, state)), jax.tree.leaves((again, state_again)), strict=True):
+    for a, b in zip(
+        jax.tree.leaves((params, state)), jax.tree.leaves((again, state_again)), strict=True
+    ):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
