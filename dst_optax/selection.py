@@ -10,6 +10,9 @@ or four. A pass that fails to narrow the bracket is followed by evenly spaced pr
 the number of passes by that of a ninth-section search. When a count meets the budget the silo is
 done.
 
+The first pass also learns how many keys there are at all (its lowest probe is -1) and whether any
+key is far beyond the guess (its highest probe).
+
 Nothing but the counts crosses devices. Counts are exact for silos of any size (see
 :mod:`dst_optax.budget`), so the result does not depend on the mesh.
 
@@ -28,7 +31,7 @@ from jax import lax
 from dst_optax import budget
 
 PROBES = 8
-GUESS_OFFSETS = (-24.0, -4.0, -1.0, -0.25, 0.25, 1.0, 4.0, 24.0)  # in units of the guess's spread
+GUESS_OFFSETS = (-24.0, -24.0, -2.0, -0.3, 0.3, 2.0, 24.0, 24.0)  # in units of the guess's spread
 RANK_OFFSETS = (-4.0, -1.5, -0.6, -0.15, 0.15, 0.6, 1.5, 4.0)  # in standard deviations
 CURVATURE = 0.05  # error of linear interpolation of ranks per octave of the bracket's width
 
@@ -54,6 +57,8 @@ class Bracket(NamedTuple):
     hi: jax.Array  # (silos,) key dtype
     above_lo: jax.Array  # (silos, 2) int32 limbs
     above_hi: jax.Array  # (silos, 2) int32 limbs
+    counted: jax.Array  # (silos, 2) int32 limbs: keys >= 0
+    most: jax.Array  # (silos,) key dtype: no key is known to exceed it
     stalled: jax.Array  # (silos,) bool: the last pass narrowed the bracket too little
     passes: jax.Array  # () int32
 
@@ -81,6 +86,7 @@ def thresholds(
     top: int,
     guess: jax.Array,
     spread: jax.Array,
+    far: jax.Array,
     octave: float,
     rowwise: bool,
 ) -> Bracket:
@@ -89,15 +95,16 @@ def thresholds(
     Args:
       leaves: the keys.
       m: budgets, (silos, 2) int32 limbs.
-      total: number of keys >= 0 of each silo, (silos, 2) int32 limbs.
+      total: number of keys of each silo, (silos, 2) int32 limbs; at least those >= 0.
       top: the largest possible key.
       guess: first guess of t, (silos,) key dtype; below 0 for none.
       spread: how far off the guess may be, (silos,) key dtype, positive.
+      far: a key that few or none should exceed, (silos,) key dtype; the first pass finds out.
       octave: difference of keys over which the density of keys may change by its own size.
       rowwise: count per row first; fast on CPU, where only such reductions run on all cores.
 
     Returns:
-      A bracket that is done for every silo; ``hi`` is the threshold.
+      A bracket that is done for every silo, after one pass at least; ``hi`` is the threshold.
     """
     dtype = guess.dtype
     start = Bracket(
@@ -105,6 +112,8 @@ def thresholds(
         hi=jnp.full_like(guess, top),
         above_lo=total,
         above_hi=jnp.zeros_like(total),
+        counted=total,
+        most=jnp.full_like(guess, top),
         stalled=jnp.ones(guess.shape, bool),
         passes=jnp.int32(0),
     )
@@ -126,14 +135,17 @@ def thresholds(
         away = jnp.minimum(spread.astype(real), octave)[:, None] * jnp.array([GUESS_OFFSETS], real)
         away = jnp.clip(away, -16 * octave, 16 * octave).astype(dtype)
         guessed = guess[:, None] + jnp.clip(away, -guess[:, None], top - guess[:, None])
-        first = (b.passes == 0) & (guess >= 0)[:, None]
-        t = jnp.where(first, guessed, inside)
-        return jnp.clip(t, b.lo[:, None] + 1, jnp.maximum(b.hi, 1)[:, None] - 1)
+        first = b.passes == 0
+        t = jnp.where(first & (guess >= 0)[:, None], guessed, inside)
+        t = jnp.clip(t, b.lo[:, None] + 1, jnp.maximum(b.hi, 1)[:, None] - 1)
+        lowest = jnp.where(first, -1, t[:, :1])
+        highest = jnp.where(first, jnp.maximum(far[:, None], t[:, -1:]), t[:, -1:])
+        return jnp.concatenate([lowest, t[:, 1:-1], highest], axis=1)
 
     def narrow(b: Bracket) -> Bracket:
-        t = probes(b)
-        above = count(leaves, t, rowwise)
-        fits = budget.less_equal(above, m[:, None])
+        t, active = probes(b), (b.passes == 0) | ~b.done(m)
+        above = count(leaves, t, rowwise, active)
+        fits = budget.less_equal(above, m[:, None]) & (t >= 0)
         edge = jnp.sum(~fits, axis=1, dtype=jnp.int32)[:, None]
         ends = jnp.concatenate([b.lo[:, None], t, b.hi[:, None]], axis=1)
         counts = jnp.concatenate([b.above_lo[:, None], above, b.above_hi[:, None]], axis=1)
@@ -147,33 +159,52 @@ def thresholds(
         lo, above_lo = pick(edge)
         hi, above_hi = pick(edge + 1)
         slow = (hi.astype(real) - lo.astype(real)) * 6 > b.hi.astype(real) - b.lo.astype(real)
-        first = (b.passes == 0) & (guess >= 0)
-        return Bracket(lo, hi, above_lo, above_hi, slow & ~first, b.passes + 1)
+        first = b.passes == 0
+        counted = jnp.where(first, above[:, 0], b.counted)
+        empty = (above == 0).all(axis=-1)
+        most = jnp.minimum(b.most, jnp.min(jnp.where(empty, t, top), axis=1))
+        slow &= ~(first & (guess >= 0))
+        found = Bracket(lo, hi, above_lo, above_hi, counted, most, slow, b.passes)
 
-    return lax.while_loop(lambda b: ~jnp.all(b.done(m)), narrow, start)
+        def renewed(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(active.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+        silos = jax.tree.map(renewed, found[:-1], b[:-1])
+        return found._replace(**dict(zip(Bracket._fields, silos, strict=False)), passes=b.passes + 1)
+
+    return lax.while_loop(lambda b: (b.passes == 0) | ~jnp.all(b.done(m)), narrow, start)
 
 
-def count(leaves: Sequence[Leaf], t: jax.Array, rowwise: bool) -> jax.Array:
+def count(leaves: Sequence[Leaf], t: jax.Array, rowwise: bool, active: jax.Array) -> jax.Array:
     """Counts the keys above each threshold.
 
     Args:
       leaves: the keys.
       t: thresholds, (silos, probes) key dtype.
-      rowwise: see :func:`thresholds`.
+      rowwise: see :func:`thresholds`; then leaves without an active silo are passed over, too.
+      active: silos whose counts are asked for, (silos,) bool.
 
     Returns:
-      Limbs, (silos, probes, 2) int32.
+      Limbs, (silos, probes, 2) int32; 0 or right for silos that are not active.
     """
     total = jnp.zeros((*t.shape, 2), jnp.int32)
     for leaf in leaves:
-        keys = leaf.keys()
-        above = [
-            keys > spread_to_leaf(t[:, j], leaf, keys.ndim).astype(keys.dtype) for j in range(t.shape[1])
-        ]
-        counts = jnp.stack(_sums(above, leaf.axis, rowwise), axis=-2)
-        total = total.at[np.array(leaf.silos, np.int32)].add(
-            counts if leaf.axis is not None else counts[None]
-        )
+
+        def above(leaf: Leaf = leaf) -> jax.Array:
+            keys = leaf.keys()
+            masks = [
+                keys > spread_to_leaf(t[:, j], leaf, keys.ndim).astype(keys.dtype) for j in range(t.shape[1])
+            ]
+            counts = jnp.stack(_sums(masks, leaf.axis, rowwise), axis=-2)
+            return counts if leaf.axis is not None else counts[None]
+
+        ids = np.array(leaf.silos, np.int32)
+        if rowwise:
+            nothing = jnp.zeros((len(ids), t.shape[1], 2), jnp.int32)
+            counts = lax.cond(active[ids].any(), above, lambda nothing=nothing: nothing)
+        else:
+            counts = above()
+        total = total.at[ids].add(counts)
     return budget.carry(total)
 
 
@@ -217,12 +248,3 @@ def _huge_sum(mask: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         hi = jnp.sum(hi, axis=axis, dtype=jnp.int32) + (high_byte >> 8)
         pair = budget.carry(jnp.stack([hi, low_byte + ((high_byte & 0xFF) << 8)], axis=-1))
     return pair
-
-
-def total_of(ones: list[jax.Array], rowwise: bool) -> list[jax.Array]:
-    """Sums int32 arrays of one shape to scalars in one read."""
-    ndim = ones[0].ndim
-    if ndim == 0:
-        return ones
-    rows = _reduce(ones, tuple(range(1, ndim))) if rowwise and ndim > 1 else ones
-    return _reduce(rows, tuple(range(rows[0].ndim)))

@@ -17,7 +17,9 @@ def search(keys, m, guess, spread, rowwise, top=TOP):
     def run(keys, m, guess, spread):
         leaf = selection.Leaf(lambda: keys, 0, tuple(range(keys.shape[0])))
         total = jnp.asarray(budget.limbs([keys.shape[1]] * keys.shape[0]))
-        return selection.thresholds([leaf], m, total, top, guess, spread, 2.0**23, rowwise)
+        return selection.thresholds(
+            [leaf], m, total, top, guess, spread, jnp.full_like(guess, top - 1), 2.0**23, rowwise
+        )
 
     return jax.jit(run)(*map(jnp.asarray, (keys, m, guess, spread)))
 

@@ -1,0 +1,452 @@
+"""A subset: the entries in which a tuned model differs from its seed, and what one can do with them."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dst_optax.subset import gaps, scatter, trees
+from dst_optax.subset.errors import SubsetError
+from dst_optax.subset.fingerprint import fingerprints
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Entries:
+    """The entries of one tensor that differ from the seed.
+
+    Attributes:
+      shape: shape of the tensor.
+      positions: (k,) row-major positions, strictly increasing; int32, int64 for more than 2**31 entries.
+      values: (k,) values of the tuned tensor, in its dtype.
+      seed_values: (k,) values of the seed, or None.
+      seed_fingerprint: of the seed's tensor, or None where the seed is not known.
+    """
+
+    shape: tuple[int, ...]
+    positions: np.ndarray
+    values: np.ndarray
+    seed_values: np.ndarray | None = None
+    seed_fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.size > gaps.MAX_SIZE:
+            raise SubsetError(f"a tensor of shape {self.shape} has more than {gaps.MAX_SIZE} entries.")
+        positions = np.asarray(self.positions)
+        if positions.ndim != 1 or positions.dtype.kind not in "iu":
+            raise SubsetError(f"positions must be 1-d integers, got {positions.dtype}{positions.shape}.")
+        if len(positions) and (
+            not 0 <= positions[0] <= positions[-1] < self.size or not np.all(positions[1:] > positions[:-1])
+        ):
+            raise SubsetError(
+                f"positions must increase strictly and lie in [0, {self.size}), the shape is {self.shape}."
+            )
+        object.__setattr__(self, "positions", positions.astype(gaps.position_dtype(self.size), copy=False))
+        for values in (self.values, self.seed_values):
+            if values is not None and (values.shape != positions.shape or values.dtype != self.dtype):
+                raise SubsetError(
+                    f"values must be {self.dtype}{positions.shape}, got {values.dtype}{values.shape}."
+                )
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Dtype of the tensor."""
+        return self.values.dtype
+
+    @property
+    def size(self) -> int:
+        """Entries of the tensor."""
+        return math.prod(self.shape)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def take(self, index: Any) -> "Entries":
+        """The entries chosen by an index into ``positions``."""
+        return dataclasses.replace(
+            self,
+            positions=self.positions[index],
+            values=self.values[index],
+            seed_values=None if self.seed_values is None else self.seed_values[index],
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subset(Mapping[str, Entries]):
+    """What tuning leaves behind: for every tensor by path, the entries that differ from the seed.
+
+    Attributes:
+      leaves: entries of every tensor of the model, none left out.
+      metadata: what the model card should tell; values that JSON can express.
+
+    Example:
+      >>> import numpy as np
+      >>> from dst_optax import subset
+      >>> seed = {"w": np.zeros(5, np.float32), "b": np.ones(2, np.float32)}
+      >>> tuned = {"w": np.array([0, 0, 3, 0, 4], np.float32), "b": np.ones(2, np.float32)}
+      >>> found = subset.from_models(seed, tuned, with_seed_values=True)
+      >>> found
+      Subset(2 tensors, 2 of 7 entries)
+      >>> found["w"].positions.tolist()
+      [2, 4]
+      >>> found.apply(seed)["w"].tolist()
+      [0.0, 0.0, 3.0, 0.0, 4.0]
+      >>> found.revert(tuned)["w"].tolist()
+      [0.0, 0.0, 0.0, 0.0, 0.0]
+    """
+
+    leaves: dict[str, Entries]
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __getitem__(self, path: str) -> Entries:
+        return self.leaves[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.leaves)
+
+    def __len__(self) -> int:
+        return len(self.leaves)
+
+    def __repr__(self) -> str:
+        return f"Subset({len(self)} tensors, {self.count} of {self.size} entries)"
+
+    @property
+    def count(self) -> int:
+        """Entries that differ from the seed."""
+        return sum(len(e) for e in self.values())
+
+    @property
+    def size(self) -> int:
+        """Entries of the model."""
+        return sum(e.size for e in self.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        arrays = [a for e in self.values() for a in (e.positions, e.values, e.seed_values)]
+        return sum(a.nbytes for a in arrays if a is not None)
+
+    @property
+    def has_seed_values(self) -> bool:
+        """Whether :meth:`revert` is possible."""
+        return all(e.seed_values is not None for e in self.values())
+
+    def apply(self, seed: Any, *, verify: bool = True) -> Any:
+        """The tuned model.
+
+        Args:
+          seed: pytree of numpy or jax arrays, any sharding; it is not changed.
+          verify: compare fingerprints, which reads the seed once.
+
+        Returns:
+          Pytree like ``seed``, same shardings. Arrays in which nothing differs are the seed's own.
+
+        Raises:
+          SubsetError: the seed has other paths, shapes, dtypes or content than this subset is for.
+        """
+        named = self.check(seed, verify=verify)
+        return trees.map_leaves(
+            seed,
+            {p: _written(x, self[p].positions, self[p].values) for p, x in named.items() if len(self[p])},
+        )
+
+    def revert(self, tuned: Any) -> Any:
+        """The seed model, bit for bit: the inverse of :meth:`apply`.
+
+        Args:
+          tuned: pytree of numpy or jax arrays, any sharding; it is not changed.
+
+        Returns:
+          Pytree like ``tuned``, same shardings.
+
+        Raises:
+          SubsetError: no seed values are stored, or ``tuned`` does not hold this subset's values.
+        """
+        if not self.has_seed_values:
+            raise SubsetError("this subset has no seed values; extract it with with_seed_values=True.")
+        named = self.check(tuned, verify=False)
+        new = {}
+        for path, x in named.items():
+            e = self[path]
+            if not len(e):
+                continue
+            if not _holds(x, e):
+                raise SubsetError(
+                    f"{path!r} does not hold this subset's values; revert takes the model that apply made."
+                )
+            new[path] = _written(x, e.positions, e.seed_values)
+        return trees.map_leaves(tuned, new)
+
+    def check(self, seed: Any, *, verify: bool = True) -> dict[str, Any]:
+        """Raises unless this subset is for the model ``seed``.
+
+        Args:
+          seed: pytree of arrays.
+          verify: compare fingerprints too, where they are known.
+
+        Returns:
+          The model's arrays by path.
+
+        Raises:
+          SubsetError: names the tensor and the difference.
+        """
+        named = trees.named_leaves(seed)
+        self.check_structure({p: (tuple(x.shape), scatter.dtype_of(x)) for p, x in named.items()})
+        if verify:
+            known = [p for p, e in self.items() if e.seed_fingerprint is not None]
+            self.check_fingerprints(dict(zip(known, fingerprints(named[p] for p in known), strict=True)))
+        return named
+
+    def check_structure(self, structure: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
+        """Raises unless paths, shapes and dtypes are those of the seed."""
+        for path, e in self.items():
+            if path not in structure:
+                raise SubsetError(f"the model lacks {path!r}, which the subset is for.")
+            shape, dtype = structure[path]
+            if shape != e.shape or dtype != e.dtype:
+                raise SubsetError(
+                    f"{path!r} is {dtype}{list(shape)} in the model, {e.dtype}{list(e.shape)} in the subset; "
+                    "give the seed in its own dtype, or convert the subset with astype."
+                )
+        for path in structure:
+            if path not in self:
+                raise SubsetError(f"the subset lacks {path!r}, which the model has.")
+
+    def check_fingerprints(self, found: Mapping[str, str]) -> None:
+        """Raises if a fingerprint of the seed is not the one the subset was made for."""
+        for path, value in found.items():
+            expected = self[path].seed_fingerprint
+            if expected is not None and expected != value:
+                raise SubsetError(
+                    f"{path!r} is not the seed's: its fingerprint is {value}, "
+                    f"the subset was made for {expected}."
+                )
+
+    def astype(self, dtype: Any) -> "Subset":
+        """The subset of the model converted to another dtype.
+
+        Args:
+          dtype: the new dtype of every tensor.
+
+        Returns:
+          A subset for the converted seed, whose fingerprints are not known. Where seed values are
+          stored, entries that have become equal to the seed are left out.
+
+        Example:
+          >>> import jax.numpy as jnp, numpy as np
+          >>> from dst_optax import subset
+          >>> seed, tuned = np.ones(3, np.float32), np.array([1, 2, 1.0001], np.float32)
+          >>> subset.from_models(seed, tuned, with_seed_values=True).astype(jnp.bfloat16).count
+          1
+        """
+        new = np.dtype(dtype)
+
+        def convert(e: Entries) -> Entries:
+            if e.dtype == new:
+                return e
+            with np.errstate(over="ignore", invalid="ignore"):
+                values = e.values.astype(new)
+                seeds = None if e.seed_values is None else e.seed_values.astype(new)
+            out = Entries(e.shape, e.positions, values, seeds)
+            if seeds is None:
+                return out
+            return out.take(np.flatnonzero(trees.bits(values) != trees.bits(seeds)))
+
+        return Subset({p: convert(e) for p, e in self.items()}, dict(self.metadata))
+
+    def intersection(self, other: "Subset") -> "Subset":
+        """Entries whose positions are in both; values are this subset's."""
+        return self._with(other, lambda a, b: a.take(np.isin(a.positions, b.positions, assume_unique=True)))
+
+    def union(self, other: "Subset") -> "Subset":
+        """Entries whose positions are in either; where they are in both, values are this subset's."""
+        return compose([self, other], on_conflict="first")
+
+    def jaccard(self, other: "Subset") -> float:
+        """Share of the union's positions that are in both; 1.0 if both are empty."""
+        both = self.intersection(other).count
+        either = self.count + other.count - both
+        return both / either if either else 1.0
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes ``subset.safetensors``, ``subset_config.json`` and ``README.md``, each atomically.
+
+        Args:
+          directory: made if it is missing; a subset in it is replaced.
+        """
+        from dst_optax.subset import files
+
+        files.save(self, directory)
+
+    @staticmethod
+    def load(directory: str | os.PathLike[str]) -> "Subset":
+        """Reads what :meth:`save` wrote.
+
+        Args:
+          directory: of unknown origin; everything in it is checked before it is used.
+
+        Returns:
+          The subset.
+
+        Raises:
+          SubsetError: the files are damaged or of another version.
+        """
+        from dst_optax.subset import files
+
+        return files.load(directory)
+
+    def _with(self, other: "Subset", f: Callable[[Entries, Entries], Entries]) -> "Subset":
+        _check_same_seed([self, other])
+        return Subset({p: f(e, other[p]) for p, e in self.items()}, dict(self.metadata))
+
+
+def collisions(subsets: Sequence[Subset]) -> dict[str, int]:
+    """How many positions of each tensor have different values in several subsets.
+
+    Args:
+      subsets: of one seed.
+
+    Returns:
+      Number of positions by path, without zeros.
+
+    Example:
+      >>> import numpy as np
+      >>> from dst_optax import subset
+      >>> seed = {"w": np.zeros(3, np.float32)}
+      >>> a = subset.from_models(seed, {"w": np.array([1, 1, 0], np.float32)})
+      >>> b = subset.from_models(seed, {"w": np.array([0, 2, 2], np.float32)})
+      >>> subset.collisions([a, b])
+      {'w': 1}
+    """
+    _check_same_seed(subsets)
+    found = {p: len(_merge([s[p] for s in subsets]).conflicts) for p in subsets[0]}
+    return {p: n for p, n in found.items() if n}
+
+
+def compose(subsets: Sequence[Subset], on_conflict: str = "error") -> Subset:
+    """One subset out of several that were tuned from one seed.
+
+    Args:
+      subsets: at least one.
+      on_conflict: what to do where several subsets have different values for one entry: ``"error"``,
+        ``"first"`` or ``"last"`` subset wins, or ``"mean"`` of the values, computed in float64.
+
+    Returns:
+      The subset of all positions. Its metadata name the ``collisions`` by path.
+
+    Raises:
+      SubsetError: the seeds differ, or values do and ``on_conflict="error"``.
+
+    Example:
+      >>> import numpy as np
+      >>> from dst_optax import subset
+      >>> seed = {"w": np.zeros(3, np.float32)}
+      >>> a = subset.from_models(seed, {"w": np.array([1, 1, 0], np.float32)})
+      >>> b = subset.from_models(seed, {"w": np.array([0, 2, 2], np.float32)})
+      >>> both = subset.compose([a, b], on_conflict="mean")
+      >>> both["w"].values.tolist(), both.metadata["collisions"]
+      ([1.0, 1.5, 2.0], {'w': 1})
+    """
+    if on_conflict not in ("error", "first", "last", "mean"):
+        raise SubsetError(f'on_conflict: got {on_conflict!r}; it is "error", "first", "last" or "mean".')
+    _check_same_seed(subsets)
+    merged = {p: _merge([s[p] for s in subsets]) for p in subsets[0]}
+    found = {p: len(m.conflicts) for p, m in merged.items() if len(m.conflicts)}
+    if found and on_conflict == "error":
+        worst = max(found, key=lambda p: found[p])
+        raise SubsetError(
+            f"the subsets have different values for {sum(found.values())} entries, most of them "
+            f'({found[worst]}) in {worst!r}; say which to take with on_conflict="first", "last" or "mean".'
+        )
+    leaves = {p: m.resolve(on_conflict) for p, m in merged.items()}
+    return Subset(leaves, {"collisions": found, "composed": [s.metadata for s in subsets]})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Merged:
+    """Entries of several subsets side by side, ordered by position, then by subset."""
+
+    like: Entries
+    positions: np.ndarray  # (total,), with repetitions
+    values: np.ndarray  # (total,)
+    seeds: np.ndarray | None  # (total,)
+    starts: np.ndarray  # (unique,): first entry of each position
+    conflicts: np.ndarray  # indices into starts
+
+    def resolve(self, on_conflict: str) -> Entries:
+        at = self.starts
+        if on_conflict == "last":
+            at = np.append(self.starts, len(self.positions))[1:] - 1
+        values = self.values[at]
+        if on_conflict == "mean" and len(self.conflicts):
+            counts = np.diff(np.append(self.starts, len(self.positions)))
+            sums = np.add.reduceat(self.values.astype(np.float64), self.starts)
+            chosen = self.conflicts
+            values[chosen] = (sums[chosen] / counts[chosen]).astype(values.dtype)
+        return dataclasses.replace(
+            self.like,
+            positions=self.positions[self.starts],
+            values=values,
+            seed_values=None if self.seeds is None else self.seeds[self.starts],
+            seed_fingerprint=self.like.seed_fingerprint,
+        )
+
+
+def _merge(entries: Sequence[Entries]) -> _Merged:
+    positions = np.concatenate([e.positions for e in entries])
+    order = np.argsort(positions, kind="stable")
+    positions = positions[order]
+    values = np.concatenate([e.values for e in entries])[order]
+    seeds = [e.seed_values for e in entries]
+    known = [s for s in seeds if s is not None]
+    same = np.zeros(len(positions), bool)
+    same[1:] = positions[1:] == positions[:-1]
+    differs = np.zeros(len(positions), bool)
+    differs[1:] = same[1:] & (trees.bits(values)[1:] != trees.bits(values)[:-1])
+    group = np.cumsum(~same) - 1
+    like = next((e for e in entries if e.seed_fingerprint is not None), entries[0])
+    return _Merged(
+        like,
+        positions,
+        values,
+        np.concatenate(known)[order] if len(known) == len(seeds) else None,
+        np.flatnonzero(~same),
+        np.unique(group[differs]),
+    )
+
+
+def _check_same_seed(subsets: Sequence[Subset]) -> None:
+    if not subsets:
+        raise SubsetError("no subset was given.")
+    first = subsets[0]
+    structure = {p: (e.shape, e.dtype) for p, e in first.items()}
+    for other in subsets[1:]:
+        other.check_structure(structure)
+        for path, e in other.items():
+            known = (e.seed_fingerprint, first[path].seed_fingerprint)
+            if None not in known and known[0] != known[1]:
+                raise SubsetError(
+                    f"the subsets are of different seeds: {path!r} has the fingerprints {known[1]} "
+                    f"and {known[0]}."
+                )
+
+
+def _written(x: Any, positions: np.ndarray, values: np.ndarray | None) -> Any:
+    assert values is not None
+    if isinstance(x, jax.Array):
+        return scatter.scatter(x, scatter.pieces([(x, positions, values)])[0])
+    out = np.array(x, order="C")
+    out.reshape(-1)[positions] = values
+    return out
+
+
+def _holds(x: Any, e: Entries) -> bool:
+    """Whether ``x`` has the entries' values, as far as this process sees it."""
+    for data, start in trees.boxes(x):
+        chosen, local = trees.to_box(e.positions, data.shape, start, e.shape)
+        if not np.array_equal(trees.bits(data.reshape(-1)[local]), trees.bits(e.values[chosen])):
+            return False
+    return True

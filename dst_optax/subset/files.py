@@ -1,0 +1,310 @@
+"""A subset as a directory: ``subset.safetensors``, ``subset_config.json`` and a model card.
+
+For each tensor with entries the safetensors file holds ``<path>.values``, ``<path>.positions`` (bytes, see
+:mod:`dst_optax.subset.gaps`) and, when stored, ``<path>.seed_values``. The JSON file has shape, dtype, number
+of entries and the seed's fingerprint of every tensor, and SHA-256 of both files' content. Files are taken to
+be of unknown origin: nothing is allocated for a number that they only claim.
+"""
+
+import hashlib
+import json
+import math
+import os
+import pathlib
+import re
+import secrets
+import stat
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from dst_optax.subset import gaps
+from dst_optax.subset.core import Entries, Subset
+from dst_optax.subset.errors import SubsetError
+
+FORMAT = "dst-optax-subset"
+VERSION = 1
+TENSORS = "subset.safetensors"
+CONFIG = "subset_config.json"
+CARD = "README.md"
+MAX_CONFIG = 2**26  # bytes
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_BY_NAME = {d.name: d for d in DTYPES.values()}
+_HEX = re.compile("[0-9a-f]*")
+
+
+def save(subset: Subset, directory: str | os.PathLike[str]) -> None:
+    """Writes a subset; each file appears whole or not at all.
+
+    Args:
+      subset: what to write.
+      directory: made if it is missing; a subset in it is replaced.
+
+    Raises:
+      SubsetError: a dtype that safetensors lacks, or metadata that JSON cannot express.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    leaves: dict[str, Any] = {}
+    for path, e in subset.items():
+        if e.dtype.name not in _BY_NAME:
+            raise SubsetError(f"{path!r} has the dtype {e.dtype}, which safetensors files cannot hold.")
+        leaves[path] = {
+            "shape": [int(n) for n in e.shape],
+            "dtype": e.dtype.name,
+            "entries": len(e),
+            "seed_fingerprint": e.seed_fingerprint,
+        }
+        if len(e):
+            tensors[f"{path}.values"] = np.ascontiguousarray(e.values)
+            tensors[f"{path}.positions"] = np.frombuffer(gaps.encode(e.positions), np.uint8)
+            if subset.has_seed_values:
+                assert e.seed_values is not None
+                tensors[f"{path}.seed_values"] = np.ascontiguousarray(e.seed_values)
+    content = safetensors.numpy.save(tensors, {"format": FORMAT, "version": str(VERSION)})
+    config = {
+        "format": FORMAT,
+        "version": VERSION,
+        "seed_values": subset.has_seed_values,
+        "leaves": leaves,
+        "metadata": subset.metadata,
+    }
+    try:
+        config["sha256"] = {TENSORS: hashlib.sha256(content).hexdigest(), CONFIG: _digest(config)}
+        text = json.dumps(config, indent=1, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as e:
+        raise SubsetError(f"metadata must be values that JSON can express: {e}.") from e
+    target = pathlib.Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    write_atomically(target / TENSORS, content)
+    write_atomically(target / CONFIG, text.encode())
+    write_atomically(target / CARD, card(subset, len(content)).encode())
+
+
+def load(directory: str | os.PathLike[str]) -> Subset:
+    """Reads a subset; see :meth:`Subset.load`."""
+    source = pathlib.Path(directory)
+    config = parse_config(read_file(source / CONFIG, MAX_CONFIG))
+    content = read_file(source / TENSORS)
+    digest = config["sha256"][TENSORS]
+    checked: list[bool] = []
+    checker = threading.Thread(
+        target=lambda: checked.append(hashlib.sha256(content).hexdigest() == digest), daemon=True
+    )
+    checker.start()
+    try:
+        subset = parse(config, content)
+    except SubsetError as e:
+        checker.join()
+        if not checked[0]:
+            raise SubsetError(f"{source / TENSORS} is damaged: {e} Its checksum does not match.") from e
+        raise SubsetError(f"{source / TENSORS}: {e}") from e
+    checker.join()
+    if not checked[0]:
+        raise SubsetError(f"{source / TENSORS} is damaged: its checksum is not the one in {CONFIG}.")
+    return subset
+
+
+def parse_config(content: bytes) -> dict[str, Any]:
+    """Checks the JSON file.
+
+    Args:
+      content: its bytes.
+
+    Returns:
+      The document; ``leaves`` has shapes as tuples and dtypes as numpy dtypes.
+
+    Raises:
+      SubsetError: it is not what :func:`save` writes.
+    """
+    try:
+        config = json.loads(
+            content.decode(), object_pairs_hook=_no_duplicates, parse_constant=_refuse_constant
+        )
+    except (ValueError, RecursionError) as e:  # JSON and unicode errors are ValueErrors
+        raise SubsetError(f"{CONFIG} cannot be read: {str(e)[:200]}.") from e
+    _expect(isinstance(config, dict), "an object")
+    _expect(config.get("format") == FORMAT, f'"format" to be {FORMAT!r}')
+    if config.get("version") != VERSION or isinstance(config["version"], bool):
+        raise SubsetError(
+            f"{CONFIG}: version {str(config.get('version'))[:40]} is not known; this is version {VERSION}."
+        )
+    keys = {"format", "version", "seed_values", "leaves", "metadata", "sha256"}
+    _expect(set(config) == keys, f"the keys {sorted(keys)}")
+    _expect(isinstance(config["seed_values"], bool), '"seed_values" to be true or false')
+    _expect(isinstance(config["leaves"], dict), '"leaves" to be an object')
+    _expect(isinstance(config["metadata"], dict), '"metadata" to be an object')
+    sums = config["sha256"]
+    _expect(isinstance(sums, dict) and set(sums) == {TENSORS, CONFIG}, '"sha256" of both files')
+    _expect(all(_is_hex(v, 64) for v in sums.values()), '"sha256" of 64 hexadecimal digits')
+    digest = _digest({k: v for k, v in config.items() if k != "sha256"})
+    _expect(digest == sums[CONFIG], "another checksum of its own content: it was changed or is damaged")
+    config["leaves"] = {p: _parse_leaf(p, leaf) for p, leaf in config["leaves"].items()}
+    return config
+
+
+def _parse_leaf(path: str, leaf: Any) -> dict[str, Any]:
+    name = repr(path[:200])
+    keys = {"shape", "dtype", "entries", "seed_fingerprint"}
+    _expect(isinstance(leaf, dict) and set(leaf) == keys, f"{name} to have the keys {sorted(keys)}")
+    shape, count, fingerprint = leaf["shape"], leaf["entries"], leaf["seed_fingerprint"]
+    _expect(isinstance(shape, list) and len(shape) <= 32, f"{name} to have a shape of at most 32 axes")
+    _expect(all(type(n) is int and 0 <= n <= gaps.MAX_SIZE for n in shape), f"{name} to have a valid shape")
+    size = math.prod(shape)
+    _expect(size <= gaps.MAX_SIZE, f"{name} to have at most {gaps.MAX_SIZE} entries")
+    _expect(type(count) is int and 0 <= count <= size, f"{name} to have 0 to {size} entries")
+    known = isinstance(leaf["dtype"], str) and leaf["dtype"] in _BY_NAME
+    _expect(known, f"{name} to have one of the dtypes {sorted(_BY_NAME)}")
+    _expect(fingerprint is None or _is_hex(fingerprint, 32), f"{name} to have a fingerprint of 32 digits")
+    return {**leaf, "shape": tuple(shape), "dtype": _BY_NAME[leaf["dtype"]]}
+
+
+def parse(config: Mapping[str, Any], content: bytes) -> Subset:
+    """Decodes the safetensors file that belongs to a checked configuration.
+
+    Raises:
+      SubsetError: they do not fit each other, or the content is damaged.
+    """
+    try:
+        tensors = dict(safetensors.deserialize(content))
+    except safetensors.SafetensorError as e:
+        raise SubsetError(f"it is no safetensors file: {str(e)[:200]}.") from e
+    del content
+    kinds = ["values", "positions", *(["seed_values"] if config["seed_values"] else [])]
+    filled = {path: leaf for path, leaf in config["leaves"].items() if leaf["entries"]}
+    expected = {f"{path}.{kind}" for path in filled for kind in kinds}
+    if expected != set(tensors):
+        odd = sorted(expected ^ set(tensors))[0][:200]
+        raise SubsetError(f"it {'lacks' if odd in expected else 'has too'} the tensor {odd!r}.")
+
+    def entries(path: str, leaf: dict[str, Any]) -> Entries:
+        count = leaf["entries"]
+        if not count:
+            nothing = np.empty(0, leaf["dtype"])
+            seeds = nothing if config["seed_values"] else None
+            return Entries(leaf["shape"], np.empty(0, int), nothing, seeds, leaf["seed_fingerprint"])
+        arrays = [_array(tensors.pop(f"{path}.{k}"), f"{path}.{k}") for k in kinds]
+        for kind, x in zip(kinds, arrays, strict=True):
+            dtype, shape = (np.dtype(np.uint8), x.shape) if kind == "positions" else (leaf["dtype"], (count,))
+            if x.dtype != dtype or x.ndim != 1 or x.shape != shape:
+                raise SubsetError(f"{path[:200]!r}.{kind} is {x.dtype}{x.shape}, expected {dtype}{shape}.")
+        values, stream, *seeds = arrays
+        try:
+            positions = gaps.decode(stream.data, count, math.prod(leaf["shape"]))
+        except SubsetError as e:
+            raise SubsetError(f"{path[:200]!r}: {e}") from e
+        return Entries(leaf["shape"], positions, values, next(iter(seeds), None), leaf["seed_fingerprint"])
+
+    return Subset({path: entries(path, leaf) for path, leaf in config["leaves"].items()}, config["metadata"])
+
+
+def _array(tensor: dict[str, Any], name: str) -> np.ndarray:
+    dtype = DTYPES.get(tensor["dtype"])
+    if dtype is None:
+        raise SubsetError(f"{name[:200]!r} has the unknown dtype {tensor['dtype']}.")
+    return np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
+
+
+def read_file(path: pathlib.Path, limit: int | None = None) -> bytes:
+    """The content of a regular file of at most ``limit`` bytes."""
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with open(handle, "rb") as f:
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode):
+                raise SubsetError(f"{path} is not a regular file.")
+            if limit is not None and status.st_size > limit:
+                raise SubsetError(f"{path} has {status.st_size} bytes; at most {limit} are read.")
+            return f.read(status.st_size)
+    except OSError as e:
+        raise SubsetError(f"{path} cannot be read: {e.strerror}.") from e
+
+
+def write_atomically(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file under a temporary name, syncs it and renames it."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with open(temporary, "xb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def card(subset: Subset, file_bytes: int) -> str:
+    """The model card, Markdown."""
+    share = subset.count / subset.size if subset.size else 0.0
+    seeds = "" if subset.has_seed_values else "not "
+    lines = [
+        "---",
+        "library_name: dst_optax",
+        "tags: [dynamic-subset-tuning, subset]",
+        "---",
+        "# A subset of tuned parameters",
+        "",
+        f"{subset.count:,} of {subset.size:,} parameters ({share:.3g}) differ from the seed model, in "
+        f"{sum(1 for e in subset.values() if len(e))} of {len(subset)} tensors; {file_bytes:,} bytes. "
+        f"The seed's values are {seeds}stored.",
+        "",
+        "```python",
+        "from dst_optax import subset",
+        "",
+        'tuned = subset.Subset.load("path/to/this/directory").apply(seed)',
+        "```",
+        "",
+        "The seed model must be the one whose fingerprints `subset_config.json` names; `apply` checks it.",
+    ]
+    if subset.metadata:
+        lines += ["", "| | |", "|---|---|"]
+        for key, value in subset.metadata.items():
+            text = json.dumps(value) if not isinstance(value, str) else value
+            cells = (str(x).replace("|", "\\|").replace("\n", " ") for x in (key, text))
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    text = json.dumps(config, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an object has a key twice")
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _is_hex(value: Any, digits: int) -> bool:
+    return isinstance(value, str) and len(value) == digits and _HEX.fullmatch(value) is not None
+
+
+def _expect(condition: bool, what: str) -> None:
+    if not condition:
+        raise SubsetError(f"{CONFIG}: expected {what}.")

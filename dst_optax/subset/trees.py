@@ -1,0 +1,97 @@
+"""Models as mappings from a path to an array, and boxes of sharded arrays."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from dst_optax.silos import is_masked, leaf_path
+from dst_optax.subset.errors import SubsetError
+
+
+def named_leaves(model: Any, what: str = "the model") -> dict[str, Any]:
+    """The arrays of a pytree by path, ``a/b/c``; MaskedNode is passed over.
+
+    Args:
+      model: pytree of arrays, or a mapping from paths to arrays.
+      what: its name in errors.
+
+    Returns:
+      The arrays, in tree order.
+
+    Raises:
+      SubsetError: a leaf is no array, or two leaves have one path.
+    """
+    found: dict[str, Any] = {}
+    for key_path, x in jax.tree_util.tree_flatten_with_path(model, is_leaf=is_masked)[0]:
+        path = leaf_path(key_path)
+        if is_masked(x):
+            continue
+        if not hasattr(x, "dtype") or not hasattr(x, "shape"):
+            raise SubsetError(f"{what}: {path!r} is {type(x).__name__}, not an array.")
+        if path in found:
+            raise SubsetError(f"{what} has two leaves with the path {path!r}.")
+        found[path] = x
+    return found
+
+
+def map_leaves(model: Any, new: Mapping[str, Any]) -> Any:
+    """The pytree with the leaves named in ``new`` replaced."""
+    return jax.tree_util.tree_map_with_path(
+        lambda k, x: x if is_masked(x) else new.get(leaf_path(k), x), model, is_leaf=is_masked
+    )
+
+
+def boxes(x: Any) -> Iterator[tuple[Any, tuple[int, ...]]]:
+    """The parts of an array that this process is to read, each entry once over all processes.
+
+    Yields:
+      The part as a numpy array, and the index of its first entry along each axis.
+    """
+    if not isinstance(x, jax.Array):
+        yield np.asarray(x), (0,) * np.ndim(x)
+        return
+    for shard in x.addressable_shards:
+        if shard.replica_id == 0 and shard.data.size:
+            yield np.asarray(shard.data), box_start(shard.index)
+
+
+def box_start(index: tuple[slice, ...]) -> tuple[int, ...]:
+    """The first index along each axis of a shard."""
+    return tuple(int(s.start or 0) for s in index)
+
+
+def to_whole(
+    local: np.ndarray, shape: tuple[int, ...], start: tuple[int, ...], whole: tuple[int, ...]
+) -> np.ndarray:
+    """Row-major positions in a box as positions in the whole array, (k,) int64."""
+    if shape == whole:
+        return local.astype(np.int64)
+    coordinates = np.unravel_index(local, shape)
+    moved = tuple(c + s for c, s in zip(coordinates, start, strict=True))
+    return np.asarray(np.ravel_multi_index(moved, whole), np.int64)
+
+
+def to_box(
+    positions: np.ndarray, shape: tuple[int, ...], start: tuple[int, ...], whole: tuple[int, ...]
+) -> tuple[np.ndarray | slice, np.ndarray]:
+    """Which of the sorted positions lie in a box, and where in it.
+
+    Returns:
+      An index into ``positions``, and row-major positions in the box, sorted.
+    """
+    if shape == whole:
+        return slice(None), positions
+    coordinates = np.unravel_index(positions, whole)
+    inside = np.ones(len(positions), bool)
+    for c, s, extent in zip(coordinates, start, shape, strict=True):
+        inside &= (c >= s) & (c < s + extent)
+    chosen = np.flatnonzero(inside)
+    moved = tuple(c[chosen] - s for c, s in zip(coordinates, start, strict=True))
+    return chosen, np.asarray(np.ravel_multi_index(moved, shape), positions.dtype)
+
+
+def bits(x: np.ndarray) -> np.ndarray:
+    """The bits of each entry, as an unsigned integer of the same width."""
+    return np.ascontiguousarray(x).view(np.dtype(f"u{x.dtype.itemsize}")).reshape(x.shape)

@@ -1,0 +1,261 @@
+"""Subsets in memory against numpy oracles: extract, from_models, apply, revert, algebra."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import bits, rank
+
+import dst_optax
+from dst_optax import silos, subset
+from dst_optax.subset import Entries, Subset, SubsetError
+
+DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
+SHAPES = [(), (1,), (0,), (3, 0), (7,), (4, 9), (3, 5, 2), (300,), (40, 700)]
+
+
+def model(rng, dtype=np.float32, shapes=SHAPES):
+    return {f"l{i}": {"w": np.asarray(rng.normal(size=s).astype(dtype))} for i, s in enumerate(shapes)}
+
+
+def perturbed(rng, tree, share):
+    """Random bit patterns, NaNs and negative zeros among them, in a share of the entries."""
+
+    def change(x):
+        noise = rng.integers(0, 2 ** (8 * x.dtype.itemsize), size=x.shape, dtype=np.uint64)
+        noise = noise.astype(bits(x).dtype).view(x.dtype)
+        return np.asarray(np.where(rng.random(x.shape) < share, noise, x))
+
+    return jax.tree.map(change, tree)
+
+
+def same(a, b):
+    flat_a, flat_b = jax.tree.leaves(a), jax.tree.leaves(b)
+    return all(
+        x.dtype == y.dtype and x.shape == y.shape and (bits(np.asarray(x)) == bits(np.asarray(y))).all()
+        for x, y in zip(flat_a, flat_b, strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("share", [0, 0.02, 0.5, 1])
+@pytest.mark.parametrize("put", [lambda t: t, lambda t: jax.tree.map(jnp.asarray, t)], ids=["numpy", "jax"])
+def test_apply_and_revert_are_exact(dtype, share, put, strict):
+    rng = np.random.default_rng(3)
+    seed = model(rng, dtype)
+    tuned = perturbed(rng, seed, share)
+    before = jax.tree.map(np.copy, seed)
+    found = subset.from_models(put(seed), put(tuned), with_seed_values=True)
+    for path, e in found.items():
+        s, t = seed[path.split("/")[0]]["w"], tuned[path.split("/")[0]]["w"]
+        assert e.positions.tolist() == np.flatnonzero(bits(s).ravel() != bits(t).ravel()).tolist()
+    applied = found.apply(put(seed))
+    assert same(applied, tuned)
+    assert same(found.revert(applied), seed)
+    assert same(seed, before)
+    assert type(jax.tree.leaves(applied)[0]) is type(jax.tree.leaves(put(seed))[0])
+
+
+def train(tx, params, steps=3):
+    state = tx.init(params)
+    rng = np.random.default_rng(0)
+    for _ in range(steps):
+        grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape).astype(p.dtype)), params)
+        updates, state = tx.update(grads, state, params)
+        params = dst_optax.apply_updates(params, updates, state)
+    return params, state
+
+
+def test_extract_finds_what_training_changed():
+    seed = jax.tree.map(jnp.asarray, model(np.random.default_rng(1), shapes=[(), (7,), (40, 70)]))
+    tuned, state = train(dst_optax.wrap(optax.adam(0.1), fraction_of_free_params=0.1), seed)
+    found = subset.extract(tuned, state, seed=seed, with_seed_values=True, metadata={"seed": "toy"})
+    masks = dict(zip(found, jax.tree.leaves(dst_optax.subset_mask(tuned, state)), strict=True))
+    for path, e in found.items():
+        assert e.positions.tolist() == np.flatnonzero(masks[path]).tolist()
+    assert 0 < found.count <= rank(0.1, 2800) + rank(0.1, 7)
+    assert same(found.apply(seed), tuned)
+    assert same(found.revert(tuned), seed)
+    assert found.metadata == {"seed": "toy"}
+    other = subset.from_models(seed, tuned, with_seed_values=True)
+    assert same(
+        {p: [e.positions, e.values] for p, e in other.items()},
+        {p: [e.positions, e.values] for p, e in found.items()},
+    )
+
+
+def test_extract_needs_a_captured_and_known_seed():
+    params = {"a": jnp.ones(4), "b": jnp.ones(4)}
+    tx = dst_optax.wrap(optax.sgd(0.1), fraction_of_free_params=[("a", 1.0), ("b", 0.5)])
+    with pytest.raises(ValueError, match="not captured"):
+        subset.extract(params, tx.init(params))
+    tuned, state = train(tx, params)
+    with pytest.raises(SubsetError, match=r"keeps no seed of 'a'.*seed="):
+        subset.extract(tuned, state)
+    assert same(subset.extract(tuned, state, seed=params).apply(params), tuned)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_largest_distances_of_each_silo(fraction, dtype):
+    rng = np.random.default_rng(5)
+    seed = {"a": rng.normal(size=(40, 30)), "b": rng.normal(size=(5, 1)), "c": rng.normal(size=17)}
+    seed = jax.tree.map(lambda x: x.astype(dtype), seed)
+    tuned = jax.tree.map(
+        lambda x: (x + rng.normal(size=x.shape) * (rng.random(x.shape) < 0.6)).astype(dtype), seed
+    )
+    rule = silos.per_group([("a|c", "ac"), ("b", "b")])
+    found = subset.from_models(seed, tuned, fraction, silos=rule)
+    for names in (["a", "c"], ["b"]):
+        delta = np.concatenate(
+            [np.abs(seed[n].astype(np.float32) - tuned[n].astype(np.float32)).ravel() for n in names]
+        )
+        m = rank(fraction, delta.size)
+        q = np.sort(delta)[delta.size - m - 1] if m < delta.size else -1
+        expected = (delta > q) if m else np.zeros(delta.size, bool)
+        expected &= delta > 0
+        offset = 0
+        for n in names:
+            part = expected[offset : offset + seed[n].size]
+            offset += seed[n].size
+            assert found[n].positions.tolist() == np.flatnonzero(part).tolist()
+            assert same(found[n].values, tuned[n].ravel()[part])
+
+
+def test_stacked_silos_and_absolute_budget():
+    rng = np.random.default_rng(6)
+    seed = {"layers": np.zeros((3, 4, 50), np.float32)}
+    tuned = {"layers": rng.normal(size=(3, 4, 50)).astype(np.float32)}
+    found = subset.from_models(seed, tuned, 0.1, silos=silos.per_tensor(stacked=[("layers", 1)]))
+    per_slice = np.bincount(found["layers"].positions // 50 % 4, minlength=4)
+    assert per_slice.tolist() == [rank(0.1, 150)] * 4
+    for i in range(4):
+        kept = found["layers"].positions[found["layers"].positions // 50 % 4 == i]
+        delta = np.abs(tuned["layers"]).ravel()
+        members = np.flatnonzero(np.arange(600) // 50 % 4 == i)
+        assert sorted(kept) == sorted(members[np.argsort(-delta[members])[: len(kept)]])
+    assert subset.from_models(seed, tuned, num_free_params=7, silos=silos.whole_model()).count == 7
+
+
+def test_nan_passes_outside_the_ranking():
+    seed = {"w": np.zeros(10, np.float32)}
+    tuned = {"w": np.array([np.nan, 5, 4, 3, 2, 1, 0, 0, 0, np.inf], np.float32)}
+    found = subset.from_models(seed, tuned, 0.2)
+    assert found["w"].positions.tolist() == [0, 1, 2, 9]
+    assert subset.from_models(seed, tuned, 0.0).count == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.pop("a"), "lacks 'a'"),
+        (lambda m: m.update(c=np.zeros(1, np.float32)), "subset lacks 'c'"),
+        (lambda m: m.update(a=np.zeros((2, 6), np.float32)), r"'a' is float32\[2, 6\] in the model"),
+        (lambda m: m.update(a=m["a"].astype(np.float16)), r"'a' is float16\[3, 4\] in the model"),
+        (lambda m: m.update(a=m["a"] + 1), "'a' is not the seed's"),
+        (lambda m: m.update(b=m["b"][::-1]), "'b' is not the seed's"),
+    ],
+)
+def test_another_model_is_refused(change, message):
+    seed = {"a": np.zeros((3, 4), np.float32), "b": np.arange(5, dtype=np.float32)}
+    tuned = {"a": np.eye(3, 4, dtype=np.float32), "b": seed["b"]}
+    found = subset.from_models(seed, tuned)
+    wrong = dict(seed)
+    change(wrong)
+    with pytest.raises(SubsetError, match=message):
+        found.apply(wrong)
+    with pytest.raises(SubsetError, match="no seed values"):
+        found.revert(tuned)
+    if set(wrong) == set(seed) and wrong["a"].shape == (3, 4) and wrong["a"].dtype == np.float32:
+        found.apply(wrong, verify=False)
+    with pytest.raises(SubsetError, match=r"lacks|is float|tuned model"):
+        subset.from_models(seed, {"a": seed["a"].astype(np.float16), "b": seed["b"]})
+
+
+def test_revert_refuses_what_apply_did_not_make():
+    seed = {"w": np.zeros(4, np.float32)}
+    found = subset.from_models(seed, {"w": np.array([0, 1, 0, 2], np.float32)}, with_seed_values=True)
+    with pytest.raises(SubsetError, match="does not hold this subset's values"):
+        found.revert(seed)
+
+
+@pytest.mark.parametrize(
+    ("positions", "values"),
+    [
+        (np.array([1, 1]), np.zeros(2)),
+        (np.array([2, 1]), np.zeros(2)),
+        (np.array([-1, 1]), np.zeros(2)),
+        (np.array([1, 4]), np.zeros(2)),
+        (np.array([1.0, 2.0]), np.zeros(2)),
+        (np.array([[1]]), np.zeros((1, 1))),
+        (np.array([1]), np.zeros(2)),
+    ],
+)
+def test_entries_are_checked(positions, values):
+    with pytest.raises(SubsetError, match=r"positions|values"):
+        Entries((4,), positions, values)
+
+
+def sparse(draw_positions, size=20):
+    p = np.array(sorted(draw_positions), int)
+    return Subset(
+        {"w": Entries((size,), p, (p * 2 + len(p)).astype(np.float32), np.zeros(len(p), np.float32))}
+    )
+
+
+sets = st.sets(st.integers(0, 19))
+
+
+@settings(max_examples=60, deadline=None)
+@given(sets, sets, sets)
+def test_algebra_is_that_of_sets(x, y, z):
+    a, b, c = sparse(x), sparse(y), sparse(z)
+    assert set(a.intersection(b)["w"].positions.tolist()) == x & y
+    assert set(a.union(b)["w"].positions.tolist()) == x | y
+    assert a.jaccard(b) == (len(x & y) / len(x | y) if x | y else 1)
+    values = [dict(zip(s["w"].positions.tolist(), s["w"].values.tolist(), strict=True)) for s in (a, b, c)]
+    for how in ("first", "last", "mean"):
+        got = subset.compose([a, b, c], how)["w"]
+        for position, value in zip(got.positions.tolist(), got.values.tolist(), strict=True):
+            has = [v[position] for v in values if position in v]
+            expected = {"first": has[0], "last": has[-1], "mean": np.float32(np.mean(has))}[how]
+            assert value == expected
+        assert set(got.positions.tolist()) == x | y | z
+    conflicts = sum(len({v[p] for v in values if p in v}) > 1 for p in x | y | z)
+    assert sum(subset.collisions([a, b, c]).values()) == conflicts
+    if conflicts:
+        with pytest.raises(SubsetError, match=f"different values for {conflicts} entries.*'w'"):
+            subset.compose([a, b, c])
+    else:
+        assert subset.compose([a, b, c]).count == len(x | y | z)
+
+
+def test_compose_refuses_other_seeds():
+    one = subset.from_models({"w": np.zeros(3, np.float32)}, {"w": np.ones(3, np.float32)})
+    two = subset.from_models({"w": np.full(3, 2, np.float32)}, {"w": np.ones(3, np.float32)})
+    with pytest.raises(SubsetError, match="different seeds: 'w'"):
+        subset.compose([one, two], "first")
+    with pytest.raises(SubsetError, match="no subset"):
+        subset.compose([])
+    with pytest.raises(SubsetError, match=re.escape('on_conflict: got "sum"'.replace('"', "'"))):
+        subset.compose([one], "sum")
+
+
+def test_astype_commutes_with_apply():
+    rng = np.random.default_rng(8)
+    seed = model(rng, shapes=[(30, 40)])
+    tuned = jax.tree.map(
+        lambda x: x + (rng.random(x.shape) < 0.3) * rng.choice([1e-6, 1.0]).astype(x.dtype), seed
+    )
+    tuned = jax.tree.map(lambda x: x.astype(np.float32), tuned)
+    cast = lambda t: jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), t)  # noqa: E731
+    for stored in (False, True):
+        found = subset.from_models(seed, tuned, with_seed_values=stored).astype(jnp.bfloat16)
+        assert same(found.apply(cast(seed)), cast(tuned))
+    assert found.count == subset.from_models(cast(seed), cast(tuned)).count

@@ -1,0 +1,280 @@
+"""Position coding, fingerprints and files: round trips, entropy, checks."""
+
+import hashlib
+import json
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import bits
+
+from dst_optax import subset
+from dst_optax.subset import Entries, Subset, SubsetError, files, fingerprint, gaps
+
+STRATEGY = st.one_of(
+    st.sets(st.integers(0, 400)).map(sorted),
+    st.sets(st.integers(0, 2**44), max_size=300).map(sorted),
+    st.tuples(st.integers(0, 2**40), st.integers(0, 700), st.integers(1, 2**20)).map(
+        lambda t: list(range(t[0], t[0] + t[1] * t[2], t[2]))
+    ),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(STRATEGY, st.integers(0, 10))
+def test_positions_survive_coding(positions, extra):
+    size = (positions[-1] + 1 if positions else 0) + extra
+    stream = gaps.encode(np.array(positions, np.int64))
+    out = gaps.decode(stream, len(positions), size)
+    assert out.tolist() == positions
+    assert out.dtype == (np.int32 if size <= 2**31 else np.int64)
+    for wrong in (len(positions) + 1, len(positions) - 1):
+        with pytest.raises(SubsetError):
+            gaps.decode(stream, wrong, size)
+    if positions:
+        with pytest.raises(SubsetError):
+            gaps.decode(stream, len(positions), positions[-1])
+        with pytest.raises(SubsetError):
+            gaps.decode(stream[:-1], len(positions), size)
+        with pytest.raises(SubsetError, match="too many"):
+            gaps.decode(stream + b"\0", len(positions), size)
+
+
+def test_long_streams_have_segments():
+    rng = np.random.default_rng(0)
+    positions = np.flatnonzero(rng.random(3_000_000) < 0.1)
+    assert len(positions) > 2 * gaps.SEGMENT
+    assert (gaps.decode(gaps.encode(positions), len(positions), 3_000_000) == positions).all()
+    dense = np.arange(2 * gaps.SEGMENT)
+    stream = gaps.encode(dense)
+    assert 8 * len(stream) < 1.1 * len(dense)
+    assert (gaps.decode(stream, len(dense), len(dense)) == dense).all()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.01, 1e-3, 1e-4])
+def test_positions_are_near_the_entropy_bound(share):
+    rng = np.random.default_rng(1)
+    positions = np.cumsum(rng.geometric(share, 100_000)) - 1
+    entropy = -(share * np.log2(share) + (1 - share) * np.log2(1 - share)) / share
+    length = 8 * len(gaps.encode(positions)) / len(positions)
+    assert entropy * 0.99 < length < entropy * 1.03
+    rows = np.sort(rng.choice(10**6, 100, replace=False))
+    clustered = (rows[:, None] * 1000 + np.flatnonzero(rng.random(1000) < 0.5)).ravel()
+    assert 8 * len(gaps.encode(clustered)) / len(clustered) < 2.5
+
+
+def reference(x):
+    """The fingerprint, from its definition, in numpy."""
+    mask = np.uint64(0xFFFFFFFF)
+    digest = hashlib.sha256(f"{x.dtype.name}{list(x.shape)}".encode()).digest()
+    word, index = bits(x).ravel().astype(np.uint64), np.arange(x.size, dtype=np.uint64)
+    out = ""
+    module = fingerprint.__globals__
+    for j, constants in enumerate(zip(*(module[f"_{c}"] for c in "ABCDE"), strict=True)):
+        a, b, c, d, e = (np.uint64(k) for k in constants)
+        h = (
+            (word & mask) * a
+            + (word >> np.uint64(32)) * b
+            + (index & mask) * c
+            + (index >> np.uint64(32)) * d
+            + e
+        ) & mask
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+            h = ((h ^ h >> np.uint64(shift)) * np.uint64(factor)) & mask
+        out += f"{(int(h.sum()) + int.from_bytes(digest[4 * j : 4 * j + 4], 'big')) % 2**32:08x}"
+    return out
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64, np.int8])
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (3, 0), (7, 9), (70_000,), (5000, 3), (2, 3, 4, 5)])
+def test_fingerprint_is_its_definition(dtype, shape):
+    x = np.asarray((np.random.default_rng(0).normal(size=shape) * 10).astype(dtype))
+    assert fingerprint(x) == reference(x)
+    if dtype != np.float64:
+        assert fingerprint(jnp.asarray(x)) == reference(x)
+
+
+def test_fingerprint_sees_every_change():
+    x = np.zeros((50, 40), np.float32)
+    found = {fingerprint(x)}
+    for i in (0, 1, 39, 40, 1999):
+        for bit in (0, 1, 31):
+            y = x.copy()
+            bits(y).ravel()[i] ^= np.uint32(1 << bit)
+            found.add(fingerprint(y))
+    found |= {
+        fingerprint(x.reshape(40, 50)),
+        fingerprint(x.astype(np.float16)),
+        fingerprint(x.view(np.int32)),
+    }
+    assert len(found) == 1 + 15 + 3
+
+
+def example(rng, with_seed_values, dtype=np.float32):
+    seed = {
+        f"l{i}": rng.normal(size=s).astype(dtype)
+        for i, s in enumerate([(), (0,), (5,), (40, 70), (3, 2, 90)])
+    }
+    tuned = {
+        p: np.asarray(np.where(rng.random(x.shape) < 0.1, x + 1, x).astype(dtype)) for p, x in seed.items()
+    }
+    seed = {p: np.asarray(x) for p, x in seed.items()}
+    return (
+        seed,
+        tuned,
+        subset.from_models(seed, tuned, with_seed_values=with_seed_values, metadata={"score": 0.5}),
+    )
+
+
+def assert_equal(a, b):
+    assert list(a) == list(b)
+    assert a.metadata == b.metadata
+    for path, e in a.items():
+        other = b[path]
+        assert (e.shape, e.dtype, e.seed_fingerprint) == (other.shape, other.dtype, other.seed_fingerprint)
+        assert e.positions.tolist() == other.positions.tolist()
+        assert e.positions.dtype == other.positions.dtype
+        assert (bits(e.values) == bits(other.values)).all()
+        assert (e.seed_values is None) == (other.seed_values is None)
+        if e.seed_values is not None:
+            assert (bits(e.seed_values) == bits(other.seed_values)).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn])
+@pytest.mark.parametrize("with_seed_values", [False, True])
+def test_files_hold_everything(tmp_path, dtype, with_seed_values):
+    seed, tuned, found = example(np.random.default_rng(2), with_seed_values, dtype)
+    found.save(tmp_path / "a" / "b")
+    loaded = Subset.load(tmp_path / "a" / "b")
+    assert_equal(found, loaded)
+    assert all((bits(x) == bits(tuned[p])).all() for p, x in loaded.apply(seed).items())
+    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == sorted(
+        [files.TENSORS, files.CONFIG, files.CARD]
+    )
+    assert "score" in (tmp_path / "a" / "b" / files.CARD).read_text()
+    found.save(tmp_path / "a" / "b")  # replaces
+
+
+def test_huge_and_full_tensors(tmp_path):
+    huge = Entries((2**22, 2**21), np.array([0, 2**31, 2**43 - 1]), np.ones(3, np.float32))
+    full = Entries((300,), np.arange(300), np.ones(300, np.float32))
+    found = Subset({"huge": huge, "full": full})
+    found.save(tmp_path)
+    assert_equal(found, Subset.load(tmp_path))
+    assert (tmp_path / files.TENSORS).stat().st_size < 2000
+
+
+ENTRIES = st.tuples(
+    st.lists(st.integers(0, 9), max_size=3),
+    st.sampled_from([np.float32, np.float16, ml_dtypes.bfloat16]),
+    st.sampled_from([0.0, 0.3, 1.0]),
+    st.integers(0, 2**32 - 1),
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.dictionaries(st.text(max_size=12), ENTRIES, max_size=4), st.booleans())
+def test_extract_save_load_apply_is_the_identity(tmp_path_factory, leaves, with_seed_values):
+    seed, tuned = {}, {}
+    for path, (shape, dtype, share, number) in leaves.items():
+        if any(f"{path}.{kind}" in leaves for kind in ("values", "positions")) or path.endswith("/value"):
+            return
+        rng = np.random.default_rng(number)
+        words = rng.integers(0, 2**32, size=(2, *shape), dtype=np.uint32).astype(
+            f"u{np.dtype(dtype).itemsize}"
+        )
+        seed[path] = words[0].view(dtype).reshape(shape)
+        tuned[path] = (
+            np.asarray(np.where(rng.random(shape) < share, words[1], words[0])).view(dtype).reshape(shape)
+        )
+    directory = tmp_path_factory.mktemp("s")
+    subset.from_models(seed, tuned, with_seed_values=with_seed_values).save(directory)
+    loaded = Subset.load(directory)
+    applied = loaded.apply(seed)
+    assert all((bits(applied[p]) == bits(tuned[p])).all() for p in seed)
+    if with_seed_values:
+        reverted = loaded.revert(applied)
+        assert all((bits(reverted[p]) == bits(seed[p])).all() for p in seed)
+
+
+def test_a_failed_save_leaves_the_old_subset(tmp_path, monkeypatch):
+    found = example(np.random.default_rng(0), False)[2]
+    found.save(tmp_path)
+    monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        found.astype(np.float16).save(tmp_path)
+    monkeypatch.undo()
+    assert_equal(found, Subset.load(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_bad_metadata_and_dtypes_are_refused_before_writing(tmp_path):
+    found = example(np.random.default_rng(0), False)[2]
+    for value in (float("nan"), object(), {1, 2}):
+        with pytest.raises(SubsetError, match="metadata"):
+            Subset(found.leaves, {"x": value}).save(tmp_path / "no")
+    with pytest.raises(SubsetError, match="'w' has the dtype complex128"):
+        Subset({"w": Entries((1,), np.array([0]), np.zeros(1, np.complex128))}).save(tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+def resigned(directory, change):
+    """Changes the configuration and makes its checksum right again."""
+    path = directory / files.CONFIG
+    config = json.loads(path.read_text())
+    change(config)
+    config["sha256"][files.CONFIG] = files._digest({k: v for k, v in config.items() if k != "sha256"})
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(version=2), "version 2 is not known"),
+        (lambda c: c.update(format="x"), "format"),
+        (lambda c: c.pop("metadata"), "keys"),
+        (lambda c: c["leaves"]["l3"].update(entries=10**9), "entries"),
+        (lambda c: c["leaves"]["l3"].update(entries=True), "entries"),
+        (lambda c: c["leaves"]["l3"].update(entries=5), "expected uint8|expected float32"),
+        (lambda c: c["leaves"]["l3"].update(shape=[2**40, 2**40]), "at most"),
+        (lambda c: c["leaves"]["l3"].update(shape=[-40, -70]), "shape"),
+        (lambda c: c["leaves"]["l3"].update(shape=[1e3]), "shape"),
+        (lambda c: c["leaves"]["l3"].update(shape=[1, 300]), "position|entries"),
+        (lambda c: c["leaves"]["l3"].update(dtype="float16"), "expected float16"),
+        (lambda c: c["leaves"]["l3"].update(dtype="object"), "dtypes"),
+        (lambda c: c["leaves"]["l3"].update(seed_fingerprint="0" * 31 + "G"), "fingerprint"),
+        (lambda c: c["leaves"].update(zz=c["leaves"].pop("l3")), "tensor"),
+        (lambda c: c.update(seed_values=True), "lacks the tensor"),
+        (lambda c: c["leaves"].update({"l3": c["leaves"]["l4"], "l4": c["leaves"]["l3"]}), "expected"),
+    ],
+)
+def test_lying_configurations_are_refused(tmp_path, change, message):
+    example(np.random.default_rng(2), False)[2].save(tmp_path)
+    resigned(tmp_path, lambda c: None)
+    Subset.load(tmp_path)
+    resigned(tmp_path, change)
+    with pytest.raises(SubsetError, match=message):
+        Subset.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a": NaN}', "[" * 10**6, '{"a": 1, "a": 2}', "", "\xff", "1" * 5000, "null", "[]"]
+)
+def test_odd_json_is_refused(tmp_path, text):
+    example(np.random.default_rng(2), False)[2].save(tmp_path)
+    (tmp_path / files.CONFIG).write_bytes(text.encode("latin1"))
+    with pytest.raises(SubsetError, match=files.CONFIG):
+        Subset.load(tmp_path)
+
+
+def test_files_must_be_there_and_regular(tmp_path):
+    with pytest.raises(SubsetError, match="cannot be read"):
+        Subset.load(tmp_path)
+    example(np.random.default_rng(2), False)[2].save(tmp_path)
+    (tmp_path / files.TENSORS).unlink()
+    files.os.mkfifo(tmp_path / files.TENSORS)
+    with pytest.raises(SubsetError, match="not a regular file"):
+        Subset.load(tmp_path)
