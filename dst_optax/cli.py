@@ -83,7 +83,7 @@ def gin_flags(arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]
 
 
 def _finetune(files: list[str], bindings: list[str], paths: list[str]) -> int:
-    import gin
+    import gin  # pyright: ignore[reportMissingImports]
     from absl import logging as absl_logging
 
     from dst_optax.finetuning import trainer
