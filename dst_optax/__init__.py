@@ -1,6 +1,6 @@
 """Dynamic Subset Tuning for optax (arXiv 2411.08610)."""
 
-from dst_optax import diagnostics, distances, silos
+from dst_optax import diagnostics, distances, serving, silos, subset
 from dst_optax.transform import (
     DynamicSubsetTuningState,
     apply_updates,
@@ -19,7 +19,9 @@ __all__ = [
     "dynamic_subset_tuning",
     "finalize",
     "reseed",
+    "serving",
     "silos",
+    "subset",
     "subset_mask",
     "wrap",
 ]

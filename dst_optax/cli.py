@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Example:
       >>> main(["--help"])
-      usage: dst-optax finetune ...
+      usage: dst-optax finetune | subset ...
       0
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -83,7 +83,7 @@ def gin_flags(arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]
 
 
 def _finetune(files: list[str], bindings: list[str], paths: list[str]) -> int:
-    import gin
+    import gin  # pyright: ignore[reportMissingImports]
     from absl import logging as absl_logging
 
     from dst_optax.finetuning import trainer
@@ -110,4 +110,12 @@ def _without_run_dir(config: str) -> str:
     return "\n".join(line for line in config.splitlines() if "RUN_DIR" not in line and "run_dir" not in line)
 
 
-COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {"finetune": finetune}
+def subset(arguments: Sequence[str]) -> int:
+    """Runs ``dst-optax subset``; needs the extra ``cli``."""
+    from dst_optax.subset.cli import app
+
+    app(list(arguments), prog_name="dst-optax subset")
+    return 0
+
+
+COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {"finetune": finetune, "subset": subset}

@@ -6,9 +6,12 @@ to it. A pass reads the keys once and counts, for every silo, how many exceed ea
 thresholds; the counts narrow a bracket ``(lo, hi]`` around t. Ranks at the ends of the bracket tell
 where in it the next probes belong: the error of that interpolation is about the square root of
 the entries left, so a few passes suffice, from a good first guess (the last step's threshold) three
-or four. A pass that fails to narrow the bracket is followed by evenly spaced probes, which bounds
-the number of passes by that of a ninth-section search. When a count meets the budget the silo is
-done.
+or four. The other half of the probes is spaced evenly: where many keys are equal ranks mislead, and
+so the passes are never more than those of a search that divides by five. When a count meets the
+budget the silo is done.
+
+The first pass also learns how many keys there are at all (its lowest probe is -1) and whether any
+key is far beyond the guess (its highest probe).
 
 Nothing but the counts crosses devices. Counts are exact for silos of any size (see
 :mod:`dst_optax.budget`), so the result does not depend on the mesh.
@@ -28,8 +31,9 @@ from jax import lax
 from dst_optax import budget
 
 PROBES = 8
-GUESS_OFFSETS = (-24.0, -4.0, -1.0, -0.25, 0.25, 1.0, 4.0, 24.0)  # in units of the guess's spread
-RANK_OFFSETS = (-4.0, -1.5, -0.6, -0.15, 0.15, 0.6, 1.5, 4.0)  # in standard deviations
+GUESS_OFFSETS = (-24.0, -24.0, -2.0, -0.3, 0.3, 2.0, 24.0, 24.0)  # in units of the guess's spread
+RANK_OFFSETS = (-2.0, -0.4, 0.4, 2.0)  # in standard deviations
+EVEN_SHARES = (0.2, 0.4, 0.6, 0.8)  # of the bracket's width
 CURVATURE = 0.05  # error of linear interpolation of ranks per octave of the bracket's width
 
 
@@ -54,7 +58,8 @@ class Bracket(NamedTuple):
     hi: jax.Array  # (silos,) key dtype
     above_lo: jax.Array  # (silos, 2) int32 limbs
     above_hi: jax.Array  # (silos, 2) int32 limbs
-    stalled: jax.Array  # (silos,) bool: the last pass narrowed the bracket too little
+    counted: jax.Array  # (silos, 2) int32 limbs: keys >= 0
+    most: jax.Array  # (silos,) key dtype: no key is known to exceed it
     passes: jax.Array  # () int32
 
     def met(self, m: jax.Array) -> jax.Array:
@@ -81,6 +86,7 @@ def thresholds(
     top: int,
     guess: jax.Array,
     spread: jax.Array,
+    far: jax.Array,
     octave: float,
     rowwise: bool,
 ) -> Bracket:
@@ -89,15 +95,16 @@ def thresholds(
     Args:
       leaves: the keys.
       m: budgets, (silos, 2) int32 limbs.
-      total: number of keys >= 0 of each silo, (silos, 2) int32 limbs.
+      total: number of keys of each silo, (silos, 2) int32 limbs; at least those >= 0.
       top: the largest possible key.
       guess: first guess of t, (silos,) key dtype; below 0 for none.
       spread: how far off the guess may be, (silos,) key dtype, positive.
+      far: a key that few or none should exceed, (silos,) key dtype; the first pass finds out.
       octave: difference of keys over which the density of keys may change by its own size.
       rowwise: count per row first; fast on CPU, where only such reductions run on all cores.
 
     Returns:
-      A bracket that is done for every silo; ``hi`` is the threshold.
+      A bracket that is done for every silo, after one pass at least; ``hi`` is the threshold.
     """
     dtype = guess.dtype
     start = Bracket(
@@ -105,76 +112,106 @@ def thresholds(
         hi=jnp.full_like(guess, top),
         above_lo=total,
         above_hi=jnp.zeros_like(total),
-        stalled=jnp.ones(guess.shape, bool),
+        counted=total,
+        most=jnp.full_like(guess, top),
         passes=jnp.int32(0),
     )
     real = jnp.float64 if dtype == jnp.int64 else jnp.float32
 
     def probes(b: Bracket) -> jax.Array:
-        width = b.hi.astype(real) - b.lo.astype(real)  # hi - lo may exceed the integers
-        even = jnp.broadcast_to(
-            (jnp.arange(1, PROBES + 1, dtype=real) / (PROBES + 1))[None], (guess.shape[0], PROBES)
-        )
+        unsigned = jnp.uint64 if dtype == jnp.int64 else jnp.uint32  # hi - lo may exceed a signed integer
+        width = (b.hi.astype(unsigned) - b.lo.astype(unsigned)).astype(real)
         left = jnp.maximum(budget.to_float(b.above_lo) - budget.to_float(b.above_hi), 1.0)
         at = jnp.clip((budget.to_float(b.above_lo) - budget.to_float(m)) / left, 0.0, 1.0)
         deviation = jnp.sqrt(jnp.maximum(at * (1 - at) / left, 1 / (4 * left * left))).astype(real)
         deviation = deviation + CURVATURE * jnp.minimum(width / octave, 1.0)
         ranked = at.astype(real)[:, None] + deviation[:, None] * jnp.array([RANK_OFFSETS], real)
-        share = jnp.clip(jnp.where(b.stalled[:, None], even, ranked), 0.0, 1.0)
+        even = jnp.broadcast_to(jnp.array([EVEN_SHARES], real), ranked.shape)
+        share = jnp.clip(jnp.concatenate([even, ranked], axis=1), 0.0, 1.0)
         offset = jnp.round(share * width[:, None]).astype(dtype)
         inside = b.lo[:, None] + jnp.minimum(offset, (b.hi - 1 - b.lo)[:, None])
         away = jnp.minimum(spread.astype(real), octave)[:, None] * jnp.array([GUESS_OFFSETS], real)
         away = jnp.clip(away, -16 * octave, 16 * octave).astype(dtype)
         guessed = guess[:, None] + jnp.clip(away, -guess[:, None], top - guess[:, None])
-        first = (b.passes == 0) & (guess >= 0)[:, None]
-        t = jnp.where(first, guessed, inside)
-        return jnp.clip(t, b.lo[:, None] + 1, jnp.maximum(b.hi, 1)[:, None] - 1)
+        first = b.passes == 0
+        t = jnp.where(first & (guess >= 0)[:, None], guessed, inside)
+        t = jnp.clip(t, b.lo[:, None] + 1, jnp.maximum(b.hi, 1)[:, None] - 1)
+        lowest = jnp.where(first, -1, t[:, :1])
+        highest = jnp.where(first, far[:, None], t[:, -1:])
+        return jnp.concatenate([lowest, t[:, 1:-1], highest], axis=1)
 
     def narrow(b: Bracket) -> Bracket:
-        t = probes(b)
-        above = count(leaves, t, rowwise)
-        fits = budget.less_equal(above, m[:, None])
-        edge = jnp.sum(~fits, axis=1, dtype=jnp.int32)[:, None]
+        t, active = probes(b), (b.passes == 0) | ~b.done(m)
+        above = count(leaves, t, rowwise, active)
+        fits = budget.less_equal(above, m[:, None]) & (t >= 0)
         ends = jnp.concatenate([b.lo[:, None], t, b.hi[:, None]], axis=1)
         counts = jnp.concatenate([b.above_lo[:, None], above, b.above_hi[:, None]], axis=1)
+        fits = jnp.pad(fits, ((0, 0), (1, 1))) | (jnp.arange(PROBES + 2) == PROBES + 1)[None]
 
         def pick(index: jax.Array) -> tuple[jax.Array, jax.Array]:
+            index = index[:, None]
             return (
                 jnp.take_along_axis(ends, index, axis=1)[:, 0],
                 jnp.take_along_axis(counts, index[..., None], axis=1)[:, 0],
             )
 
-        lo, above_lo = pick(edge)
-        hi, above_hi = pick(edge + 1)
-        slow = (hi.astype(real) - lo.astype(real)) * 6 > b.hi.astype(real) - b.lo.astype(real)
-        first = (b.passes == 0) & (guess >= 0)
-        return Bracket(lo, hi, above_lo, above_hi, slow & ~first, b.passes + 1)
+        lo, above_lo = pick(jnp.argmax(jnp.where(fits, -2, ends), axis=1))
+        last = jnp.argmin(jnp.where(fits, ends, top)[:, ::-1], axis=1)
+        hi, above_hi = pick(PROBES + 1 - last)
+        first = b.passes == 0
+        counted = jnp.where(first, above[:, 0], b.counted)
+        empty = (above == 0).all(axis=-1)
+        most = jnp.minimum(b.most, jnp.min(jnp.where(empty, t, top), axis=1))
+        found = Bracket(lo, hi, above_lo, above_hi, counted, most, b.passes)
 
-    return lax.while_loop(lambda b: ~jnp.all(b.done(m)), narrow, start)
+        def renewed(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(active.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+        silos = jax.tree.map(renewed, found[:-1], b[:-1])
+        return found._replace(**dict(zip(Bracket._fields, silos, strict=False)), passes=b.passes + 1)
+
+    return lax.while_loop(lambda b: (b.passes == 0) | ~jnp.all(b.done(m)), narrow, start)
 
 
-def count(leaves: Sequence[Leaf], t: jax.Array, rowwise: bool) -> jax.Array:
+def count(leaves: Sequence[Leaf], t: jax.Array, rowwise: bool, active: jax.Array) -> jax.Array:
     """Counts the keys above each threshold.
 
     Args:
       leaves: the keys.
       t: thresholds, (silos, probes) key dtype.
-      rowwise: see :func:`thresholds`.
+      rowwise: see :func:`thresholds`; then leaves without an active silo are passed over, too.
+      active: silos whose counts are asked for, (silos,) bool.
 
     Returns:
-      Limbs, (silos, probes, 2) int32.
+      Limbs, (silos, probes, 2) int32; 0 or right for silos that are not active.
     """
     total = jnp.zeros((*t.shape, 2), jnp.int32)
     for leaf in leaves:
-        keys = leaf.keys()
-        above = [
-            keys > spread_to_leaf(t[:, j], leaf, keys.ndim).astype(keys.dtype) for j in range(t.shape[1])
-        ]
-        counts = jnp.stack(_sums(above, leaf.axis, rowwise), axis=-2)
-        total = total.at[np.array(leaf.silos, np.int32)].add(
-            counts if leaf.axis is not None else counts[None]
-        )
+
+        def above(leaf: Leaf = leaf) -> jax.Array:
+            keys = leaf.keys()
+            masks = [
+                keys > spread_to_leaf(t[:, j], leaf, keys.ndim).astype(keys.dtype) for j in range(t.shape[1])
+            ]
+            counts = jnp.stack(_sums(masks, leaf.axis, rowwise), axis=-2)
+            return counts if leaf.axis is not None else counts[None]
+
+        ids = np.array(leaf.silos, np.int32)
+        if rowwise:
+            nothing = jnp.zeros((len(ids), t.shape[1], 2), jnp.int32)
+            counts = lax.cond(active[ids].any(), above, lambda nothing=nothing: nothing)
+        else:
+            counts = above()
+        total = total.at[ids].add(_replicated(counts))
     return budget.carry(total)
+
+
+def _replicated(counts: jax.Array) -> jax.Array:
+    """Counts of a sharded stacked axis, on a mesh of explicit axes, on every device."""
+    spec = jax.typeof(counts).sharding.spec
+    if all(axis is None for axis in spec):
+        return counts
+    return jax.sharding.reshard(counts, jax.sharding.PartitionSpec(*[None] * counts.ndim))
 
 
 def _sums(masks: list[jax.Array], axis: int | None, rowwise: bool) -> list[jax.Array]:
@@ -217,12 +254,3 @@ def _huge_sum(mask: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         hi = jnp.sum(hi, axis=axis, dtype=jnp.int32) + (high_byte >> 8)
         pair = budget.carry(jnp.stack([hi, low_byte + ((high_byte & 0xFF) << 8)], axis=-1))
     return pair
-
-
-def total_of(ones: list[jax.Array], rowwise: bool) -> list[jax.Array]:
-    """Sums int32 arrays of one shape to scalars in one read."""
-    ndim = ones[0].ndim
-    if ndim == 0:
-        return ones
-    rows = _reduce(ones, tuple(range(1, ndim))) if rowwise and ndim > 1 else ones
-    return _reduce(rows, tuple(range(rows[0].ndim)))

@@ -12,6 +12,7 @@ always lead back to the seed, because ``params + (seed - params)`` rounds; :func
 recognises it and sets the seed itself, so reverted entries equal the seed bit for bit.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,17 +29,19 @@ from dst_optax import silos as silos_lib
 from dst_optax.silos import LeafPlan, SiloPlan, is_masked, leaf_path
 
 NO_PARAMS = "dynamic_subset_tuning needs the current parameters: call tx.update(updates, state, params)."
+BATCH = 2**24  # entries whose updates are in memory at one time, on one device
 FREE = -1.0  # in `gap`: every entry of the leaf is free at this step
 
 
 class DynamicSubsetTuningState(NamedTuple):
     """State of :func:`dynamic_subset_tuning`."""
 
-    seed: Any  # like params, their dtypes; optax.MaskedNode where a leaf is statically free or frozen
+    seed: Any  # like params, their dtypes; a MaskedNode (Free, Frozen) where a leaf is so at every step
     captured: jax.Array  # (), bool: the seed is the model that training started from
     threshold: jax.Array  # (silos,), float32: the last threshold; -1 free, inf frozen
     movement: jax.Array  # (silos,), float32: its change in the last step
     gap: jax.Array  # (leaves with a seed,), float32: no kept entry is nearer to its seed; -1 free
+    reach: jax.Array  # (leaves with a seed,), float32: no kept entry is farther from its seed
     step: jax.Array  # (), int32: updates so far
     passes: jax.Array  # (), int32: counting passes of the last step
     free: jax.Array  # (2,), int32 limbs: entries above the thresholds in the last step
@@ -107,7 +110,10 @@ def dynamic_subset_tuning(
         plan = plan_of(params)
         ranked = set(plan.ranked)
         leaves, treedef = jax.tree.flatten(params)
-        seed = [_copy(x) if i in ranked else optax.MaskedNode() for i, x in enumerate(leaves)]
+        seed = [
+            _copy(x) if i in ranked else Free() if plan.is_free(leaf) else Frozen()
+            for i, (x, leaf) in enumerate(zip(leaves, plan.leaves, strict=True))
+        ]
         nothing = jnp.zeros((), jnp.int32)
         return DynamicSubsetTuningState(
             seed=jax.tree.unflatten(treedef, seed),
@@ -115,6 +121,7 @@ def dynamic_subset_tuning(
             threshold=jnp.zeros(len(plan.sizes), jnp.float32),
             movement=jnp.zeros(len(plan.sizes), jnp.float32),
             gap=jnp.zeros(len(ranked), jnp.float32),
+            reach=jnp.full(len(ranked), jnp.inf, jnp.float32),
             step=nothing,
             passes=nothing,
             free=jnp.zeros(2, jnp.int32),
@@ -194,14 +201,13 @@ def apply_updates(params: Any, updates: Any, state: Any) -> Any:
       [1.0, 2.5, 3.0]
     """
 
-    def apply(p: jax.Array, u: jax.Array, place: _Place | None) -> jax.Array:
-        if u is None:
+    def apply(p: jax.Array, u: jax.Array, place: Any) -> jax.Array:
+        if u is None or isinstance(place, Frozen):
             return p
         p = jnp.asarray(p)
         added = _add(p, u)
-        if place is None:
-            frozen = _bits(u) == _bits(jnp.full((), -0.0, u.dtype))
-            return jnp.where(frozen, p, added)
+        if not isinstance(place, _Place):
+            return added
         asked = _asks_for_seed(u, place.seed, p) & (place.gap != FREE) & place.captured
         return jnp.where(asked, place.seed, added)
 
@@ -231,8 +237,8 @@ def finalize(params: Any, state: Any) -> Any:
       [1.0, 2.5, 3.0]
     """
 
-    def settle(p: jax.Array, place: _Place | None) -> jax.Array:
-        if place is None:
+    def settle(p: jax.Array, place: Any) -> jax.Array:
+        if not isinstance(place, _Place):
             return p
         wide = _wide(p.dtype)
         near = jnp.abs(p.astype(wide) - place.seed.astype(wide)) < 0.5 * place.gap.astype(wide)
@@ -275,6 +281,7 @@ def reseed(state: Any, params: Any) -> Any:
             threshold=jnp.zeros_like(dst.threshold),
             movement=jnp.zeros_like(dst.movement),
             gap=jnp.zeros_like(dst.gap),
+            reach=jnp.full_like(dst.reach, jnp.inf),
         )
 
     states(state)
@@ -302,8 +309,10 @@ def subset_mask(params: Any, state: Any) -> Any:
       [False, True, False]
     """
 
-    def differs(p: jax.Array, place: _Place | None) -> jax.Array:
-        if place is None:
+    def differs(p: jax.Array, place: Any) -> jax.Array:
+        if isinstance(place, Free):
+            return jnp.ones(jnp.shape(p), bool)
+        if not isinstance(place, _Place):
             return jnp.zeros(jnp.shape(p), bool)
         return (_bits(jnp.asarray(p)) != _bits(place.seed)) & place.captured
 
@@ -311,7 +320,10 @@ def subset_mask(params: Any, state: Any) -> Any:
 
 
 def seed_leaves(params: Any, state: Any) -> list[tuple[str, Any]]:
-    """The seed of every leaf of ``params``, in order, with its path; None where none is kept.
+    """The seed of every leaf of ``params``, in order, with its path; a frozen leaf is its own seed.
+
+    Returns:
+      Pairs of path and seed; None where none is kept, as for a leaf that is statically free.
 
     Raises:
       ValueError: the seed is not captured yet.
@@ -323,8 +335,21 @@ def seed_leaves(params: Any, state: Any) -> list[tuple[str, Any]]:
                 "params) with the seed model."
             )
     places = _places(state)
-    found = [(path, places.get(path)) for path, _ in _paths(params)]
-    return [(path, None if place is None else place.seed) for path, place in found]
+
+    def seed(leaf: Any, place: Any) -> Any:
+        if isinstance(place, Frozen):
+            return leaf
+        return place.seed if isinstance(place, _Place) else None
+
+    return [(path, seed(leaf, places.get(path))) for path, leaf in _paths(params)]
+
+
+class Free(optax.MaskedNode):
+    """In place of a seed: every entry of the leaf is free at every step."""
+
+
+class Frozen(optax.MaskedNode):
+    """In place of a seed: no entry of the leaf ever moves."""
 
 
 class _Place(NamedTuple):
@@ -358,15 +383,21 @@ def _paths(params: Any) -> list[tuple[str, Any]]:
     return [(leaf_path(k), x) for k, x in jax.tree_util.tree_flatten_with_path(params)[0]]
 
 
-def _places(state: Any) -> dict[str, _Place]:
-    places: dict[str, _Place] = {}
+def _places(state: Any) -> dict[str, _Place | Free | Frozen]:
+    places: dict[str, _Place | Free | Frozen] = {}
     for dst in states(state):
-        for i, (path, seed) in enumerate(_paths(dst.seed)):
+        leaves = jax.tree_util.tree_flatten_with_path(dst.seed, is_leaf=is_masked)[0]
+        ranked = iter(range(len(leaves)))
+        for key_path, seed in leaves:
+            path = leaf_path(key_path)
+            marked = isinstance(seed, Free | Frozen)
+            if is_masked(seed) and not marked:
+                continue
             if path in places:
                 raise ValueError(
                     f"two DST states hold the parameter {path!r}; their leaves must be disjoint."
                 )
-            places[path] = _Place(seed, dst.gap[..., i], dst.captured)
+            places[path] = seed if marked else _Place(seed, dst.gap[next(ranked)], dst.captured)
     return places
 
 
@@ -381,7 +412,7 @@ def _map_places(f: Callable[..., Any], params: Any, state: Any, *rest: Any) -> A
         path = leaf_path(key_path)
         place = places.get(path)
         used.add(path)
-        if place is not None and place.seed.shape != jnp.shape(p):
+        if isinstance(place, _Place) and place.seed.shape != jnp.shape(p):
             raise ValueError(
                 f"parameter {path!r} has the shape {jnp.shape(p)}, its seed {place.seed.shape}; the state "
                 "belongs to another model."
@@ -393,7 +424,7 @@ def _map_places(f: Callable[..., Any], params: Any, state: Any, *rest: Any) -> A
     missing = [path for path in places if path not in used]
     if missing:
         raise ValueError(
-            f"the state holds a seed for {missing[0]!r}, which the parameters lack; pass the parameters "
+            f"the state knows of {missing[0]!r}, which the parameters lack; pass the parameters "
             "that the state was made for."
         )
     return out
@@ -541,9 +572,10 @@ class _Ranked(NamedTuple):
         return _rounded(_add(self.param, self.update), self.zero)
 
     def keys(self, distance: distances.Distance, dtype: Any) -> jax.Array:
-        """Distances of the proposal from the seed as integers that order alike, same shape."""
+        """Distances of the proposal from the seed as integers that order alike, -1 where it is not finite."""
         theta_hat, wide = self.proposal(), _wide(self.param.dtype)
-        seed = self.seed.astype(wide)
+        own = _settle(self.seed, self.zero)  # apart from later uses, or s - p would stay in memory for them
+        seed = own.astype(wide)
         delta = distance(seed, theta_hat.astype(wide), seed)
         if jnp.shape(delta) != self.param.shape or delta.dtype != wide:
             raise ValueError(
@@ -551,13 +583,52 @@ class _Ranked(NamedTuple):
                 f"{delta.dtype}; it must be component-wise, so {self.param.shape} and {wide}."
             )
         delta = jnp.where(jnp.isnan(delta), jnp.inf, delta)
-        out = (_bits(theta_hat) == _bits(self.seed)) | ~jnp.isfinite(theta_hat)
-        out |= _asks_for_seed(self.update, self.seed, self.param)
-        out |= delta < jnp.finfo(wide).tiny
-        delta = jnp.where(out, jnp.zeros_like(delta), delta).astype(
-            jnp.float64 if dtype == jnp.int64 else jnp.float32
+        same = _bits(theta_hat) == _bits(own)
+        same |= _asks_for_seed(self.update, own, self.param)
+        same |= delta < jnp.finfo(wide).tiny
+        delta = jnp.where(same, jnp.zeros_like(delta), delta)
+        keys = lax.bitcast_convert_type(
+            delta.astype(jnp.float64 if dtype == jnp.int64 else jnp.float32), dtype
         )
-        return lax.bitcast_convert_type(delta, dtype)
+        return jnp.where(jnp.isfinite(theta_hat), keys, jnp.full_like(keys, -1))
+
+    @property
+    def precision(self) -> int:
+        """Bits of mantissa that a difference of parameters keeps on its way through the update."""
+        return min(jnp.finfo(self.param.dtype).nmant, jnp.finfo(self.update.dtype).nmant)
+
+    def chosen(self, keep: jax.Array, zero: jax.Array) -> jax.Array:
+        """The updates: unchanged where kept, back to the seed elsewhere; after ``zero`` is known."""
+        back = _back(self.seed, self.param, self.update.dtype)
+        return _settle(jnp.where(keep, self.update, back), zero)
+
+    def extent(self, keep: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Least and largest distance of kept entries from their seeds, in parameters' units."""
+        wide = _wide(self.param.dtype)
+        far = jnp.abs(self.proposal().astype(wide) - self.seed.astype(wide))
+        return (
+            jnp.min(jnp.where(keep, far, jnp.inf), initial=jnp.inf),
+            jnp.max(jnp.where(keep, far, 0.0), initial=0.0),
+        )
+
+    def unresolved(self, kept: Callable[[], jax.Array], gap: jax.Array, reach: jax.Array) -> jax.Array:
+        """Reverted entries whose rounding error under a plain apply may look like a kept distance.
+
+        The error of ``p + (s - p)`` is at most one unit in the last place of ``s - p``, and p lies
+        no farther from s than ``reach``; so mostly there is nothing to count.
+        """
+        wide = _wide(self.param.dtype)
+        half = 0.5 * gap.astype(wide)
+        error = jnp.maximum(reach.astype(wide) * 2.0**-self.precision, jnp.finfo(wide).tiny)
+
+        def count() -> jax.Array:
+            keep = kept()
+            back = _back(self.seed, self.param, self.update.dtype)
+            landed = _rounded(_add(self.param, back), self.zero).astype(wide)
+            residue = jnp.abs(landed - self.seed.astype(wide))
+            return jnp.sum(~keep & (residue > 0) & (residue >= half), dtype=jnp.int32)
+
+        return lax.cond(error < half, lambda: jnp.zeros((), jnp.int32), count)
 
     def order(self) -> tuple[jax.Array, jax.Array]:
         """Row-major index of each entry in its silo as (index // 2**31, mixed remainder), int32."""
@@ -621,6 +692,7 @@ def _step(
         budgets,
         state.threshold,
         state.movement,
+        state.reach,
         state.step,
     )
     new, facts = lax.platform_dependent(
@@ -628,6 +700,10 @@ def _step(
     )
     for i, u in zip(ranked, new, strict=True):
         out[i] = u
+    if plan.budgets is not None:
+        contested = {silo for i in ranked for silo in plan.leaves[i].silos}
+        always = sum(m for silo, m in enumerate(plan.budgets) if silo not in contested)
+        facts["free"] = budget.carry(facts["free"] + budget.limbs([always])[0])
     return out, kept_facts | facts
 
 
@@ -648,18 +724,31 @@ def _components(leaves: Sequence[LeafPlan]) -> list[list[int]]:
     return sorted(groups.values())
 
 
-def _settle(u: jax.Array, zero: jax.Array, in_memory: bool) -> jax.Array:
+def _batches(leaves: Sequence[LeafPlan]) -> list[list[int]]:
+    """Leaves in batches of at most ``BATCH`` entries; leaves that share a silo stay together."""
+    batches: list[list[int]] = []
+    room = 0
+    for group in _components(leaves):
+        size = sum(math.prod(leaves[j].shape) for j in group)
+        if size > room or not batches:
+            batches.append([])
+            room = BATCH
+        batches[-1] += group
+        room -= size
+    return [sorted(batch) for batch in batches]
+
+
+def _settle(u: jax.Array, zero: jax.Array, in_memory: bool = False) -> jax.Array:
     """``u``, rounded once: no later sum may contract the product that u came from.
 
     In memory it also stays: a loop of no turns is a value that the compiler neither recomputes in
     every pass nor schedules before ``zero`` is known.
     """
     bits = _bits(u)
-    flip = zero.astype(bits.dtype)
-    bits = bits ^ flip
-    if in_memory:
-        bits = lax.while_loop(lambda c: c[0] != 0, lambda c: (c[0] >> 1, c[1] ^ c[0]), (flip, bits))[1]
-    return lax.bitcast_convert_type(bits, u.dtype)
+    settled = lax.bitcast_convert_type(bits ^ zero.astype(bits.dtype), u.dtype)
+    if not in_memory:
+        return settled
+    return lax.while_loop(lambda c: c[0] != 0, lambda c: (c[0] >> 1, -c[1]), (zero, settled))[1]
 
 
 def _select(
@@ -673,18 +762,20 @@ def _select(
     budgets: jax.Array,
     threshold: jax.Array,
     movement: jax.Array,
+    reach: jax.Array,
     step: jax.Array,
 ) -> tuple[list[jax.Array], dict[str, jax.Array]]:
     """Thresholds and updates of the ranked leaves.
 
-    One device takes silo after silo, so that a tensor stays in cache over its passes and only one
-    update at a time is in memory; a mesh takes all silos in one loop, so that a pass is one exchange.
+    One device takes batch after batch of silos, so that the updates of only one batch are in memory;
+    a mesh takes all silos in one loop, so that a pass is one exchange.
     """
     leaves = [plan.leaves[i] for i in plan.ranked]
-    groups = _components(leaves) if one_by_one else [list(range(len(leaves)))]
+    groups = _batches(leaves) if one_by_one else [list(range(len(leaves)))]
     zero = step >> 31  # a zero that the compiler cannot know
     out: list[Any] = [None] * len(leaves)
     gaps: list[Any] = [None] * len(leaves)
+    reaches: list[Any] = [None] * len(leaves)
     new_threshold, passes = threshold, []
     free = jnp.zeros(2, jnp.int32)
     nonfinite = unresolved = jnp.zeros((), jnp.int32)
@@ -704,13 +795,14 @@ def _select(
             budget.limbs([plan.sizes[s] for s in ids]),
             threshold[at],
             movement[at],
+            [reach[j] for j in group],
             distance,
             ties,
             one_by_one,
             max(plan.sizes[s] for s in ids),
         )
-        for j, u, gap in zip(group, chosen.updates, chosen.gaps, strict=True):
-            out[j], gaps[j] = u, gap
+        for j, *found in zip(group, chosen.updates, chosen.gaps, chosen.reaches, strict=True):
+            out[j], gaps[j], reaches[j] = found
         new_threshold = new_threshold.at[at].set(chosen.threshold)
         passes.append(chosen.passes)
         free = budget.carry(free + chosen.free)
@@ -727,6 +819,7 @@ def _select(
         threshold=new_threshold,
         movement=moved,
         gap=jnp.stack(gaps),
+        reach=jnp.stack(reaches),
         passes=jnp.max(jnp.stack(passes)),
         free=free,
         nonfinite=nonfinite,
@@ -737,6 +830,7 @@ def _select(
 class _Chosen(NamedTuple):
     updates: list[jax.Array]
     gaps: list[jax.Array]
+    reaches: list[jax.Array]
     threshold: jax.Array
     passes: jax.Array
     free: jax.Array
@@ -751,6 +845,7 @@ def _select_group(
     sizes: np.ndarray,
     threshold: jax.Array,
     movement: jax.Array,
+    reach: Sequence[jax.Array],
     distance: distances.Distance,
     ties: str,
     rowwise: bool,
@@ -760,14 +855,20 @@ def _select_group(
     double = any(item.param.dtype == jnp.float64 for item in items)
     key_dtype, real = (jnp.int64, jnp.float64) if double else (jnp.int32, jnp.float32)
     infinity = int(np.array(np.inf, real).view(key_dtype))
-    octave = 2.0**52 if double else 2.0**23
+    octave = 2**52 if double else 2**23
+    precision = min(item.precision for item in items)
 
     def to_key(x: jax.Array) -> jax.Array:
         return lax.bitcast_convert_type(jnp.maximum(x, 0).astype(real), key_dtype)
 
+    def to_distance(key: jax.Array) -> jax.Array:
+        return lax.bitcast_convert_type(jnp.maximum(key, 0), real)
+
     expected = threshold + movement
     guess = jnp.where(jnp.isfinite(expected) & (threshold > 0) & (expected > 0), to_key(expected), -1)
     spread = jnp.maximum(jnp.abs(to_key(expected) - to_key(threshold)) // 8, 1 << (43 if double else 14))
+    beyond = jnp.minimum(guess, infinity - 1 - (precision - 3) * octave) + (precision - 3) * octave
+    far = jnp.where(guess < 0, infinity - 1, beyond)
 
     def leaf_keys(item: _Ranked) -> Callable[[], jax.Array]:
         return lambda: item.keys(distance, key_dtype)
@@ -778,7 +879,15 @@ def _select_group(
     total = jnp.asarray(sizes)
     all_free = budget.equal(m, total)
     bracket = selection.thresholds(
-        leaves, jnp.where(all_free[:, None], 0, m), total, infinity, guess, spread, octave, rowwise
+        leaves,
+        jnp.where(all_free[:, None], 0, m),
+        total,
+        infinity,
+        guess,
+        spread,
+        far,
+        float(octave),
+        rowwise,
     )
     t = jnp.where(all_free, -1, bracket.hi)
     above = jnp.where(all_free[:, None], total, bracket.above_hi)
@@ -791,35 +900,34 @@ def _select_group(
         filled, more = _fill(items, leaves, t, lacking, rest, tied, largest, rowwise)
         above = jnp.where(lacking[:, None], m, above)
         passes = passes + more
-    out, gaps = [], []
-    nonfinite = unresolved = jnp.zeros((), jnp.int32)
-    silo_gap = lax.bitcast_convert_type(t if ties == "fill" else t + 1, real)
-    silo_gap = jnp.where(t < 0, jnp.inf, jnp.where(t == infinity, jnp.inf, silo_gap))
+    nothing = budget.equal(above, jnp.zeros_like(above))
     some = ~budget.equal(m, jnp.zeros_like(m))
-    for item, leaf, ids, extra in zip(items, leaves, where, filled, strict=True):
-        ndim = item.param.ndim
-        keys, proposal = leaf.keys(), item.proposal()
-        keep = keys > selection.spread_to_leaf(t, leaf, ndim)
-        if extra is not None:
-            keep |= extra
-        odd = ~jnp.isfinite(proposal) & selection.spread_to_leaf(some, leaf, ndim)
-        back = _back(item.seed, item.param, item.update.dtype)
-        new = jnp.where(keep | odd, item.update, back)
-        every = all_free[np.array(ids, np.int32)].all()
+    nearest = jnp.where(all_free | nothing, jnp.inf, to_distance(t if ties == "fill" else t + 1))
+    farthest = to_distance(bracket.most)
+    out, gaps, reaches = [], [], []
+    unresolved = jnp.zeros((), jnp.int32)
+    for item, leaf, ids, extra, reached in zip(items, leaves, where, filled, reach, strict=True):
+        ndim, at = item.param.ndim, np.array(ids, np.int32)
+
+        def kept(leaf: selection.Leaf = leaf, extra: Any = extra, ndim: int = ndim) -> jax.Array:
+            keys = leaf.keys()
+            keep = keys > selection.spread_to_leaf(t, leaf, ndim)
+            keep |= (keys < 0) & selection.spread_to_leaf(some, leaf, ndim)
+            return keep if extra is None else keep | extra
+
         if distance is distances.absolute:
-            gap = jnp.min(silo_gap[np.array(ids, np.int32)])
+            gap, far_off = jnp.min(nearest[at]), jnp.max(farthest[at])
         else:
-            far = jnp.abs(proposal.astype(real) - item.seed.astype(real))
-            gap = jnp.min(jnp.where(keep, far, jnp.inf), initial=jnp.inf)
-        residue = jnp.abs(_rounded(_add(item.param, back), item.zero).astype(real) - item.seed.astype(real))
-        doubtful = ~(keep | odd) & (residue > 0) & (residue >= 0.5 * gap)
-        counted = [x.astype(jnp.int32) for x in (odd, doubtful)]
-        n_odd, n_doubtful = selection.total_of(counted, rowwise)
-        nonfinite, unresolved = nonfinite + n_odd, unresolved + n_doubtful
-        out.append(new)
-        gaps.append(jnp.where(every, FREE, gap).astype(jnp.float32))
-    shown = jnp.where(all_free, FREE, lax.bitcast_convert_type(jnp.maximum(t, 0), real).astype(jnp.float32))
-    return _Chosen(out, gaps, shown, passes, _total(above), nonfinite, unresolved)
+            gap, far_off = item.extent(kept())
+        lost = item.unresolved(kept, gap, reached)
+        unresolved = unresolved + lost
+        out.append(item.chosen(kept(), lost >> 31))
+        gaps.append(jnp.where(all_free[at].all(), FREE, gap).astype(jnp.float32))
+        reaches.append(far_off.astype(jnp.float32))
+    shown = jnp.where(all_free, FREE, jnp.where(some, to_distance(t), jnp.inf).astype(jnp.float32))
+    odd = budget.carry(total - bracket.counted)
+    nonfinite = jnp.sum(jnp.where(some, odd[:, 0] * 2**16 + odd[:, 1], 0), dtype=jnp.int32)
+    return _Chosen(out, gaps, reaches, shown, passes, _total(above), nonfinite, unresolved)
 
 
 def _fill(
@@ -862,6 +970,7 @@ def _fill(
             top,
             none,
             jnp.ones_like(none),
+            jnp.full_like(none, top),
             float(2**40),
             rowwise,
         )

@@ -73,22 +73,23 @@ def summary(seconds: list[float]) -> dict[str, float]:
 
 
 def timed(call: Callable[[], Any]) -> float:
+    """Seconds until all results are there."""
     start = time.perf_counter()
     jax.block_until_ready(call())
     return time.perf_counter() - start
 
 
-def alternate(calls: dict[str, Callable[[], Any]], runs: int) -> dict[str, dict[str, float]]:
+def alternate(
+    calls: dict[str, Callable[[], Any]], runs: int, prepare: Callable[[str], None] = lambda name: None
+) -> dict[str, dict[str, float]]:
     """Times calls in turn, so that what disturbs the machine disturbs all of them."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for name, call in calls.items():
-        first = timed(call)
-        if first > LIMIT:
-            times[name] = [first]
-    for _ in range(runs):
+    for _ in range(runs + 1):
         for name, call in calls.items():
-            if len(times[name]) < 2 or sum(times[name]) < LIMIT:
+            if sum(times[name]) < LIMIT:
+                prepare(name)
                 times[name].append(timed(call))
+    times = {name: seconds[1:] or seconds for name, seconds in times.items()}  # the first one warms up
     return {name: summary(seconds) for name, seconds in times.items()}
 
 
@@ -108,54 +109,66 @@ def counting(delta: jax.Array, guess: jax.Array, spread: jax.Array, m: int) -> s
     total = jnp.asarray(budget.limbs([delta.size]))
     rowwise = jax.default_backend() == "cpu"
     return selection.thresholds(
-        [leaf], jnp.asarray(budget.limbs([m])), total, INFINITY, guess, spread, 2.0**23, rowwise
+        [leaf],
+        jnp.asarray(budget.limbs([m])),
+        total,
+        INFINITY,
+        guess,
+        spread,
+        guess | (1 << 30),
+        2.0**23,
+        rowwise,
     )
 
 
 def selection_cells(largest: int, runs: int) -> Iterator[dict[str, Any]]:
     """Selection alone for n = 1e4 ... largest and four fractions."""
-    n = 10_000
-    while n <= largest:
+    sizes = [10**k for k in range(4, 10) if 10**k <= largest]
+    for n in sizes:
         delta = jnp.abs(jax.random.normal(jax.random.key(n), (n,)))
-        host = np.asarray(delta)
         for fraction in (0.5, 0.1, 1e-3, 1e-5):
-            m = budget.rank(fraction, n)
-            none, one = jnp.full(1, -1, jnp.int32), jnp.ones(1, jnp.int32)
-            cold = counting(delta, none, one, m)
-            threshold = jax.lax.bitcast_convert_type(cold.hi, jnp.float32)
-            off = key_of(threshold * 1.003)  # the last step's threshold, 0.3% off
-            around = jnp.full(1, 1 << 14, jnp.int32)
-            calls: dict[str, Callable[[], Any]] = {
-                "warm": lambda m=m, off=off, around=around: counting(delta, off, around, m),
-                "cold": lambda m=m, none=none, one=one: counting(delta, none, one, m),
-                "np.partition": lambda m=m: np.partition(host, n - m - 1)[n - m - 1],
-            }
-            skipped = {}
-            if n * 1.2e-7 * 4.5 < LIMIT:  # measured: 0.5 s a million
-                quantile = jax.jit(lambda x, f=fraction: jnp.quantile(x, 1 - f, method="lower"))
-                calls["jnp.quantile"] = lambda quantile=quantile: quantile(delta)
-            else:
-                skipped["jnp.quantile"] = f"would take more than {LIMIT:.0f} s"
-            if m <= 2000:
-                top_k = jax.jit(lambda x, m=m: jax.lax.top_k(x, m + 1)[0][-1])
-                calls["lax.top_k"] = lambda top_k=top_k: top_k(delta)
-            else:
-                skipped["lax.top_k"] = f"k = {m} is a sort"
-            jax.block_until_ready([c() for name, c in calls.items() if name != "jnp.quantile"])
-            times = alternate(calls, runs)
-            warm = times["warm"]["ms"]
-            passes = int(counting(delta, off, around, m).passes)
-            assert int((delta > threshold[0]).sum()) == m
-            yield {
-                "part": "selection",
-                "n": n,
-                "fraction": fraction,
-                "passes": {"warm": passes, "cold": int(cold.passes)},
-                "times": times,
-                "x_warm": {name: t["ms"] / warm for name, t in times.items()},
-                "skipped": skipped,
-            }
-        n *= 10
+            yield selection_cell(delta, fraction, runs)
+
+
+def selection_cell(delta: jax.Array, fraction: float, runs: int) -> dict[str, Any]:
+    """One silo and one fraction."""
+    n, host = delta.size, np.asarray(delta)
+    m = budget.rank(fraction, n)
+    none, one = jnp.full(1, -1, jnp.int32), jnp.ones(1, jnp.int32)
+    cold = counting(delta, none, one, m)
+    threshold = jax.lax.bitcast_convert_type(cold.hi, jnp.float32)
+    off = key_of(threshold * 1.003)  # the last step's threshold, 0.3% off
+    around = jnp.full(1, 1 << 14, jnp.int32)
+    calls: dict[str, Callable[[], Any]] = {
+        "warm": lambda: counting(delta, off, around, m),
+        "cold": lambda: counting(delta, none, one, m),
+        "np.partition": lambda: np.partition(host, n - m - 1)[n - m - 1],
+    }
+    skipped = {}
+    if n * 1.2e-7 * 4.5 < LIMIT:  # measured: 0.5 s a million
+        quantile = jax.jit(lambda x: jnp.quantile(x, 1 - fraction, method="lower"))
+        calls["jnp.quantile"] = lambda: quantile(delta)
+    else:
+        skipped["jnp.quantile"] = f"would take more than {LIMIT:.0f} s"
+    if m <= 2000:
+        top_k = jax.jit(lambda x: jax.lax.top_k(x, m + 1)[0][-1])
+        calls["lax.top_k"] = lambda: top_k(delta)
+    else:
+        skipped["lax.top_k"] = f"k = {m} is a sort"
+    jax.block_until_ready([c() for name, c in calls.items() if name != "jnp.quantile"])
+    times = alternate(calls, runs)
+    warm = times["warm"]["ms"]
+    passes = int(counting(delta, off, around, m).passes)
+    assert int((delta > threshold[0]).sum()) == m
+    return {
+        "part": "selection",
+        "n": n,
+        "fraction": fraction,
+        "passes": {"warm": passes, "cold": int(cold.passes)},
+        "times": times,
+        "x_warm": {name: t["ms"] / warm for name, t in times.items()},
+        "skipped": skipped,
+    }
 
 
 # --- whole step ----------------------------------------------------------------------------------
@@ -178,6 +191,9 @@ class Trainee:
 
     def __init__(self, tx: optax.GradientTransformation, exact: bool, params: Any, gradients: list[Any]):
         self.gradients, self.turn = gradients, 0
+        self.mix = jax.jit(
+            lambda a, b, turn: jax.tree.map(lambda x, y: x * jnp.cos(turn) + y * jnp.sin(turn), a, b)
+        )
         self.params = jax.tree.map(jnp.copy, params)
         self.state = tx.init(self.params)
 
@@ -194,61 +210,67 @@ class Trainee:
         analysis = compiled.memory_analysis()
         self.temp = int(analysis.temp_size_in_bytes) if analysis is not None else -1
 
-    def step(self) -> Any:
-        g = self.gradients[self.turn % len(self.gradients)]
+    def prepare(self) -> None:
+        """New gradients: as in training, no entry sees the same one twice."""
         self.turn += 1
-        self.params, self.state = self.compiled(self.params, self.state, g)
+        self.gradient = jax.block_until_ready(self.mix(*self.gradients, float(self.turn)))
+
+    def step(self) -> Any:
+        """One step; the new parameters."""
+        self.params, self.state = self.compiled(self.params, self.state, self.gradient)
         return self.params
 
 
-def step_cells(models: list[str], fraction: float, runs: int, naive: bool) -> Iterator[dict[str, Any]]:
-    """adamw alone, with DST, with the naive DST, and with a fused where."""
-    for model in models:
-        shapes = t5_shapes(model)
-        params = random_tree(shapes, 0, 0.02)
-        gradients = [random_tree(shapes, i + 1, 1e-3) for i in range(2)]
-        size = sum(p.size for p in params.values())
-        adamw = optax.adamw(optax.linear_schedule(1e-3, 1e-4, 1000))
-        kinds: dict[str, tuple[optax.GradientTransformation, bool]] = {
-            "adamw": (adamw, False),
-            "adamw+where": (optax.chain(adamw, fused_where(1e-3)), False),
-            "adamw+dst": (dst_optax.wrap(adamw, fraction), True),
-            "adamw+dst fill": (dst_optax.wrap(adamw, fraction, ties="fill"), True),
-        }
-        trainees = {name: Trainee(tx, exact, params, gradients) for name, (tx, exact) in kinds.items()}
-        skipped = {}
-        if naive and size * 3.5e-7 < LIMIT:  # measured: 22.5 s for 77 million
-            naive_tx = optax.chain(adamw, reference.dynamic_subset_tuning(fraction))
-            trainees["adamw+naive"] = Trainee(naive_tx, False, params, gradients)
-        else:
-            skipped["adamw+naive"] = (
-                f"would take more than {LIMIT:.0f} s a step" if naive else "not asked for"
-            )
-        for name, trainee in trainees.items():  # past the first, cold steps
-            for _ in range(1 if name == "adamw+naive" else 4):
-                jax.block_until_ready(trainee.step())
-        slow = {"adamw+naive": trainees.pop("adamw+naive").step} if "adamw+naive" in trainees else {}
-        times = alternate({name: t.step for name, t in trainees.items()}, runs)
-        times |= {name: summary([timed(call)]) for name, call in slow.items()}
-        facts = dst_optax.diagnostics.metrics(trainees["adamw+dst"].state)
-        plain = trainees["adamw"]
-        yield {
-            "part": "step",
-            "model": model,
-            "parameters": size,
-            "tensors": len(shapes),
-            "fraction": fraction,
-            "times": times,
-            "x_adamw": {name: t["ms"] / times["adamw"]["ms"] for name, t in times.items()},
-            "compile_seconds": {name: t.compile_seconds for name, t in trainees.items()},
-            "temp_bytes_a_parameter": {
-                name: (t.temp - plain.temp) / size for name, t in trainees.items() if t.temp >= 0
-            },
-            "passes": int(facts["passes"]),
-            "free": int(facts["free"]),
-            "budget": int(facts["budget"]),
-            "skipped": skipped,
-        }
+def step_cell(model: str, fraction: float, runs: int, naive: bool) -> dict[str, Any]:
+    """The optimizer adamw alone, with DST, with the naive DST, and with a fused where."""
+    shapes = t5_shapes(model)
+    params = random_tree(shapes, 0, 0.02)
+    gradients = [random_tree(shapes, i + 1, 1e-3) for i in range(2)]
+    size = sum(p.size for p in params.values())
+    adamw = optax.adamw(optax.linear_schedule(1e-3, 1e-4, 1000))
+    kinds: dict[str, tuple[optax.GradientTransformation, bool]] = {
+        "adamw": (adamw, False),
+        "adamw+where": (optax.chain(adamw, fused_where(1e-3)), False),
+        "adamw+dst": (dst_optax.wrap(adamw, fraction), True),
+        "adamw+dst fill": (dst_optax.wrap(adamw, fraction, ties="fill"), True),
+    }
+    trainees = {name: Trainee(tx, exact, params, gradients) for name, (tx, exact) in kinds.items()}
+    skipped = {}
+    if naive and size * 3.5e-7 < LIMIT:  # measured: 22.5 s for 77 million
+        naive_tx = optax.chain(adamw, reference.dynamic_subset_tuning(fraction))
+        trainees["adamw+naive"] = Trainee(naive_tx, False, params, gradients)
+    else:
+        skipped["adamw+naive"] = f"would take more than {LIMIT:.0f} s a step" if naive else "not asked for"
+    for name, trainee in trainees.items():  # past the first, cold steps
+        for _ in range(1 if name == "adamw+naive" else 4):
+            trainee.prepare()
+            jax.block_until_ready(trainee.step())
+    naive_step = trainees.pop("adamw+naive", None)
+    times = alternate(
+        {name: t.step for name, t in trainees.items()}, runs, lambda name: trainees[name].prepare()
+    )
+    if naive_step is not None:
+        naive_step.prepare()
+        times["adamw+naive"] = summary([timed(naive_step.step)])
+    facts = dst_optax.diagnostics.metrics(trainees["adamw+dst"].state)
+    plain = trainees["adamw"]
+    return {
+        "part": "step",
+        "model": model,
+        "parameters": size,
+        "tensors": len(shapes),
+        "fraction": fraction,
+        "times": times,
+        "x_adamw": {name: t["ms"] / times["adamw"]["ms"] for name, t in times.items()},
+        "compile_seconds": {name: t.compile_seconds for name, t in trainees.items()},
+        "temp_bytes_a_parameter": {
+            name: (t.temp - plain.temp) / size for name, t in trainees.items() if t.temp >= 0
+        },
+        "passes": int(facts["passes"]),
+        "free": int(facts["free"]),
+        "budget": int(facts["budget"]),
+        "skipped": skipped,
+    }
 
 
 def show(cell: dict[str, Any]) -> None:
@@ -300,7 +322,7 @@ def main() -> None:
     if args.part in ("all", "selection"):
         cells.append(selection_cells(int(args.largest), args.runs))
     if args.part in ("all", "step"):
-        cells.append(step_cells(args.models, args.fraction, args.runs, not args.skip_naive))
+        cells.append(step_cell(m, args.fraction, args.runs, not args.skip_naive) for m in args.models)
     for part in cells:
         for cell in part:
             show(cell)

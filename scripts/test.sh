@@ -11,5 +11,6 @@ export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 "$python" -m ruff format --check .
 "$python" -m ruff check .
 "$python" -m pyright
-"$python" -m pytest -q --doctest-modules dst_optax -p no:cacheprovider
-"$python" -m pytest -q -n 2 --dist worksteal tests "$@"
+"$python" -m pytest -q --doctest-modules dst_optax --ignore dst_optax/finetuning -p no:cacheprovider
+"$python" -m pytest -q -n 2 --dist loadgroup tests "$@"
+"$python" scripts/optax_tests.py

@@ -17,10 +17,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dst_optax
-from dst_optax import silos
+from dst_optax import reference, silos
 
 STEPS = 4
-SHAPES = {"a": (64, 96), "bias": (64,), "half": (8, 40), "stack": (4, 16, 24)}
+SHAPES = {"a": (64, 96), "bias": (512,), "half": (8, 512), "stack": (4, 32, 24)}
 UNEVEN = {"a": (13, 7), "bias": (5,), "half": (3, 11), "stack": (4, 5, 3)}
 SPECS = {"a": P("x", "y"), "bias": P("y"), "half": P(None, "x"), "stack": P("x", None, "y")}
 RULES = {
@@ -33,6 +33,8 @@ RULES = {
     "schedule": dict(fraction_of_free_params=optax.linear_schedule(0.2, 0.05, STEPS)),
     "mixed": dict(fraction_of_free_params=[("bias", 1.0), ("half", 0.0), (".*", 0.1)]),
 }
+UNEVEN_RULES = ("fill", "model", "layers")
+PROCESS_RULES = ("layers", "model_fill")
 
 
 def arrays(shapes, salt):
@@ -52,12 +54,12 @@ def transform(rule):
     return optax.chain(optax.identity(), dst_optax.dynamic_subset_tuning(**RULES[rule]))
 
 
-def one_step(tx):
+def step_of(tx):
     def step(params, state, updates):
         updates, state = tx.update(updates, state, params)
         return dst_optax.apply_updates(params, updates, state), state
 
-    return jax.jit(step)
+    return step
 
 
 def put(tree, shardings):
@@ -84,23 +86,28 @@ def kept(tree, shardings):
     )
 
 
-def run(rule, shardings=None, shapes=SHAPES):
-    """Digests after each step, and whether the parameters and the seed kept their shardings."""
+def run(rule, shardings=None):
+    """Digests after each step, whether shardings were kept, and what crosses devices.
+
+    One program serves all steps: it would refuse a state whose shardings its own step had changed.
+    """
     tx = transform(rule)
-    params = put(arrays(shapes, 0), shardings)
-    state, step = tx.init(params), one_step(tx)
+    params, updates = (put(arrays(SHAPES, i), shardings) for i in range(2))
+    state = jax.jit(tx.init)(params)
+    step = jax.jit(step_of(tx)).lower(params, state, updates).compile()
     digests, same = [], True
     for i in range(STEPS):
-        params, state = step(params, state, put(arrays(shapes, i + 1), shardings))
+        params, state = step(params, state, put(arrays(SHAPES, i + 1), shardings))
         digests.append(digest(fetch(params)))
         if shardings is not None:
             same &= kept(params, shardings) and kept(state[1].seed, shardings)
-    return {"digests": digests, "kept": same, "compiled": step._cache_size()}
+    return {"digests": digests, "kept": same, "traffic": traffic(step.as_text())}
 
 
 def run_uneven(rule, shardings=None):
     """The same inside one program, where a mesh axis need not divide a dimension."""
     tx = transform(rule)
+    step = step_of(tx)
 
     def constrain(tree):
         if shardings is None:
@@ -109,21 +116,19 @@ def run_uneven(rule, shardings=None):
 
     @jax.jit
     def train(params, all_updates):
-        params = constrain(params)
-        state, trace = tx.init(params), []
-        for updates in all_updates:
-            updates, state = tx.update(constrain(updates), state, params)
-            params = constrain(dst_optax.apply_updates(params, updates, state))
-            trace.append(params)
-        return trace
+        def body(carry, updates):
+            params, state = step(constrain(carry[0]), carry[1], constrain(updates))
+            return (constrain(params), state), params
+
+        return jax.lax.scan(body, (params, tx.init(constrain(params))), all_updates)[1]
 
     everywhere = None
     if shardings is not None:
         everywhere = {n: NamedSharding(s.mesh, P()) for n, s in shardings.items()}
-    trace = train(
-        put(arrays(UNEVEN, 0), everywhere), [put(arrays(UNEVEN, i + 1), everywhere) for i in range(STEPS)]
-    )
-    return {"digests": [digest(fetch(p)) for p in trace], "kept": True, "compiled": train._cache_size()}
+    all_updates = [arrays(UNEVEN, i + 1) for i in range(STEPS)]
+    stacked = jax.tree.map(lambda *x: np.stack(x), *all_updates)
+    trace = fetch(train(put(arrays(UNEVEN, 0), everywhere), put(stacked, everywhere)))
+    return {"digests": [digest({n: x[i] for n, x in trace.items()}) for i in range(STEPS)]}
 
 
 SIZE = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "u16": 2, "s16": 2, "f64": 8, "s64": 8, "u64": 8}
@@ -140,25 +145,12 @@ def traffic(text):
     return found
 
 
-def hlo(shardings, naive=False):
-    params = put(arrays(SHAPES, 0), shardings)
-    updates = put(arrays(SHAPES, 1), shardings)
-    if naive:
-
-        def step(params, updates):
-            def leaf(p, u):
-                delta = jnp.abs(u).astype(jnp.float32)
-                return jnp.where(delta > jnp.quantile(delta, 0.9), p + u, p)
-
-            return jax.tree.map(leaf, params, updates)
-
-        return traffic(jax.jit(step).lower(params, updates).compile().as_text())
-    found = {}
-    for rule in RULES:
-        tx = transform(rule)
-        compiled = one_step(tx).lower(params, tx.init(params), updates).compile()
-        found[rule] = traffic(compiled.as_text())
-    return found
+def naive(shardings):
+    tx = reference.dynamic_subset_tuning(0.1)
+    params, updates = (put(arrays(SHAPES, i), shardings) for i in range(2))
+    params, updates = ({n: x.astype(jnp.float32) for n, x in t.items()} for t in (params, updates))
+    state = jax.jit(tx.init)(params)
+    return traffic(jax.jit(tx.update).lower(updates, state, params).compile().as_text())
 
 
 def attempt(f, *args):
@@ -173,41 +165,39 @@ def shardings_of(mesh, replicated=False):
     return {n: NamedSharding(mesh, P() if replicated else spec) for n, spec in SPECS.items()}
 
 
+def make_mesh(shape, axis_type):
+    devices = jax.devices()[: int(np.prod(shape))]
+    return jax.make_mesh(shape, ("x", "y"), axis_types=(axis_type,) * 2, devices=devices)
+
+
 def mesh_report():
-    auto = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
-    explicit = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
-    report = {rule: {} for rule in RULES}
-    for rule, results in report.items():
-        results["auto"] = attempt(run, rule, shardings_of(auto))
-        results["replicated"] = attempt(run, rule, shardings_of(auto, replicated=True))
-        results["one_of_eight"] = attempt(run, rule)
-        with jax.set_mesh(explicit):
-            results["explicit"] = attempt(run, rule, shardings_of(explicit))
-        results["uneven"] = attempt(run_uneven, rule, shardings_of(auto))
-    two = jax.make_mesh((2, 1), ("x", "y"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:2])
-    report["strict"]["two"] = attempt(run, "strict", shardings_of(two))
-    return {
-        "devices": jax.device_count(),
-        "runs": report,
-        "hlo": hlo(shardings_of(auto)),
-        "naive": hlo(shardings_of(auto), naive=True),
-    }
+    auto, explicit = (make_mesh((4, 2), t) for t in (AxisType.Auto, AxisType.Explicit))
+    runs = {"explicit": {}}
+    runs["auto"] = {rule: attempt(run, rule, shardings_of(auto)) for rule in RULES}
+    with jax.set_mesh(explicit):
+        runs["explicit"] = {rule: attempt(run, rule, shardings_of(explicit)) for rule in RULES}
+    runs["uneven"] = {rule: attempt(run_uneven, rule, shardings_of(auto)) for rule in UNEVEN_RULES}
+    runs["replicated"] = {"strict": attempt(run, "strict", shardings_of(auto, replicated=True))}
+    runs["one_of_eight"] = {"strict": attempt(run, "strict")}
+    runs["two"] = {"strict": attempt(run, "strict", shardings_of(make_mesh((2, 1), AxisType.Auto)))}
+    return {"runs": runs, "naive": naive(shardings_of(auto))}
 
 
 def single_report():
-    runs = {rule: {"even": run(rule), "uneven": run_uneven(rule)} for rule in RULES}
-    return {"devices": jax.device_count(), "runs": runs}
+    even = {rule: run(rule) for rule in RULES}
+    return {"runs": {"even": even, "uneven": {rule: run_uneven(rule) for rule in UNEVEN_RULES}}}
 
 
 def process_report():
-    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
-    runs = {rule: run(rule, shardings_of(mesh)) for rule in ("strict", "fill", "model")}
-    return {"devices": jax.device_count(), "processes": jax.process_count(), "runs": runs}
+    shardings = shardings_of(make_mesh((2, 2), AxisType.Auto))
+    return {
+        "processes": jax.process_count(),
+        "runs": {rule: run(rule, shardings) for rule in PROCESS_RULES},
+    }
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "process":
         jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", num_processes=2, process_id=int(sys.argv[3]))
-    print(
-        json.dumps({"single": single_report, "mesh": mesh_report, "process": process_report}[sys.argv[1]]())
-    )
+    report = {"single": single_report, "mesh": mesh_report, "process": process_report}[sys.argv[1]]()
+    print(json.dumps(report | {"devices": jax.device_count()}))

@@ -1,5 +1,7 @@
 """Trainers and checkpoints of other libraries: budget and exactness hold in each."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,7 +89,7 @@ def test_nnx_optimizer():
     tx = dst_optax.wrap(optax.adam(1e-2), rules)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
-    @nnx.jit
+    @partial(nnx.jit, donate_argnums=(0, 1))
     def step(model, optimizer, x):
         grads = nnx.grad(lambda m: jnp.mean((m(x) - 1.0) ** 2))(model)
         optimizer.update(model, grads)
@@ -95,7 +97,12 @@ def test_nnx_optimizer():
     for x in batches():
         step(model, optimizer, x)
         params, opt_state = nnx.as_pure(nnx.state(model, nnx.Param)), nnx.as_pure(optimizer.opt_state)
-        check(seed, dst_optax.finalize(params, opt_state))
+        final = dst_optax.finalize(params, opt_state)
+        check(seed, final)
+        mask = dst_optax.subset_mask(final, opt_state)
+        jax.tree.map(lambda m, a, b: np.testing.assert_array_equal(m, a != b), mask, final, seed)
+    nnx.update(model, final)
+    check(seed, nnx.as_pure(nnx.state(model, nnx.Param)))
 
 
 def test_equinox():
@@ -152,3 +159,20 @@ def test_orbax_restore_continues_bit_for_bit(tmp_path, fraction):
         again, state_again = step(again, state_again, g)
     for a, b in zip(jax.tree.leaves((params, state)), jax.tree.leaves((again, state_again)), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_restored_state_of_another_plan_is_refused(tmp_path):
+    """As many silos of the same leaves, but other ones: only the fingerprint tells."""
+    ocp = pytest.importorskip("orbax.checkpoint", reason="needs orbax-checkpoint")
+    params = {n: jnp.ones((6, 4)) for n in "abc"}
+    mine, other = (
+        dst_optax.dynamic_subset_tuning(FRACTION, silos=dst_optax.silos.per_group(groups))
+        for groups in ([("a|b", "x"), ("c", "y")], [("a", "x"), ("b|c", "y")])
+    )
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "run", mine.init(params))
+        checkpointer.wait_until_finished()
+        state = checkpointer.restore(tmp_path / "run", jax.eval_shape(mine.init, params))
+    mine.update(params, state, params)
+    with pytest.raises(ValueError, match="fingerprint"):
+        other.update(params, state, params)

@@ -28,7 +28,7 @@ def extract(
       params: tuned parameters, any sharding; call :func:`dst_optax.finalize` first where the trainer
         applies updates with plain ``optax.apply_updates``.
       state: the optimizer state.
-      seed: the seed model, needed only for tensors of which the state keeps no seed (fraction 0 or 1).
+      seed: the seed model, needed only for tensors of which the state keeps no seed (fraction 1).
       with_seed_values: store the seed's values too, for :meth:`Subset.revert`.
       metadata: what the model card should tell.
 
@@ -58,7 +58,7 @@ def extract(
         found = given.get(path) if found is None else found
         if found is None:
             raise SubsetError(
-                f"the state keeps no seed of {path!r} (its fraction is 0 or 1, or it is masked); pass the "
+                f"the state keeps no seed of {path!r} (its fraction is 1, or it is masked); pass the "
                 "seed model as seed=."
             )
         seeds[path] = found

@@ -15,9 +15,8 @@ import re
 import secrets
 import stat
 import threading
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -53,8 +52,6 @@ DTYPES = {
 }
 _BY_NAME = {d.name: d for d in DTYPES.values()}
 _HEX = re.compile("[0-9a-f]*")
-
-T = TypeVar("T")
 
 
 def save(subset: Subset, directory: str | os.PathLike[str]) -> None:
@@ -218,14 +215,7 @@ def parse(config: Mapping[str, Any], content: bytes) -> Subset:
             raise SubsetError(f"{path[:200]!r}: {e}") from e
         return Entries(leaf["shape"], positions, values, next(iter(seeds), None), leaf["seed_fingerprint"])
 
-    leaves = dict(zip(config["leaves"], in_threads(entries, config["leaves"].items()), strict=True))
-    return Subset(leaves, config["metadata"])
-
-
-def in_threads(f: Callable[..., T], arguments: Any) -> list[T]:
-    """Maps ``f(*arguments)`` in a thread per core; numpy works outside the interpreter's lock."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda a: f(*a), arguments))
+    return Subset({path: entries(path, leaf) for path, leaf in config["leaves"].items()}, config["metadata"])
 
 
 def _array(tensor: dict[str, Any], name: str) -> np.ndarray:

@@ -114,15 +114,19 @@ def _gather(x: jax.Array, where: tuple[jax.Array, ...]) -> jax.Array:
     return _from_bits(out, x.dtype)
 
 
+def _is_rounded(dtype: Any) -> bool:
+    """Whether a platform may normalise NaNs on the way: CPU computes in float32 for narrow floats."""
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4
+
+
 def _bits(x: jax.Array) -> jax.Array:
-    """Integers, which no platform rounds or normalises (CPU does so with half-precision NaNs)."""
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-    return x
+    """Integers for narrow floats; wider ones as they are, whose cast would cost a copy on CPU."""
+    unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    return jax.lax.bitcast_convert_type(x, unsigned) if _is_rounded(x.dtype) else x
 
 
 def _from_bits(x: jax.Array, dtype: Any) -> jax.Array:
-    return jax.lax.bitcast_convert_type(x, dtype) if jnp.issubdtype(dtype, jnp.floating) else x
+    return jax.lax.bitcast_convert_type(x, dtype) if _is_rounded(dtype) else x
 
 
 def dtype_of(x: Any) -> np.dtype:

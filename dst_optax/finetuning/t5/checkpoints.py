@@ -56,7 +56,9 @@ def _is_huggingface(path: Path) -> bool:
     if path.is_file():
         return path.suffix == ".safetensors"
     if (path / "pytorch_model.bin").is_file() and not list(path.glob("*.safetensors*")):
-        raise ValueError(f"{path} holds pickled weights; save them with safetensors first.")
+        raise ValueError(
+            f"{path} holds pickled weights; load them in transformers and save_pretrained writes safetensors."
+        )
     return bool(list(path.glob("model*.safetensors*")))
 
 

@@ -1,0 +1,215 @@
+"""``dst-optax subset ...``: look into subset files, compare, apply, extract, compose and verify them."""
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dst_optax.subset import Subset, SubsetError, compose, files, from_models, gaps, models
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Directory = Annotated[pathlib.Path, typer.Argument(help="Directory of a subset.")]
+Out = Annotated[pathlib.Path, typer.Option(help="Directory to write.")]
+Seed = Annotated[pathlib.Path, typer.Option(help="Safetensors file or directory, or Orbax checkpoint.")]
+
+
+def run(command: Callable[[], dict[str, Any]], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:
+    """Prints a command's result; an error goes to standard error, with exit code 1."""
+    try:
+        result = command()
+    except (SubsetError, ValueError, OSError) as e:
+        if as_json:
+            print(json.dumps({"error": str(e)}))
+        else:
+            Console(stderr=True).print(f"error: {e}", style="red", markup=False)
+        raise typer.Exit(1) from e
+    if as_json:
+        print(json.dumps(result))
+    else:
+        show(result)
+
+
+def table(columns: list[str], rows: list[list[Any]], title: str | None = None) -> None:
+    """Prints a table whose first column is text and whose others are right-aligned."""
+    grid = Table(*columns[:1], title=title)
+    for column in columns[1:]:
+        grid.add_column(column, justify="right")
+    for row in rows:
+        grid.add_row(*(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row))
+    Console().print(grid)
+
+
+@app.command()
+def inspect(directory: Directory, as_json: Json = False) -> None:
+    """What a subset holds: a row for each tensor, and a histogram of its values' magnitudes."""
+
+    def command() -> dict[str, Any]:
+        found = Subset.load(directory)
+        rows = []
+        for path, e in found.items():
+            stream = len(gaps.encode(e.positions))
+            stored = e.values.nbytes * (2 if found.has_seed_values else 1)
+            rows.append(
+                {
+                    "tensor": path,
+                    "entries": len(e),
+                    "share": len(e) / e.size if e.size else 0.0,
+                    "dtype": e.dtype.name,
+                    "bytes": stream + stored,
+                    "bits_per_position": 8 * stream / len(e) if len(e) else 0.0,
+                }
+            )
+        total = {"entries": found.count, "parameters": found.size, "seed_values": found.has_seed_values}
+        return {"leaves": rows, **total, "magnitudes": _magnitudes(found), "metadata": found.metadata}
+
+    def show(result: dict[str, Any]) -> None:
+        rows = result["leaves"]
+        table(list(rows[0]) if rows else ["tensor"], [list(r.values()) for r in rows], str(directory))
+        counts = result["magnitudes"]["counts"]
+        kind = "change from the seed" if result["seed_values"] else "value"
+        bars = [
+            [f"1e{low:+d}", n, "#" * round(40 * n / max([*counts, 1]))]
+            for low, n in zip(result["magnitudes"]["decades"], counts, strict=True)
+        ]
+        table([f"magnitude of the {kind}", "entries", ""], bars)
+
+    run(command, as_json, show)
+
+
+def _magnitudes(found: Subset) -> dict[str, list[int]]:
+    """Entries by decade of their change, or of their value where no seed values are stored."""
+    counts: dict[int, int] = {}
+    for e in found.values():
+        x = e.values.astype(np.float64)
+        if found.has_seed_values and e.seed_values is not None:
+            x = x - e.seed_values.astype(np.float64)
+        x = np.abs(x[np.isfinite(x) & (x != 0)])
+        decades, number = np.unique(np.floor(np.log10(x)).astype(int), return_counts=True)
+        for d, n in zip(decades.tolist(), number.tolist(), strict=True):
+            counts[d] = counts.get(d, 0) + n
+    ordered = sorted(counts)
+    return {"decades": ordered, "counts": [counts[d] for d in ordered]}
+
+
+@app.command()
+def diff(a: Directory, b: Directory, as_json: Json = False) -> None:
+    """How two subsets of one seed overlap."""
+
+    def command() -> dict[str, Any]:
+        first, second = Subset.load(a), Subset.load(b)
+        both, joined = first.intersection(second), compose([first, second], "first")
+        collisions = joined.metadata["collisions"]
+        rows = [
+            {
+                "tensor": path,
+                "both": len(both[path]),
+                "only_a": len(e) - len(both[path]),
+                "only_b": len(second[path]) - len(both[path]),
+                "different_values": collisions.get(path, 0),
+            }
+            for path, e in first.items()
+        ]
+        same = not sum(collisions.values()) and both.count == first.count == second.count
+        return {"leaves": rows, "jaccard": first.jaccard(second), "identical": same}
+
+    def show(result: dict[str, Any]) -> None:
+        rows = result["leaves"]
+        title = f"jaccard {result['jaccard']:.4f}, {'identical' if result['identical'] else 'different'}"
+        table(list(rows[0]) if rows else ["tensor"], [list(r.values()) for r in rows], title)
+
+    run(command, as_json, show)
+
+
+@app.command()
+def apply(
+    seed: Seed,
+    subset: Annotated[pathlib.Path, typer.Option(help="Directory of the subset.")],
+    out: Out,
+    as_json: Json = False,
+) -> None:
+    """Write the tuned model as safetensors, tensor by tensor."""
+
+    def command() -> dict[str, Any]:
+        found = Subset.load(subset)
+        models.apply_to_files(found, seed, out)
+        return {"out": str(out), "entries": found.count}
+
+    run(command, as_json, lambda r: print(f"{r['entries']} entries applied; written to {r['out']}"))
+
+
+@app.command()
+def extract(
+    seed: Seed,
+    tuned: Annotated[pathlib.Path, typer.Option(help="The fine-tuned model, same kinds as the seed.")],
+    out: Out,
+    fraction: Annotated[float | None, typer.Option(help="Keep the largest changes only.")] = None,
+    with_seed_values: Annotated[bool, typer.Option(help="Store the seed's values too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a subset out of two models."""
+
+    def command() -> dict[str, Any]:
+        found = from_models(
+            models.open_model(seed),
+            models.open_model(tuned),
+            fraction,
+            with_seed_values=with_seed_values,
+            metadata={"seed": seed.name, "tuned": tuned.name, "fraction_of_free_params": fraction},
+        )
+        found.save(out)
+        return {"out": str(out), "entries": found.count, "parameters": found.size}
+
+    run(command, as_json, _wrote)
+
+
+@app.command("compose")
+def compose_(
+    subsets: Annotated[list[pathlib.Path], typer.Argument(help="Directories of subsets of one seed.")],
+    out: Out,
+    on_conflict: Annotated[str, typer.Option(help="error, first, last or mean.")] = "error",
+    as_json: Json = False,
+) -> None:
+    """One subset out of several."""
+
+    def command() -> dict[str, Any]:
+        found = compose([Subset.load(d) for d in subsets], on_conflict)
+        found.save(out)
+        totals = {"entries": found.count, "parameters": found.size}
+        return {"out": str(out), **totals, "collisions": found.metadata["collisions"]}
+
+    run(command, as_json, _wrote)
+
+
+def _wrote(result: dict[str, Any]) -> None:
+    print(f"{result['entries']} of {result['parameters']} entries; written to {result['out']}")
+    if result.get("collisions"):
+        table(["tensor", "collisions"], [list(item) for item in result["collisions"].items()])
+
+
+@app.command()
+def verify(
+    directory: Directory,
+    seed: Annotated[pathlib.Path | None, typer.Option(help="Compare its fingerprints too.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a subset's files, and that a seed is the one it was made for."""
+
+    def command() -> dict[str, Any]:
+        found = Subset.load(directory)
+        if seed is not None:
+            found.check(models.open_model(seed))
+        unknown = sum(e.seed_fingerprint is None for e in found.values())
+        checked = 0 if seed is None else len(found) - unknown
+        return {"entries": found.count, "tensors_compared": checked, "format_version": files.VERSION}
+
+    run(
+        command,
+        as_json,
+        lambda r: print(f"the files are whole; {r['tensors_compared']} tensors of the seed agree"),
+    )

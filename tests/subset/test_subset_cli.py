@@ -1,0 +1,145 @@
+"""The command line and models on disk: sharded safetensors, Orbax checkpoints."""
+
+import json
+import pathlib
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from oracle import bits
+from typer.testing import CliRunner
+
+from dst_optax import subset
+from dst_optax.subset import Subset, SubsetError, files, models
+from dst_optax.subset.cli import app
+
+SHAPES = {"model.embed.weight": (40, 8), "model.layer.0.weight": (8, 8), "model.norm": (8,), "scale": ()}
+
+
+def save_sharded(directory, tensors):
+    """As transformers does: two files, an index, a configuration."""
+    directory.mkdir()
+    names = list(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[:2], "model-00002-of-00002.safetensors": names[2:]}
+    for file, chosen in shards.items():
+        part = {n: tensors[n] for n in chosen}
+        (directory / file).write_bytes(safetensors.numpy.save(part, {"format": "pt"}))
+    weight_map = {n: file for file, chosen in shards.items() for n in chosen}
+    (directory / models.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (directory / "config.json").write_text('{"model_type": "toy"}')
+
+
+@pytest.fixture
+def disk(tmp_path):
+    rng = np.random.default_rng(0)
+    types = [np.float32, ml_dtypes.bfloat16, np.float16, np.float32]
+    pairs = zip(SHAPES.items(), types, strict=True)
+    seed = {p: np.asarray(rng.normal(size=s).astype(t)) for (p, s), t in pairs}
+    for name in "ab":
+        tuned = {
+            p: np.asarray(np.where(rng.random(x.shape) < 0.2, x * 2, x).astype(x.dtype))
+            for p, x in seed.items()
+        }
+        save_sharded(tmp_path / name, tuned)
+    save_sharded(tmp_path / "seed", seed)
+    return tmp_path
+
+
+def call(*arguments, code=0):
+    result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    assert result.exit_code == code, result.output
+    return json.loads(result.output)
+
+
+def test_the_whole_way(disk):
+    for name in "ab":
+        made = call("extract", "--seed", disk / "seed", "--tuned", disk / name, "--out", disk / f"s{name}")
+    made = call(
+        *("extract", "--seed", disk / "seed", "--tuned", disk / "a", "--out", disk / "small"),
+        *("--fraction", 0.05, "--with-seed-values"),
+    )
+    assert 0 < made["entries"] <= 0.05 * 393 + 4
+    assert call("inspect", disk / "small")["seed_values"]
+    call("apply", "--seed", disk / "seed", "--subset", disk / "sa", "--out", disk / "out")
+    for file in (disk / "a").iterdir():
+        assert (disk / "out" / file.name).read_bytes() == file.read_bytes()
+    shown = call("inspect", disk / "sa")
+    assert (
+        shown["entries"] == sum(r["entries"] for r in shown["leaves"]) == sum(shown["magnitudes"]["counts"])
+    )
+    found = call("diff", disk / "sa", disk / "sb")
+    assert 0 < found["jaccard"] < 1
+    assert not found["identical"]
+    assert call("diff", disk / "sa", disk / "sa")["identical"]
+    both = call("compose", disk / "sa", disk / "sb", "--out", disk / "both", "--on-conflict", "mean")
+    assert both["entries"] == Subset.load(disk / "sa").union(Subset.load(disk / "sb")).count
+    assert call("verify", disk / "sa", "--seed", disk / "seed")["tensors_compared"] == 4
+    for arguments in (["inspect", disk / "sa"], ["diff", disk / "sa", disk / "sb"], ["verify", disk / "sa"]):
+        result = CliRunner().invoke(app, [*map(str, arguments)])
+        assert result.exit_code == 0, result.output
+        assert len(result.output) > 20
+
+
+def test_errors_have_exit_codes(disk):
+    call("extract", "--seed", disk / "seed", "--tuned", disk / "a", "--out", disk / "sa")
+    assert "not the seed's" in call("verify", disk / "sa", "--seed", disk / "a", code=1)["error"]
+    wrong = ["apply", "--seed", disk / "a", "--subset", disk / "sa", "--out", disk / "out"]
+    assert "not the seed's" in call(*wrong, code=1)["error"]
+    assert not (disk / "out").exists()
+    taken = ["apply", "--seed", disk / "seed", "--subset", disk / "sa", "--out", disk / "b"]
+    assert "exists" in call(*taken, code=1)["error"]
+    content = (disk / "sa" / files.TENSORS).read_bytes()
+    (disk / "sa" / files.TENSORS).write_bytes(content[:-1] + b"x")
+    assert "damaged" in call("verify", disk / "sa", code=1)["error"]
+    assert CliRunner().invoke(app, ["inspect"]).exit_code == 2
+
+
+def test_models_are_mapped_not_read(disk):
+    found = models.open_model(disk / "seed")
+    assert sorted(found) == sorted(SHAPES)
+    assert all(not x.flags.owndata for x in found.values())
+    assert all(not x.flags.writeable for x in found.values())
+    (disk / "seed" / "model-00001-of-00002.safetensors").write_bytes(b"\xff" * 20)
+    with pytest.raises(SubsetError, match="model-00001"):
+        models.open_model(disk / "seed")
+    with pytest.raises(SubsetError, match="no safetensors"):
+        models.open_model(disk)
+
+
+def test_orbax_checkpoints_are_seeds(disk, tmp_path):
+    ocp = pytest.importorskip("orbax.checkpoint")
+    rng = np.random.default_rng(1)
+    seed = {"encoder": {"w": rng.normal(size=(4, 6)).astype(np.float32)}, "b": np.ones(3, ml_dtypes.bfloat16)}
+    tuned = {"encoder": {"w": seed["encoder"]["w"] * 2}, "b": seed["b"]}
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "orbax", {"params": seed, "step": np.int32(3)})
+    opened = models.open_model(tmp_path / "orbax")
+    assert sorted(opened) == ["b", "encoder/w"]
+    found = subset.from_models(seed, tuned)
+    applied = found.apply(opened)
+    assert (bits(applied["encoder/w"]) == bits(tuned["encoder"]["w"])).all()
+
+
+def test_documented_reader(tmp_path):
+    root = pathlib.Path(__file__).parents[2]
+    text = (root / "docs" / "subset_files.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 36
+    scope = {}
+    exec(code, scope)
+    rng = np.random.default_rng(0)
+    sizes = {"a": 400_000, "b": 3, "c": 129, "d": 40}
+    shares = {"a": 0.5, "b": 1.0, "c": 0.4, "d": 0.0}
+    seed = {p: rng.normal(size=n).astype(np.float32) for p, n in sizes.items()}
+    tuned = {p: np.where(rng.random(x.shape) < shares[p], -x, x) for p, x in seed.items()}
+    tuned["a"][1000:390_000] = seed["a"][1000:390_000]  # a jump that needs an escape
+    tuned["a"][391_000:] = -seed["a"][391_000:]
+    found = subset.from_models(seed, tuned)
+    found.save(tmp_path)
+    for path, (shape, positions, values) in scope["read_subset"](tmp_path).items():
+        assert tuple(shape) == found[path].shape
+        assert positions.tolist() == found[path].positions.tolist()
+        assert values.tolist() == found[path].values.tolist()
+    long = np.flatnonzero(rng.random(3_000_000) < 0.1)
+    assert (scope["decode"](np.frombuffer(subset.gaps.encode(long), np.uint8), len(long)) == long).all()

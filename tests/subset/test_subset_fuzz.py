@@ -1,0 +1,90 @@
+"""Files of unknown origin: 20,000 mutations and more, each a clear SubsetError or a valid subset."""
+
+import json
+import tracemalloc
+
+import fuzz_subset as fuzz
+import numpy as np
+import pytest
+
+from dst_optax.subset import Subset, SubsetError, files, gaps
+
+KINDS = ["config bytes", "content bytes", "signed content", "signed config", "signed header", "signed stream"]
+
+
+@pytest.fixture
+def example(tmp_path):
+    seed, found = fuzz.honest()
+    found.save(tmp_path)
+    config, content = (tmp_path / files.CONFIG).read_bytes(), (tmp_path / files.TENSORS).read_bytes()
+    before = {p: x.tobytes() for p, x in seed.items()}
+    assert fuzz.check(seed, before, tmp_path, config, content)
+    assert fuzz.check(seed, before, tmp_path, fuzz.sign(json.loads(config), content), content)
+    return seed, before, tmp_path, config, content
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mutated_files(example, kind):
+    seed, before, directory, config, content = example
+    rng = np.random.default_rng(KINDS.index(kind))
+    tracemalloc.start()
+    Subset.load(directory).apply(seed, verify=False)
+    honest = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    loaded = 0
+    for case in range(3400):
+        new_config, new_content = config, content
+        if kind == "config bytes":
+            new_config = fuzz.damage(rng, config)
+        elif kind == "content bytes":
+            new_content = fuzz.damage(rng, content)
+        elif kind == "signed config":
+            new_config = fuzz.sign(fuzz.lie(rng, json.loads(config)), content)
+        else:
+            if kind == "signed content":
+                new_content = fuzz.damage(rng, content)
+            elif kind == "signed header":
+                new_content = fuzz.header_lie(rng, content)
+            else:
+                name = rng.choice(["a.positions", "b.positions", "e.positions"])
+                new_content = fuzz.stream_lie(rng, content, str(name))
+            new_config = fuzz.sign(json.loads(config), new_content)
+        measured = case % 20 == 0
+        if measured:
+            tracemalloc.start()
+        loaded += fuzz.check(seed, before, directory, new_config, new_content)
+        if measured:
+            assert tracemalloc.get_traced_memory()[1] <= 2 * honest
+            tracemalloc.stop()
+    if kind.endswith("bytes"):
+        same = fuzz.check(seed, before, directory, config, content)
+        assert same
+        assert loaded < 40  # only what leaves the JSON's meaning as it is
+    else:
+        assert loaded < 3400
+
+
+def test_random_streams():
+    rng = np.random.default_rng(9)
+    for _ in range(3000):
+        positions = np.flatnonzero(rng.random(rng.integers(1, 3000)) < rng.choice([0.5, 0.1, 0.01]))
+        stream = fuzz.damage(rng, gaps.encode(positions))
+        size = int(rng.integers(1, 2**46))
+        fuzz.check_stream(len(positions).to_bytes(2, "little") + size.to_bytes(8, "little") + stream)
+        fuzz.check_stream(rng.bytes(rng.integers(0, 60)))
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        b"\xff\xff\xff\xff\x00",  # four billion bytes of unary numbers
+        b"\x01\x00\x00\x00\xff\x01",  # a Rice parameter of 255
+        b"\x01\x00\x00\x00\x1e\xff\xff\xff\x3f\x01",  # a gap beyond the tensor
+        b"\x03\x00\x00\x00\x00\x00\x00\x01",  # q = 16 without its escape
+        b"\x03\x00\x00\x00\x00\x00\x00\x02",  # q = 17
+        b"\x02\x00\x00\x00\x00\x01\x00",  # an empty last byte
+    ],
+)
+def test_lying_streams(stream):
+    with pytest.raises(SubsetError):
+        gaps.decode(stream, 1, 1000)

@@ -1,0 +1,76 @@
+"""SHiRA adapters load with peft and give the merged model's outputs."""
+
+import numpy as np
+import pytest
+
+from dst_optax import subset
+from dst_optax.subset import SubsetError
+from dst_optax.subset.peft import save_shira
+
+SHAPES = {"one.weight": (32, 24), "two.inner.weight": (16, 32), "one.bias": (32,), "embed.weight": (40, 24)}
+
+
+def pair(change=("one.weight", "two.inner.weight"), share=0.05):
+    rng = np.random.default_rng(0)
+    seed = {p: rng.normal(size=s).astype(np.float32) for p, s in SHAPES.items()}
+    tuned = {p: np.where(rng.random(x.shape) < share * (p in change), x + 1, x) for p, x in seed.items()}
+    tuned = {p: x.astype(np.float32) for p, x in tuned.items()}
+    return seed, tuned, subset.from_models(seed, tuned, with_seed_values=True)
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (lambda: pair(("one.bias",), 1.0)[2], "'one.bias' of shape"),
+        (lambda: pair(("embed.weight",))[2], "'embed.weight' of shape"),
+        (lambda: pair(share=0)[2], "empty"),
+        (lambda: pair(share=1)[2], "Merge"),
+        (lambda: subset.from_models(*pair()[:2]), "with_seed_values"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused_by_name(found, message, tmp_path):
+    with pytest.raises(SubsetError, match=message):
+        save_shira(found(), tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch and peft warn of themselves
+@pytest.mark.parametrize("share", [0.002, 0.1, 0.4])
+def test_peft_gives_the_merged_outputs(tmp_path, share):
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+
+    class Inner(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Linear(32, 16, bias=False)
+
+        def forward(self, x):
+            return self.inner(x)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Embedding(40, 24)
+            self.one = torch.nn.Linear(24, 32)
+            self.two = Inner()
+
+        def forward(self, x):
+            return self.two(torch.relu(self.one(self.embed(x))))
+
+    def network(weights):
+        net = Net()
+        net.load_state_dict({p: torch.from_numpy(x.copy()) for p, x in weights.items()})
+        return net
+
+    seed, tuned, found = pair(share=share)
+    save_shira(found, tmp_path)
+    x = torch.arange(40)[None]
+    adapted = peft.PeftModel.from_pretrained(network(seed), tmp_path)
+    with torch.no_grad():
+        got, expected, before = adapted(x), network(tuned)(x), network(seed)(x)
+    assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(before, expected, atol=1e-3)
+    merged = adapted.merge_and_unload().state_dict()
+    assert all(np.allclose(merged[p].numpy(), tuned[p], rtol=1e-6, atol=1e-6) for p in tuned)

@@ -1,0 +1,82 @@
+"""Distances against their formulas, and the subsets that they choose."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import dst_optax
+from dst_optax import distances
+
+FORMULAS = {
+    "absolute": lambda a, b, s: abs(a - b),
+    "squared": lambda a, b, s: (a - b) ** 2,
+    "relative": lambda a, b, s: abs(a - b) / np.maximum(abs(s), 1e-6),
+}
+
+
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_formula(name, dtype):
+    rng = np.random.default_rng(0)
+    theta, theta_hat, seed = rng.normal(size=(3, 4, 5)).astype(dtype)
+    seed[0] = 0
+    with jax.enable_x64(dtype == "float64"):
+        got = getattr(distances, name)(*map(jnp.asarray, (theta, theta_hat, seed)))
+        assert got.dtype == dtype
+        np.testing.assert_allclose(got, FORMULAS[name](theta, theta_hat, seed), rtol=1e-6)
+        assert (np.asarray(got) >= 0).all()
+        np.testing.assert_array_equal(getattr(distances, name)(theta, theta, seed), 0)
+
+
+def test_floor_of_the_relative_distance():
+    got = distances.relative(jnp.zeros(2), jnp.full(2, 0.5), jnp.array([0.0, 2.0]), floor=1.0)
+    np.testing.assert_array_equal(got, [0.5, 0.25])
+
+
+def kept_by(distance, dtype=jnp.float32, fraction=0.1):
+    rng = np.random.default_rng(6)
+    seed, u = (jnp.asarray(rng.normal(size=300), dtype) for _ in range(2))
+    tx = dst_optax.wrap(optax.identity(), fraction, distance=distance)
+    updates, state = jax.jit(tx.update)(u, tx.init(seed), seed)
+    mask = dst_optax.subset_mask(dst_optax.apply_updates(seed, updates, state), state)
+    return np.asarray(seed, np.float32), np.asarray(seed + u, np.float32), np.asarray(mask)
+
+
+def test_the_seed_is_the_third_argument():
+    """A distance of the user's own: only entries with a positive seed may move."""
+    seed, _, mask = kept_by(lambda theta, theta_hat, seed: jnp.abs(theta - theta_hat) * (seed > 0))
+    assert mask.sum() == 30
+    assert (seed[mask] > 0).all()
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_is_ranked_in_float32(name, dtype):
+    seen = []
+
+    def distance(*args):
+        seen.extend(x.dtype for x in args)
+        return getattr(distances, name)(*args)
+
+    seed, proposal, mask = kept_by(distance, dtype)
+    delta = FORMULAS[name](seed, proposal, seed)
+    assert set(seen) == {jnp.dtype("float32")}
+    assert 0 < mask.sum() <= 30
+    assert delta[mask].min() > delta[~mask].max()
+
+
+@pytest.mark.parametrize(
+    ("distance", "says"),
+    [
+        (lambda a, b, c: jnp.sum(jnp.abs(a - b)), r"shape \(\)"),
+        (lambda a, b, c: jnp.abs(a - b).astype(jnp.bfloat16), "bfloat16"),
+        (lambda a, b, c: a > b, "bool"),
+    ],
+)
+def test_a_distance_that_is_not_component_wise_is_refused(distance, says):
+    with pytest.raises(ValueError, match=f"component-wise|{says}") as caught:
+        kept_by(distance)
+    assert caught.match(says)

@@ -1,0 +1,165 @@
+"""Rules become plans: which entries compete, for how many places, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dst_optax import silos
+
+PARAMS = {
+    "decoder": {
+        "layers_0": {"w": jnp.zeros((4, 5)), "b": jnp.zeros(5)},
+        "layers_1": {"w": jnp.zeros((4, 5))},
+    },
+    "embed": jnp.zeros((7, 3), jnp.bfloat16),
+    "scan": jnp.zeros((2, 3, 4)),
+}
+PATHS = ("decoder/layers_0/b", "decoder/layers_0/w", "decoder/layers_1/w", "embed", "scan")
+
+
+def sizes(rule, params=PARAMS):
+    plan = silos.make_plan(params, rule)
+    return dict(zip(plan.labels, plan.sizes, strict=True))
+
+
+def test_per_tensor():
+    plan = silos.make_plan(PARAMS, silos.per_tensor())
+    assert plan.labels == PATHS
+    assert plan.sizes == (5, 20, 20, 21, 24)
+    assert plan.budgets == (1, 2, 2, 2, 3)
+    assert [leaf.shape for leaf in plan.leaves] == [(5,), (4, 5), (4, 5), (7, 3), (2, 3, 4)]
+    assert plan.leaves[3].dtype == "bfloat16"
+    assert plan == silos.make_plan(PARAMS, None)
+
+
+@pytest.mark.parametrize(("axis", "count", "size"), [(0, 2, 12), (1, 3, 8), (-1, 4, 6)])
+def test_stacked_axis_makes_a_silo_of_every_slice(axis, count, size):
+    found = sizes(silos.per_tensor(stacked=[("^scan$", axis)]))
+    assert {n: s for n, s in found.items() if n.startswith("scan")} == {
+        f"scan[{i}]": size for i in range(count)
+    }
+
+
+def test_per_layer():
+    found = sizes(silos.per_layer(r"decoder/layers_(\d+)"))
+    assert found == {"layer/0": 25, "layer/1": 20, "embed": 21, "scan": 24}
+
+
+def test_slices_join_the_layer_of_their_index():
+    found = sizes(silos.per_layer(r"decoder|scan", stacked=[("^scan$", 0)]))
+    assert found == {"layer": 45, "embed": 21, "layer/0": 12, "layer/1": 12}
+
+
+@pytest.mark.parametrize(
+    "groups", [[("decoder", "d"), ("", "rest")], lambda path: "d" if path.startswith("decoder") else "rest"]
+)
+def test_per_group(groups):
+    assert sizes(silos.per_group(groups)) == {"d": 45, "rest": 45}
+
+
+def test_whole_model_counts_offsets_in_path_order():
+    plan = silos.make_plan(PARAMS, silos.whole_model())
+    assert plan.sizes == (90,)
+    assert [leaf.offsets for leaf in plan.leaves] == [(0,), (5,), (25,), (45,), (66,)]
+
+
+def test_silos_beyond_32_bits():
+    struct = jax.ShapeDtypeStruct((2**20, 2**13), jnp.float32)
+    plan = silos.make_plan({"a": struct, "b": struct}, silos.whole_model(), 0.1)
+    assert plan.sizes == (2**34,)
+    assert plan.budgets == (-(-(2**34 - 1) // 10),)
+    assert plan.leaves[1].offsets == (2**33,)
+
+
+def test_masked_and_missing_leaves_are_passed_over():
+    params = {"a": jnp.zeros(3), "gone": None, "masked": optax.MaskedNode()}
+    assert sizes(None, params) == {"a": 3}
+
+
+def test_nothing_at_all_makes_an_empty_plan():
+    plan = silos.make_plan({}, silos.per_tensor(stacked=[("x", 0)]), [("y", 0.1)])
+    assert plan.leaves == ()
+    assert plan.budgets == ()
+
+
+def test_leaves_that_need_no_seed():
+    plan = silos.make_plan(PARAMS, None, [("embed", 0.0), ("scan", 1.0), ("", 0.1)])
+    assert [plan.leaves[i].path for i in plan.ranked] == list(PATHS[:3])
+    assert [leaf.path for leaf in plan.leaves if plan.is_frozen(leaf)] == ["embed"]
+    assert [leaf.path for leaf in plan.leaves if plan.is_free(leaf)] == ["scan"]
+
+
+def test_first_rule_wins():
+    plan = silos.make_plan(PARAMS, None, [("layers_1", 0.5), ("decoder", 0.1), ("", 0.2)])
+    assert plan.budgets == (1, 2, 10, 4, 5)
+
+
+def test_absolute_budget_is_shared():
+    plan = silos.make_plan(PARAMS, None, num_free_params=9)
+    assert sum(plan.budgets) == 9
+    assert silos.make_plan(PARAMS, None, num_free_params=10**6).budgets == plan.sizes
+
+
+def test_value_of_an_nnx_path_is_dropped():
+    key_path = jax.tree_util.tree_flatten_with_path({"a": {"kernel": {"value": 0}}})[0][0][0]
+    assert silos.leaf_path(key_path) == "a/kernel"
+
+
+def test_fingerprint_tells_plans_apart_but_not_budgets():
+    def fingerprint(params=PARAMS, rule=None, fraction=0.1):
+        return silos.make_plan(params, rule, fraction).fingerprint
+
+    assert fingerprint() == fingerprint(fraction=0.2)
+    others = {
+        fingerprint(),
+        fingerprint(rule=silos.whole_model()),
+        fingerprint(rule=silos.per_tensor(stacked=[("scan", 0)])),
+        fingerprint(rule=silos.per_tensor(stacked=[("scan", 1)])),
+        fingerprint(params=PARAMS | {"embed": jnp.zeros((3, 7), jnp.bfloat16)}),
+        fingerprint(params=PARAMS | {"embed": jnp.zeros((7, 3))}),
+        fingerprint(params=PARAMS | {"other": jnp.zeros(3)}),
+    }
+    assert len(others) == 7
+
+
+REFUSED = [
+    (dict(silos="per_tensor"), TypeError, r"'per_tensor'.*whole_model\(\)"),
+    (dict(silos=silos.per_tensor(stacked=[("zz", 0)])), ValueError, "'zz' matches no parameter"),
+    (dict(silos=silos.per_tensor(stacked=[("embed", 2)])), ValueError, r"'embed'.*\('embed', 2\).*\(7, 3\)"),
+    (dict(silos=silos.per_tensor(stacked=[("embed", -3)])), ValueError, r"'embed'.*-3"),
+    (dict(silos=silos.per_layer("(zz)")), ValueError, "zz.*matches no parameter"),
+    (dict(silos=silos.per_group([("decoder", "d")])), ValueError, r"'embed'.*'decoder'.*\.\*"),
+    (dict(silos=silos.per_group(lambda path: 3)), TypeError, "'decoder/layers_0/b'.*3"),
+    (dict(fraction_of_free_params=[("decoder", 0.1)]), ValueError, "'embed'"),
+    (dict(fraction_of_free_params=[("decoder", 0.1), ("zz", 0.2), ("", 1)]), ValueError, "'zz'"),
+    (dict(fraction_of_free_params=[("", 2)]), ValueError, r"2.*\[0, 1\]"),
+    (dict(fraction_of_free_params=True), TypeError, "True of type bool"),
+    (dict(fraction_of_free_params=float("nan")), ValueError, "nan"),
+    (
+        dict(silos=silos.whole_model(), fraction_of_free_params=[("embed", 0.1), ("", 0.2)]),
+        ValueError,
+        "'model'.*0.2.*'embed'.*0.1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "says"), REFUSED)
+def test_bad_rules_are_refused(arguments, error, says):
+    with pytest.raises(error, match=says):
+        silos.make_plan(PARAMS, **arguments)
+
+
+def test_a_layer_pattern_needs_a_group():
+    with pytest.raises(ValueError, match=r"'layers_.*'.*parentheses"):
+        silos.per_layer(r"layers_\d+")
+
+
+@pytest.mark.parametrize(
+    ("leaf", "says"),
+    [(jnp.arange(3), "int32"), (np.ones(3, bool), "bool"), (jax.random.key(0), "key"), (1.0, "float")],
+)
+def test_leaves_without_a_distance_are_refused(leaf, says):
+    with pytest.raises(TypeError, match=f"'a/b'.*{says}"):
+        silos.make_plan({"a": {"b": leaf}})
