@@ -28,3 +28,21 @@ def test_usage(capsys):
     assert cli.main([]) == 2
     assert cli.main(["finetune", "--help"]) == 0
     assert "--gin_file" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(str(p.relative_to(cli.CONFIGS)) for p in cli.CONFIGS.rglob("*.gin")))
+def test_every_config_parses_and_tells_what_it_is(name):
+    gin = pytest.importorskip("gin")
+    pytest.importorskip("seqio")
+    path = cli.CONFIGS / name
+    if name.startswith("t5x/"):
+        pytest.importorskip("t5x")
+    assert path.read_text().startswith("# ")
+    gin.clear_config()
+    gin.add_config_file_search_path(str(cli.CONFIGS))
+    try:
+        gin.parse_config_file(str(path))
+        if "MODEL = " in gin.config_str():
+            assert gin.query_parameter("%MODEL").scoped_configurable_fn().vocab_size >= 259
+    finally:
+        gin.clear_config()

@@ -74,10 +74,10 @@ def make_step(
             return jax.tree.map(jnp.add, total, grad(state.tuned, state.frozen, piece, key)), None
 
         parts = {k: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1) for k, x in batch.items()}
-        keys = jax.random.split(key, accumulate)
-        first = grad(state.tuned, state.frozen, {k: x[0] for k, x in parts.items()}, keys[0])
-        rest = ({k: x[1:] for k, x in parts.items()}, keys[1:])
-        return jax.lax.scan(add, first, rest)[0]
+        pieces = (parts, jax.random.split(key, accumulate))
+        like = jax.eval_shape(grad, state.tuned, state.frozen, *jax.tree.map(lambda x: x[0], pieces))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        return jax.lax.scan(add, zeros, pieces)[0]
 
     def step(
         state: TrainState, batch: dict[str, jax.Array], key: jax.Array

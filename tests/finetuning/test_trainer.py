@@ -59,19 +59,19 @@ def tune(directory, **changes):
     return trainer.finetune(str(directory), **given)
 
 
+def restored(run):
+    """Tuned parameters and slots of the last checkpoint."""
+    seed = storage.load_model(run.parents[1] / "seed" / "model.safetensors", shapes())
+    params = jax.tree.map(jnp.asarray, seed)
+    return dst().load(run / "checkpoints" / "00000006", seed, params, dst().transform.init(params))
+
+
 def contents(run):
     """Everything a checkpoint holds, by name, as bits."""
-    last = run / "checkpoints" / "00000006"
-    found = subset.Subset.load(last / "subset")
-    out = {
-        f"{path}:{part}": getattr(e, part).tobytes()
-        for path, e in found.items()
-        for part in ("positions", "values")
-    }
-    seed = storage.load_model(run.parents[1] / "seed" / "model.safetensors", shapes())
-    slots = jax.tree.map(lambda x: x, dst().transform.init(jax.tree.map(jnp.asarray, seed)))
-    tuned, slots = dst().load(last, seed, jax.tree.map(jnp.asarray, seed), slots)
-    for name, x in storage.named_leaves({"tuned": tuned, "slots": slots}).items():
+    found = subset.Subset.load(run / "checkpoints" / "00000006" / "subset")
+    parts = [(path, part, e) for path, e in found.items() for part in ("positions", "values")]
+    out = {f"{path}:{part}": getattr(e, part).tobytes() for path, part, e in parts}
+    for name, x in storage.named_leaves(restored(run)).items():
         out[name] = np.asarray(x).tobytes()
     return out
 
@@ -80,6 +80,19 @@ def shapes():
     tokens = jnp.zeros((1, 1), jnp.int32)
     init = lambda: t5.Transformer(MODEL).init(jax.random.key(0), tokens, tokens, tokens)["params"]  # noqa: E731
     return jax.eval_shape(init)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Programs are compiled once for all tests and the processes that they start."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+    known = {"jax_compilation_cache_dir": cache, "jax_persistent_cache_min_compile_time_secs": 0.5}
+    before = {name: getattr(jax.config, name) for name in known}
+    for name, value in known.items():
+        jax.config.update(name, value)
+    yield {name.upper(): str(value) for name, value in known.items()}
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -156,10 +169,13 @@ test_trainer.tune({run!r})
 
 
 @pytest.mark.slow
-def test_kill_9_while_saving_loses_only_the_steps_since_the_last_checkpoint(whole, tmp_path):
+def test_kill_9_while_saving_loses_only_the_steps_since_the_last_checkpoint(whole, tmp_path, compiled_once):
     code = KILLED.format(tests=str(Path(__file__).parent), run=str(tmp_path / "run"))
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", code],
+        env={**os.environ, **compiled_once},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
     ) as child:
         assert child.stdout is not None
         while child.poll() is None and b"SAVING" not in child.stdout.readline():
@@ -238,16 +254,9 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
         np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5)
 
 
-def test_a_selection_a_step_however_many_parts():
-    network = t5.Transformer(MODEL)
-    tokens = jnp.ones((1, 1), jnp.int32)
-    params = network.init(jax.random.key(0), tokens, tokens, tokens, enable_dropout=False)["params"]
-    method = dst()
-    state = TrainState({}, params, method.transform.init(params))
-    state, _ = jax.jit(make_step(network, method, accumulate=4))(
-        state, batch_of(np.random.default_rng(0), 8), jax.random.key(1)
-    )
-    assert int(optax.tree.get(state.slots, "step")) == 1
+def test_a_selection_a_step_however_many_parts(whole):
+    _, slots = restored(whole[0] / "dst" / "rng_0")
+    assert int(optax.tree.get(slots, "step")) == RECIPE.steps
 
 
 def test_dst_adds_the_seed_and_eight_bytes_a_silo():
@@ -287,7 +296,7 @@ def test_a_few_steps_of_the_real_cb(tmp_path):
     data = SuperGlue(JsonlSource(str(REAL / "superglue")), vocabulary, ("cb",))
     recipe = trainer.replace(RECIPE, steps=2, lengths={"inputs": 64, "targets": 8}, eval_every=2)
     rows = tune(tmp_path / "run", data=data, recipe=recipe, model=trainer.replace(MODEL, vocab_size=32128))
-    assert rows[0]["score"] == pytest.approx(42.76, abs=0.5)  # always contradiction: 50% right, F1 22.2
+    assert rows[0]["score"] == pytest.approx(36.1, abs=0.1)  # always contradiction: 50% right, F1 22.2
     lines = (tmp_path / "run/dst/rng_0/predictions/CB.jsonl").read_text().splitlines()
     assert [json.loads(x)["idx"] for x in lines] == list(range(250))
     assert {json.loads(x)["label"] for x in lines} <= {"entailment", "contradiction", "neutral"}

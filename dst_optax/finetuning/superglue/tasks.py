@@ -17,7 +17,7 @@ from dst_optax.finetuning.superglue.sources import Source
 from dst_optax.finetuning.superglue.text import label_of, names_referent, to_text
 
 PREFIX = "superglue"
-SHUFFLE = 200_000  # more than any training split but ReCoRD's: a full shuffle each epoch
+SHUFFLE = 50_000  # at most so many examples wait to be drawn
 
 
 def register(
@@ -26,7 +26,7 @@ def register(
     """Registers tasks, and their mixture if any can be trained on, anew.
 
     Args:
-      source: where the rows come from; it is asked when a split is first read.
+      source: where the rows come from; training splits are read at once, others when wanted.
       vocabulary: of inputs and targets, e.g. ``seqio.ByteVocabulary()`` or
         ``seqio.SentencePieceVocabulary(path)``.
       tasks: names of tasks, e.g. ``["rte", "cb"]``.
@@ -36,7 +36,7 @@ def register(
       The registered name of each task; the mixture is ``<prefix>_proportional``.
 
     Raises:
-      ValueError: unknown task.
+      ValueError: unknown task, or bad data of a training split.
 
     Example:
       >>> from dst_optax.finetuning.superglue.sources import SyntheticSource
@@ -107,18 +107,21 @@ class _Rows(seqio.FunctionDataSource):
         return _tensors(self._made(split))
 
     def num_input_examples(self, split: str) -> int:
+        """Examples of a split; ReCoRD's and WSC's training splits count what is trained on."""
         return len(self._made(split))
 
 
 def _task(task: str, name: str, source: Source, feature: Any) -> seqio.Task:
+    rows = _Rows(task, source)
+    size = rows.num_input_examples("train") if "train" in rows.splits else 1
     return seqio.Task(
         name,
-        source=_Rows(task, source),
+        source=rows,
         preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
         output_features={"inputs": feature, "targets": feature},
         postprocess_fn=postprocessor(task),
         metric_fns=list(METRICS[task]),
-        shuffle_buffer_size=SHUFFLE,
+        shuffle_buffer_size=min(size, SHUFFLE),  # seqio repeats first: more would wait for many epochs
     )
 
 
