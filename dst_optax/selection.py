@@ -202,8 +202,16 @@ def count(leaves: Sequence[Leaf], t: jax.Array, rowwise: bool, active: jax.Array
             counts = lax.cond(active[ids].any(), above, lambda nothing=nothing: nothing)
         else:
             counts = above()
-        total = total.at[ids].add(counts)
+        total = total.at[ids].add(_replicated(counts))
     return budget.carry(total)
+
+
+def _replicated(counts: jax.Array) -> jax.Array:
+    """Counts of a sharded stacked axis, on a mesh of explicit axes, on every device."""
+    spec = jax.typeof(counts).sharding.spec
+    if all(axis is None for axis in spec):
+        return counts
+    return jax.sharding.reshard(counts, jax.sharding.PartitionSpec(*[None] * counts.ndim))
 
 
 def _sums(masks: list[jax.Array], axis: int | None, rowwise: bool) -> list[jax.Array]:

@@ -700,6 +700,10 @@ def _step(
     )
     for i, u in zip(ranked, new, strict=True):
         out[i] = u
+    if plan.budgets is not None:
+        contested = {silo for i in ranked for silo in plan.leaves[i].silos}
+        always = sum(m for silo, m in enumerate(plan.budgets) if silo not in contested)
+        facts["free"] = budget.carry(facts["free"] + budget.limbs([always])[0])
     return out, kept_facts | facts
 
 
