@@ -84,10 +84,18 @@ def nnx_model(nnx, salt=0):
     return Model(nnx.Rngs(salt))
 
 
+def pure(nnx, tree):
+    return (nnx.as_pure if hasattr(nnx, "as_pure") else nnx.pure)(tree)  # the name changed after flax 0.12.0
+
+
+def parameters(nnx, model):
+    return pure(nnx, nnx.state(model, nnx.Param))
+
+
 def test_nnx_optimizer():
     nnx = pytest.importorskip("flax.nnx", reason="needs flax")
     model = nnx_model(nnx)
-    seed = copied(nnx.as_pure(nnx.state(model, nnx.Param)))
+    seed = copied(parameters(nnx, model))
     rules = [("^l1/kernel$", FRACTION), ("^l1/bias$", FRACTION), ("^l2/", FRACTION)]
     tx = dst_optax.wrap(optax.adam(1e-2), rules)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -99,13 +107,13 @@ def test_nnx_optimizer():
 
     for x in batches():
         step(model, optimizer, x)
-        params, opt_state = nnx.as_pure(nnx.state(model, nnx.Param)), nnx.as_pure(optimizer.opt_state)
+        params, opt_state = parameters(nnx, model), pure(nnx, optimizer.opt_state)
         final = dst_optax.finalize(params, opt_state)
         check(seed, final)
         mask = dst_optax.subset_mask(final, opt_state)
         jax.tree.map(lambda m, a, b: np.testing.assert_array_equal(m, a != b), mask, final, seed)
     nnx.update(model, final)
-    check(seed, nnx.as_pure(nnx.state(model, nnx.Param)))
+    check(seed, parameters(nnx, model))
 
 
 def test_equinox():
@@ -204,10 +212,10 @@ def test_tunix_trainer(tmp_path, accumulate):
         trainer = trainer.with_gen_model_input_fn(lambda x: {"x": x})
         trainer = trainer.with_loss_fn(lambda model, x: jnp.mean((model(x) - 1.0) ** 2))
         trainer.train(batches(12))
-        params, state = nnx.as_pure(nnx.state(model, nnx.Param)), nnx.as_pure(trainer.optimizer.opt_state)
+        params, state = parameters(nnx, model), pure(nnx, trainer.optimizer.opt_state)
         return dst_optax.finalize(params, state), dst_optax.transform.states(state)[0].seed
 
-    seed = copied(nnx.as_pure(nnx.state(nnx_model(nnx), nnx.Param)))
+    seed = copied(parameters(nnx, nnx_model(nnx)))
     through, _ = train(0, "through", 6)
     check(seed, through, least=30)
     check(seed, train(0, "stopped", 3)[0])
