@@ -106,16 +106,16 @@ def test_published_number_of_parameters(name, millions):
     assert round(t5.num_params(t5.CONFIGS[name]) / 1e6, 1) == millions
 
 
-def test_gin_files_are_the_table():
+@pytest.mark.parametrize("name", t5.CONFIGS)
+def test_gin_file_is_the_table(name):
     gin = pytest.importorskip("gin", reason="needs gin-config")
-    found = {}
-    for file in CONFIGS_DIR.glob("*.gin"):
-        gin.clear_config()
-        gin.parse_config_file(str(file))
-        found[file.stem] = gin.query_parameter("%MODEL").scoped_configurable_fn()
-        assert f"{t5.num_params(found[file.stem]):,} parameters" in file.read_text()
+    file = CONFIGS_DIR / f"{name}.gin"
     gin.clear_config()
-    assert found == t5.CONFIGS
+    gin.parse_config_file(str(file))
+    config = gin.query_parameter("%MODEL").scoped_configurable_fn()
+    gin.clear_config()
+    assert config == t5.CONFIGS[name]
+    assert f"{t5.num_params(config):,} parameters" in file.read_text()
 
 
 def test_initial_scale_is_that_of_t5():
