@@ -25,15 +25,14 @@ UNEVEN = {"a": (13, 7), "bias": (5,), "half": (3, 11), "stack": (4, 5, 3)}
 SPECS = {"a": P("x", "y"), "bias": P("y"), "half": P(None, "x"), "stack": P("x", None, "y")}
 RULES = {
     "strict": dict(fraction_of_free_params=0.1),
-    "fill": dict(fraction_of_free_params=0.1, ties="fill"),
-    "model": dict(fraction_of_free_params=0.02, silos=silos.whole_model()),
     "model_fill": dict(fraction_of_free_params=0.02, silos=silos.whole_model(), ties="fill"),
     "layers": dict(fraction_of_free_params=0.1, silos=silos.per_tensor(stacked=[("stack", 0)])),
     "total": dict(num_free_params=50, ties="fill"),
     "schedule": dict(fraction_of_free_params=optax.linear_schedule(0.2, 0.05, STEPS)),
     "mixed": dict(fraction_of_free_params=[("bias", 1.0), ("half", 0.0), (".*", 0.1)]),
 }
-UNEVEN_RULES = ("fill", "model", "layers")
+EXPLICIT_RULES = ("layers", "model_fill", "mixed")
+UNEVEN_RULES = ("layers", "model_fill")
 PROCESS_RULES = ("layers", "model_fill")
 
 
@@ -172,10 +171,9 @@ def make_mesh(shape, axis_type):
 
 def mesh_report():
     auto, explicit = (make_mesh((4, 2), t) for t in (AxisType.Auto, AxisType.Explicit))
-    runs = {"explicit": {}}
-    runs["auto"] = {rule: attempt(run, rule, shardings_of(auto)) for rule in RULES}
+    runs = {"auto": {rule: attempt(run, rule, shardings_of(auto)) for rule in RULES}}
     with jax.set_mesh(explicit):
-        runs["explicit"] = {rule: attempt(run, rule, shardings_of(explicit)) for rule in RULES}
+        runs["explicit"] = {rule: attempt(run, rule, shardings_of(explicit)) for rule in EXPLICIT_RULES}
     runs["uneven"] = {rule: attempt(run_uneven, rule, shardings_of(auto)) for rule in UNEVEN_RULES}
     runs["replicated"] = {"strict": attempt(run, "strict", shardings_of(auto, replicated=True))}
     runs["one_of_eight"] = {"strict": attempt(run, "strict")}

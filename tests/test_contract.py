@@ -4,7 +4,6 @@ A new row joins by one line. Optimizers and dtypes meet in all pairs; silos, fra
 take turns over them.
 """
 
-import contextlib
 import itertools
 
 import jax
@@ -13,6 +12,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from precision import x64
 
 import dst_optax
 from dst_optax import budget, silos
@@ -94,7 +94,7 @@ def check_step(labels, fraction, ties, seed, before, u, after):
 def test_contract(optimizer, dtype, silo, fraction, ties):
     rule, labels = SILOS[silo]
     value = FRACTIONS[fraction]
-    with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
+    with x64(dtype == "float64"):
         inner = OPTIMIZERS[optimizer]()
         tx = dst_optax.dynamic_subset_tuning(value, silos=rule, ties=ties)
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from precision import x64
 
 import dst_optax
 from dst_optax import distances
@@ -23,7 +24,7 @@ def test_formula(name, dtype):
     rng = np.random.default_rng(0)
     theta, theta_hat, seed = rng.normal(size=(3, 4, 5)).astype(dtype)
     seed[0] = 0
-    with jax.enable_x64(dtype == "float64"):
+    with x64(dtype == "float64"):
         got = getattr(distances, name)(*map(jnp.asarray, (theta, theta_hat, seed)))
         assert got.dtype == dtype
         np.testing.assert_allclose(got, FORMULAS[name](theta, theta_hat, seed), rtol=1e-6)

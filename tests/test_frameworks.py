@@ -72,9 +72,7 @@ def test_linen_train_state_with_donation():
         check(seed, dst_optax.finalize(state.params, state.opt_state))
 
 
-def test_nnx_optimizer():
-    nnx = pytest.importorskip("flax.nnx", reason="needs flax")
-
+def nnx_model(nnx, salt=0):
     class Model(nnx.Module):
         def __init__(self, rngs):
             self.l1 = nnx.Linear(8, 32, rngs=rngs)
@@ -83,8 +81,21 @@ def test_nnx_optimizer():
         def __call__(self, x):
             return self.l2(nnx.relu(self.l1(x)))
 
-    model = Model(nnx.Rngs(0))
-    seed = copied(nnx.as_pure(nnx.state(model, nnx.Param)))
+    return Model(nnx.Rngs(salt))
+
+
+def pure(nnx, tree):
+    return (nnx.as_pure if hasattr(nnx, "as_pure") else nnx.pure)(tree)  # the name changed after flax 0.12.0
+
+
+def parameters(nnx, model):
+    return pure(nnx, nnx.state(model, nnx.Param))
+
+
+def test_nnx_optimizer():
+    nnx = pytest.importorskip("flax.nnx", reason="needs flax")
+    model = nnx_model(nnx)
+    seed = copied(parameters(nnx, model))
     rules = [("^l1/kernel$", FRACTION), ("^l1/bias$", FRACTION), ("^l2/", FRACTION)]
     tx = dst_optax.wrap(optax.adam(1e-2), rules)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -96,13 +107,13 @@ def test_nnx_optimizer():
 
     for x in batches():
         step(model, optimizer, x)
-        params, opt_state = nnx.as_pure(nnx.state(model, nnx.Param)), nnx.as_pure(optimizer.opt_state)
+        params, opt_state = parameters(nnx, model), pure(nnx, optimizer.opt_state)
         final = dst_optax.finalize(params, opt_state)
         check(seed, final)
         mask = dst_optax.subset_mask(final, opt_state)
         jax.tree.map(lambda m, a, b: np.testing.assert_array_equal(m, a != b), mask, final, seed)
     nnx.update(model, final)
-    check(seed, nnx.as_pure(nnx.state(model, nnx.Param)))
+    check(seed, parameters(nnx, model))
 
 
 def test_equinox():
@@ -176,3 +187,38 @@ def test_restored_state_of_another_plan_is_refused(tmp_path):
     mine.update(params, state, params)
     with pytest.raises(ValueError, match="fingerprint"):
         other.update(params, state, params)
+
+
+@pytest.mark.parametrize("accumulate", [None, 2])
+def test_tunix_trainer(tmp_path, accumulate):
+    """Trains, stops, restores into another random model, and ends as the run that never stopped."""
+    peft_trainer = pytest.importorskip("tunix.sft.peft_trainer", reason="needs google-tunix")
+    nnx = pytest.importorskip("flax.nnx", reason="needs flax")
+    ocp = pytest.importorskip("orbax.checkpoint", reason="needs orbax-checkpoint")
+
+    def train(salt, directory, max_steps):
+        model = nnx_model(nnx, salt)
+        trainer = peft_trainer.PeftTrainer(
+            model,
+            dst_optax.wrap(optax.adam(1e-2), FRACTION, ties="fill"),
+            peft_trainer.TrainingConfig(
+                eval_every_n_steps=100,
+                max_steps=max_steps,
+                gradient_accumulation_steps=accumulate,
+                checkpoint_root_directory=str(tmp_path / directory),
+                checkpointing_options=ocp.CheckpointManagerOptions(save_interval_steps=1),
+            ),
+        )
+        trainer = trainer.with_gen_model_input_fn(lambda x: {"x": x})
+        trainer = trainer.with_loss_fn(lambda model, x: jnp.mean((model(x) - 1.0) ** 2))
+        trainer.train(batches(12))
+        params, state = parameters(nnx, model), pure(nnx, trainer.optimizer.opt_state)
+        return dst_optax.finalize(params, state), dst_optax.transform.states(state)[0].seed
+
+    seed = copied(parameters(nnx, nnx_model(nnx)))
+    through, _ = train(0, "through", 6)
+    check(seed, through, least=30)
+    check(seed, train(0, "stopped", 3)[0])
+    resumed, seed_again = train(1, "stopped", 6)
+    jax.tree.map(np.testing.assert_array_equal, seed_again, seed)
+    jax.tree.map(np.testing.assert_array_equal, resumed, through)

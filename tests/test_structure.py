@@ -70,6 +70,15 @@ def test_state_grows_by_eight_bytes_a_silo_and_eight_a_leaf():
     assert rest(10, True) - rest(10, False) <= 990 * 8
 
 
+@pytest.mark.parametrize("kind", TRANSFORMS)
+def test_every_buffer_is_there_once(kind):
+    """A trainer donates the state, and XLA refuses to take a buffer twice."""
+    state = TRANSFORMS[kind].init(PARAMS)
+    for made in (state, dst_optax.reseed(state, PARAMS)):
+        buffers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves((made, PARAMS))]
+        assert len(set(buffers)) == len(buffers)
+
+
 def test_no_recompile_when_parameters_and_states_change():
     tx = optax.chain(optax.adam(1e-2), TRANSFORMS["stacked"])
 

@@ -11,6 +11,7 @@ import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from precision import x64
 
 import dst_optax
 from dst_optax import distances, silos
@@ -122,7 +123,7 @@ def test_rank_is_exact_where_float32_ranks_are_not(n, fraction):
 
 
 def test_float64():
-    with jax.enable_x64(True):
+    with x64():
         rng = np.random.default_rng(2)
         seed = rng.normal(size=5000)
         updates = [rng.normal(size=5000) * 1e-12 for _ in range(4)]
