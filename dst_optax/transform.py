@@ -114,7 +114,6 @@ def dynamic_subset_tuning(
             _copy(x) if i in ranked else Free() if plan.is_free(leaf) else Frozen()
             for i, (x, leaf) in enumerate(zip(leaves, plan.leaves, strict=True))
         ]
-        nothing = jnp.zeros((), jnp.int32)
         return DynamicSubsetTuningState(
             seed=jax.tree.unflatten(treedef, seed),
             captured=jnp.zeros((), bool),
@@ -122,12 +121,12 @@ def dynamic_subset_tuning(
             movement=jnp.zeros(len(plan.sizes), jnp.float32),
             gap=jnp.zeros(len(ranked), jnp.float32),
             reach=jnp.full(len(ranked), jnp.inf, jnp.float32),
-            step=nothing,
-            passes=nothing,
+            step=jnp.zeros((), jnp.int32),
+            passes=jnp.zeros((), jnp.int32),
             free=jnp.zeros(2, jnp.int32),
             budget=jnp.zeros(2, jnp.int32),
-            nonfinite=nothing,
-            unresolved=nothing,
+            nonfinite=jnp.zeros((), jnp.int32),
+            unresolved=jnp.zeros((), jnp.int32),
             plan=jnp.uint32(plan.fingerprint),
         )
 
