@@ -29,7 +29,7 @@ from dst_optax import silos as silos_lib
 from dst_optax.silos import LeafPlan, SiloPlan, is_masked, leaf_path
 
 NO_PARAMS = "dynamic_subset_tuning needs the current parameters: call tx.update(updates, state, params)."
-BATCH = 2**24  # entries whose updates are in memory at one time, on one device
+BATCH = 2**22  # entries whose updates are in memory at one time, on one device
 FREE = -1.0  # in `gap`: every entry of the leaf is free at this step
 
 
@@ -737,17 +737,15 @@ def _batches(leaves: Sequence[LeafPlan]) -> list[list[int]]:
     return [sorted(batch) for batch in batches]
 
 
-def _settle(u: jax.Array, zero: jax.Array, in_memory: bool = False) -> jax.Array:
-    """``u``, rounded once: no later sum may contract the product that u came from.
-
-    In memory it also stays: a loop of no turns is a value that the compiler neither recomputes in
-    every pass nor schedules before ``zero`` is known.
-    """
+def _settle(u: jax.Array, zero: jax.Array) -> jax.Array:
+    """``u``, rounded once: no later sum may contract the product that u came from."""
     bits = _bits(u)
-    settled = lax.bitcast_convert_type(bits ^ zero.astype(bits.dtype), u.dtype)
-    if not in_memory:
-        return settled
-    return lax.while_loop(lambda c: c[0] != 0, lambda c: (c[0] >> 1, -c[1]), (zero, settled))[1]
+    return lax.bitcast_convert_type(bits ^ zero.astype(bits.dtype), u.dtype)
+
+
+def _in_memory(x: jax.Array, zero: jax.Array) -> jax.Array:
+    """``x``, by a loop of no turns: XLA neither computes it again in every pass nor before ``zero``."""
+    return lax.while_loop(lambda c: c[0] != 0, lambda c: (c[0] >> 1, -c[1]), (zero, x))[1]
 
 
 def _select(
@@ -782,10 +780,10 @@ def _select(
         ids = sorted({s for j in group for s in leaves[j].silos})
         local = {s: i for i, s in enumerate(ids)}
         at = np.array(ids, np.int32)
-        items = [
-            _Ranked(leaves[j], params[j], _settle(updates[j], zero, one_by_one), seeds[j], zero)
-            for j in group
-        ]
+        settled = {j: _settle(updates[j], zero) for j in group}
+        if one_by_one:
+            settled = {j: _in_memory(u, zero) for j, u in settled.items()}
+        items = [_Ranked(leaves[j], params[j], settled[j], seeds[j], zero) for j in group]
         where = [tuple(local[s] for s in leaves[j].silos) for j in group]
         chosen = _select_group(
             items,
@@ -870,7 +868,10 @@ def _select_group(
     far = jnp.where(guess < 0, infinity - 1, beyond)
 
     def leaf_keys(item: _Ranked) -> Callable[[], jax.Array]:
-        return lambda: item.keys(distance, key_dtype)
+        if not rowwise:
+            return lambda: item.keys(distance, key_dtype)
+        keys = _in_memory(item.keys(distance, key_dtype), item.zero)
+        return lambda: keys
 
     leaves = [
         selection.Leaf(leaf_keys(item), item.plan.axis, ids) for item, ids in zip(items, where, strict=True)
