@@ -162,13 +162,12 @@ def thresholds(
         counted = jnp.where(first, above[:, 0], b.counted)
         empty = (above == 0).all(axis=-1)
         most = jnp.minimum(b.most, jnp.min(jnp.where(empty, t, top), axis=1))
-        found = Bracket(lo, hi, above_lo, above_hi, counted, most, b.passes)
 
-        def renewed(new: jax.Array, old: jax.Array) -> jax.Array:
+        def unless_done(new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(active.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
-        silos = jax.tree.map(renewed, found[:-1], b[:-1])
-        return found._replace(**dict(zip(Bracket._fields, silos, strict=False)), passes=b.passes + 1)
+        found = (lo, hi, above_lo, above_hi, counted, most)
+        return Bracket(*map(unless_done, found, b[:-1]), passes=b.passes + 1)
 
     return lax.while_loop(lambda b: (b.passes == 0) | ~jnp.all(b.done(m)), narrow, start)
 

@@ -618,7 +618,8 @@ class _Ranked(NamedTuple):
         """
         wide = _wide(self.param.dtype)
         half = 0.5 * gap.astype(wide)
-        error = jnp.maximum(reach.astype(wide) * 2.0**-self.precision, jnp.finfo(wide).tiny)
+        least = max(float(jnp.finfo(wide).tiny), float(jnp.finfo(self.update.dtype).smallest_subnormal))
+        error = jnp.maximum(reach.astype(wide) * 2.0**-self.precision, least)
 
         def count() -> jax.Array:
             keep = kept()
@@ -636,10 +637,8 @@ class _Ranked(NamedTuple):
         low = jnp.zeros(shape, jnp.uint32)
         offsets = np.array(self.plan.offsets, np.int64)
         leaf = selection.Leaf(lambda: low, axis, tuple(range(len(offsets))))
-        terms = [
-            (selection.spread_to_leaf(jnp.asarray(part, jnp.uint32), leaf, len(shape)), 1)
-            for part in [offsets & 0x7FFFFFFF]
-        ]
+        start = jnp.asarray(offsets & 0x7FFFFFFF, jnp.uint32)
+        terms = [(selection.spread_to_leaf(start, leaf, len(shape)), 1)]
         high += selection.spread_to_leaf(jnp.asarray(offsets >> 31, jnp.int32), leaf, len(shape))
         stride = 1
         for d in reversed(range(len(shape))):
@@ -789,14 +788,13 @@ def _select(
             items,
             where,
             budgets[at],
-            budget.limbs([plan.sizes[s] for s in ids]),
+            [plan.sizes[s] for s in ids],
             threshold[at],
             movement[at],
             [reach[j] for j in group],
             distance,
             ties,
             one_by_one,
-            max(plan.sizes[s] for s in ids),
         )
         for j, *found in zip(group, chosen.updates, chosen.gaps, chosen.reaches, strict=True):
             out[j], gaps[j], reaches[j] = found
@@ -839,14 +837,13 @@ def _select_group(
     items: list[_Ranked],
     where: list[tuple[int, ...]],
     m: jax.Array,
-    sizes: np.ndarray,
+    sizes: Sequence[int],
     threshold: jax.Array,
     movement: jax.Array,
     reach: Sequence[jax.Array],
     distance: distances.Distance,
     ties: str,
     rowwise: bool,
-    largest: int,
 ) -> _Chosen:
     """Selects in silos that are connected by their leaves."""
     double = any(item.param.dtype == jnp.float64 for item in items)
@@ -876,7 +873,7 @@ def _select_group(
     leaves = [
         selection.Leaf(leaf_keys(item), item.plan.axis, ids) for item, ids in zip(items, where, strict=True)
     ]
-    total = jnp.asarray(sizes)
+    total = jnp.asarray(budget.limbs(sizes))
     all_free = budget.equal(m, total)
     bracket = selection.thresholds(
         leaves,
@@ -897,7 +894,7 @@ def _select_group(
         lacking = ~all_free & ~bracket.met(m) & (t > 0)
         rest = jnp.where(lacking[:, None], budget.carry(m - above), 0)
         tied = jnp.where(lacking[:, None], budget.carry(bracket.above_lo - bracket.above_hi), 0)
-        filled, more = _fill(items, leaves, t, lacking, rest, tied, largest, rowwise)
+        filled, more = _fill(items, leaves, t, lacking, rest, tied, max(sizes), rowwise)
         above = jnp.where(lacking[:, None], m, above)
         passes = passes + more
     nothing = budget.equal(above, jnp.zeros_like(above))

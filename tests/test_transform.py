@@ -214,6 +214,38 @@ def test_finalize_heals_plain_apply(dtype):
     assert healed > 0
 
 
+@pytest.mark.parametrize("update_dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1.0, 1e-2, 1e-6])
+def test_unresolved_counts_what_finalize_may_take_for_kept(scale, dtype, update_dtype):
+    """Entries come back from far away, where rounding is as coarse as the distances that are kept."""
+    rng = np.random.default_rng(7)
+    seed = (rng.normal(size=400) * scale).astype(dtype)
+    far = np.where(np.arange(400) < 30, rng.normal(size=400) * 3000, 0.0)
+    tx = dst_optax.wrap(given_updates(), 0.1)
+    params, state, seen = jnp.asarray(seed), tx.init(jnp.asarray(seed)), 0
+    for step in range(3):
+        u = (far if step == 0 else rng.normal(size=400) * scale * 0.3).astype(update_dtype)
+        if step == 1:
+            u[:30] = (seed.astype(np.float32) - np.asarray(params, np.float32))[:30].astype(update_dtype)
+        before = np.asarray(params)
+        updates, state = jax.jit(tx.update)(jnp.asarray(u), state, params)
+        params = dst_optax.apply_updates(params, updates, state)
+        after = np.asarray(params)
+        kept = oracle.bits(after) != oracle.bits(seed)
+        wide = [x.astype(np.float64) for x in (after, seed)]
+        moved, gap = np.abs(wide[0] - wide[1])[kept], float(state[-1].gap[0])
+        assert gap <= moved.min(initial=np.inf)
+        assert moved.max(initial=0) <= float(state[-1].reach[0])
+        with jax.numpy_dtype_promotion("standard"):
+            plain = np.asarray(optax.apply_updates(jnp.asarray(before), updates))
+        residue = np.abs(plain.astype(np.float64) - wide[1])[~kept]
+        doubtful = int(((residue > 0) & (residue >= gap / 2)).sum())
+        assert int(state[-1].unresolved) == doubtful
+        seen += doubtful
+    assert seen > 0 or scale > 1e-6
+
+
 def test_finalize_changes_nothing_after_an_exact_apply():
     params = jax.random.normal(jax.random.key(0), (500,))
     tx = dst_optax.wrap(optax.sgd(1e-3, 0.9), 0.1)
