@@ -6,11 +6,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
 [ -x "$python" ] || "${PYTHON:-python3}" -m venv .venv
-"$python" -m pip install -q --disable-pip-version-check -e '.[test,dev]' ${JAX:+"jax==$JAX"}
+"$python" -m pip install -q --disable-pip-version-check -e '.[test,dev,finetuning]' ${JAX:+"jax==$JAX"}
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 "$python" -m ruff format --check .
 "$python" -m ruff check .
 "$python" -m pyright
-"$python" -m pytest -q --doctest-modules dst_optax --ignore dst_optax/finetuning -p no:cacheprovider
+"$python" -m pytest -q --doctest-modules dst_optax -p no:cacheprovider
 "$python" -m pytest -q -n 2 --dist loadgroup tests "$@"
 "$python" scripts/optax_tests.py

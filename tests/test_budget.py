@@ -41,3 +41,19 @@ def test_share_is_proportional_and_complete(total, sizes):
     assert sum(shares) == min(total, sum(sizes))
     for got, size in zip(shares, sizes, strict=True):
         assert abs(Fraction(got) - Fraction(min(total, sum(sizes)) * size, sum(sizes))) < 1
+
+
+@settings(max_examples=300)
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=6), st.integers(0, 400))
+def test_shares_are_those_of_the_largest_remainder(sizes, total):
+    everything = sum(sizes)
+    if everything == 0:
+        return
+    total = min(total, everything)
+    exact = [Fraction(total * n, everything) for n in sizes]
+    got = budget.share(total, sizes)
+    assert sum(got) == total
+    assert all(x // 1 <= k <= -(-x // 1) for k, x in zip(got, exact, strict=True))
+    up = [x % 1 for k, x in zip(got, exact, strict=True) if k > x]
+    down = [x % 1 for k, x in zip(got, exact, strict=True) if k < x]
+    assert min(up, default=1) >= max(down, default=0)

@@ -98,4 +98,4 @@ def test_counted_bytes_tell_nothing_of_a_synthetic_label(task):
     majority = max(Counter(labels).values()) / len(labels)
     assert majority <= 0.6
     model = linear.LogisticRegression(max_iter=3000).fit(*features("train"))
-    assert model.score(inputs, labels) <= max(majority, 1 / len(spec(task).labels)) + 0.36
+    assert model.score(inputs, labels) <= majority + 0.1
