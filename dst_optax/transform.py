@@ -610,11 +610,14 @@ class _Ranked(NamedTuple):
             jnp.max(jnp.where(keep, far, 0.0), initial=0.0),
         )
 
-    def unresolved(self, kept: Callable[[], jax.Array], gap: jax.Array, reach: jax.Array) -> jax.Array:
+    def unresolved(
+        self, kept: Callable[[], jax.Array], gap: jax.Array, reach: jax.Array, rowwise: bool
+    ) -> jax.Array:
         """Reverted entries whose rounding error under a plain apply may look like a kept distance.
 
         The error of ``p + (s - p)`` is at most one unit in the last place of ``s - p``, and p lies
-        no farther from s than ``reach``; so mostly there is nothing to count.
+        no farther from s than ``reach``; so mostly there is nothing to count. Accelerators
+        count all the same, in one pass with the updates: a branch would need these in memory.
         """
         wide = _wide(self.param.dtype)
         half = 0.5 * gap.astype(wide)
@@ -628,6 +631,8 @@ class _Ranked(NamedTuple):
             residue = jnp.abs(landed - self.seed.astype(wide))
             return jnp.sum(~keep & (residue > 0) & (residue >= half), dtype=jnp.int32)
 
+        if not rowwise:
+            return count()
         return lax.cond(error < half, lambda: jnp.zeros((), jnp.int32), count)
 
     def order(self) -> tuple[jax.Array, jax.Array]:
@@ -916,7 +921,7 @@ def _select_group(
             gap, far_off = jnp.min(nearest[at]), jnp.max(farthest[at])
         else:
             gap, far_off = item.extent(kept())
-        lost = item.unresolved(kept, gap, reached)
+        lost = item.unresolved(kept, gap, reached, rowwise)
         unresolved = unresolved + lost
         out.append(item.chosen(kept(), lost >> 31))
         gaps.append(jnp.where(all_free[at].all(), FREE, gap).astype(jnp.float32))

@@ -81,3 +81,15 @@ def test_a_distance_that_is_not_component_wise_is_refused(distance, says):
     with pytest.raises(ValueError, match=f"component-wise|{says}") as caught:
         kept_by(distance)
     assert caught.match(says)
+
+
+def test_a_subnormal_distance_is_none():
+    """A user's distance may make one by its bits, which no platform flushes."""
+
+    def tiny(theta, theta_hat, theta_seed):
+        return jax.lax.bitcast_convert_type((theta_hat != theta_seed).astype(jnp.int32) * 5, jnp.float32)
+
+    params = jnp.arange(8.0)
+    tx = dst_optax.wrap(optax.sgd(1.0), 0.5, distance=tiny, ties="fill")
+    updates, state = tx.update(jnp.ones(8), tx.init(params), params)
+    assert (dst_optax.apply_updates(params, updates, state) == params).all()
