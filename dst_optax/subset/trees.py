@@ -43,6 +43,11 @@ def map_leaves(model: Any, new: Mapping[str, Any]) -> Any:
     )
 
 
+def spans_processes(x: Any) -> bool:
+    """Whether some of an array's shards are on devices of other processes."""
+    return isinstance(x, jax.Array) and not x.is_fully_addressable
+
+
 def boxes(x: Any) -> Iterator[tuple[Any, tuple[int, ...]]]:
     """The parts of an array that this process is to read, each entry once over all processes.
 
