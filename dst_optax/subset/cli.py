@@ -16,7 +16,9 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Directory = Annotated[pathlib.Path, typer.Argument(help="Directory of a subset.")]
 Out = Annotated[pathlib.Path, typer.Option(help="Directory to write.")]
-Seed = Annotated[pathlib.Path, typer.Option(help="Safetensors file or directory, or Orbax checkpoint.")]
+Seed = Annotated[
+    pathlib.Path, typer.Option(help="Safetensors file or directory, or a T5X or Orbax checkpoint.")
+]
 
 
 def run(command: Callable[[], dict[str, Any]], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:

@@ -1,7 +1,7 @@
 """Making subsets: from a training run, or from any two models of one shape."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -173,24 +173,24 @@ def _check_models(seeds: dict[str, Any], tuned: dict[str, Any]) -> None:
 def _local_difference(seed: Any, tuned: Any) -> _Part:
     shape, nothing = tuple(tuned.shape), np.empty(0, scatter.dtype_of(tuned))
     found = [_Part(np.empty(0, np.int64), nothing, nothing)]
-    for (data, start), before in zip(trees.boxes(tuned), _like_boxes(seed, tuned), strict=True):
+    for data, before, start in _boxes(seed, tuned):
         local = np.flatnonzero((trees.bits(data) != trees.bits(before)).reshape(-1))
         where = trees.to_whole(local, data.shape, start, shape)
         found.append(_Part(where, data.reshape(-1)[local], before.reshape(-1)[local]))
     return _merged(found)
 
 
-def _like_boxes(seed: Any, tuned: Any) -> Iterable[np.ndarray]:
-    """The seed's entries in the boxes of ``tuned``."""
+def _boxes(seed: Any, tuned: Any) -> Iterator[tuple[np.ndarray, np.ndarray, tuple[int, ...]]]:
+    """The boxes of ``tuned`` that this process reads, the seed's entries there, and where they start."""
     if isinstance(tuned, jax.Array) and isinstance(seed, jax.Array):
         if not seed.sharding.is_equivalent_to(tuned.sharding, tuned.ndim):
             seed = jax.device_put(seed, tuned.sharding)
-        return (data for data, _ in trees.boxes(seed))
+        for (data, start), (before, _) in zip(trees.boxes(tuned), trees.boxes(seed), strict=True):
+            yield data, before, start
+        return
     seed = np.asarray(seed)
-    return (
-        seed[tuple(slice(s, s + n) for s, n in zip(start, data.shape, strict=True))]
-        for data, start in trees.boxes(tuned)
-    )
+    for data, start in trees.boxes(tuned):
+        yield data, seed[tuple(slice(s, s + n) for s, n in zip(start, data.shape, strict=True))], start
 
 
 def _merged(parts: Sequence[_Part]) -> _Part:

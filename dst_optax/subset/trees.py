@@ -55,7 +55,7 @@ def boxes(x: Any) -> Iterator[tuple[Any, tuple[int, ...]]]:
       The part as a numpy array, and the index of its first entry along each axis.
     """
     if not isinstance(x, jax.Array):
-        yield np.asarray(x), (0,) * np.ndim(x)
+        yield np.asarray(x), (0,) * len(x.shape)
         return
     for shard in x.addressable_shards:
         if shard.replica_id == 0 and shard.data.size:
