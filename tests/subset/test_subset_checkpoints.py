@@ -1,6 +1,5 @@
 """T5X and Orbax checkpoints as seeds: paths, dtypes, one tensor at a time, clear refusals."""
 
-import gc
 import json
 import shutil
 import weakref
@@ -123,7 +122,7 @@ def test_the_command_line_takes_checkpoints(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["orbax", "t5x legacy"])
 def test_one_tensor_is_in_memory_at_a_time(tmp_path, kind, monkeypatch):
-    params = {f"w{i}": np.full((300, 200), i, np.float32) for i in range(12)}
+    params = {f"w{i}": np.full((300, 200), i, np.float32) for i in range(6)}
     tuned = jax.tree.map(lambda x: x + 1, params)
     for name, tree in (("seed", params), ("tuned", tuned)):
         WRITERS[kind](tmp_path / name, tree)
@@ -131,7 +130,6 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path, kind, monkeypatch):
     read = checkpoints.StoredArray.__array__
 
     def counted(self, dtype=None, copy=None):
-        gc.collect()
         alive[:] = [r for r in alive if r() is not None]
         most.append(len(alive))
         x = read(self, dtype)
@@ -143,7 +141,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path, kind, monkeypatch):
     found = subset.from_models(seed, models.open_model(tmp_path / "tuned"), 0.01)
     found.save(tmp_path / "subset")
     models.apply_to_files(found, tmp_path / "seed", tmp_path / "out")
-    assert len(most) == 5 * 12
+    assert len(most) == 5 * 6
     assert max(most) <= 1
 
 
