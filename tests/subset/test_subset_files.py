@@ -222,6 +222,17 @@ def test_a_failed_save_leaves_the_old_subset(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_every_damaged_byte_is_found(tmp_path):
+    example(np.random.default_rng(2), False)[2].save(tmp_path)
+    content = (tmp_path / files.TENSORS).read_bytes()
+    for at in range(0, len(content), 37):
+        damaged = bytearray(content)
+        damaged[at] ^= 1
+        (tmp_path / files.TENSORS).write_bytes(damaged)
+        with pytest.raises(SubsetError, match="damaged: its checksum"):
+            Subset.load(tmp_path)
+
+
 def test_bad_metadata_and_dtypes_are_refused_before_writing(tmp_path):
     found = example(np.random.default_rng(0), False)[2]
     for value in (float("nan"), object(), {1, 2}):
