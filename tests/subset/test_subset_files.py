@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -280,6 +281,17 @@ def test_lying_configurations_are_refused(tmp_path, change, message):
     resigned(tmp_path, change)
     with pytest.raises(SubsetError, match=message):
         Subset.load(tmp_path)
+
+
+def test_a_changed_configuration_is_refused(tmp_path):
+    example(np.random.default_rng(2), False)[2].save(tmp_path)
+    text = (tmp_path / files.CONFIG).read_text()
+    for old, new in (('"score": 0.5', '"score": 0.9'), ('"seed_fingerprint": "', '"seed_fingerprint": "0')):
+        assert old in text
+        changed = text.replace(old, new, 1)
+        (tmp_path / files.CONFIG).write_text(re.sub(r'("0[0-9a-f]{31})[0-9a-f]"', r'\1"', changed))
+        with pytest.raises(SubsetError, match="it was changed or is damaged"):
+            Subset.load(tmp_path)
 
 
 @pytest.mark.parametrize(
