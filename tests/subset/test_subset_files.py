@@ -294,13 +294,19 @@ def test_a_changed_configuration_is_refused(tmp_path):
             Subset.load(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "text", ['{"a": NaN}', "[" * 10**6, '{"a": 1, "a": 2}', "", "\xff", "1" * 5000, "null", "[]"]
-)
+@pytest.mark.parametrize("text", ['{"a": NaN}', "[" * 10**6, "", "\xff", "1" * 5000, "null", "[]"])
 def test_odd_json_is_refused(tmp_path, text):
     example(np.random.default_rng(2), False)[2].save(tmp_path)
     (tmp_path / files.CONFIG).write_bytes(text.encode("latin1"))
     with pytest.raises(SubsetError, match=files.CONFIG):
+        Subset.load(tmp_path)
+
+
+def test_a_key_twice_is_refused(tmp_path):
+    example(np.random.default_rng(2), False)[2].save(tmp_path)
+    text = (tmp_path / files.CONFIG).read_text()
+    (tmp_path / files.CONFIG).write_text(text.replace("{", '{"version": 1,', 1))
+    with pytest.raises(SubsetError, match="a key twice"):
         Subset.load(tmp_path)
 
 
