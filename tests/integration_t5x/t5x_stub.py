@@ -164,6 +164,10 @@ class PjitPartitioner:
         pass
 
 
+def standard_logical_axis_rules(activation_partitioning_dims=1, parameter_partitioning_dims=1):
+    return []
+
+
 def flatten_state_dict(tree):
     return traverse_util.flatten_dict(tree, sep="/")
 
@@ -189,7 +193,7 @@ MODULES = {
     "adafactor": (Adafactor,),
     "checkpoints": (OrbaxCheckpointManagerInterface, all_steps),
     "metrics": (AveragePerStep,),
-    "partitioning": (PjitPartitioner,),
+    "partitioning": (PjitPartitioner, standard_logical_axis_rules),
     "state_utils": (flatten_state_dict, intersect_state),
     "train": (train,),
     "trainer": (Trainer, WeightMetricsComputer),
