@@ -1,6 +1,6 @@
 """Turns a checkpoint of T5X into a subset file.
 
-python -m t5x_integration.export MODEL_DIR/checkpoint_1020000 runs/cb [--seed=.../checkpoint_1000000]
+python -m t5x_integration.export MODEL_DIR runs/cb [--seed=.../checkpoint_1000000]
 """
 
 import argparse
@@ -46,7 +46,8 @@ def export(
     """Writes what differs from the seed; one tensor at a time is in memory.
 
     Args:
-      checkpoint: directory ``checkpoint_<step>`` of a run with DST, T5X's legacy format or Orbax.
+      checkpoint: directory ``checkpoint_<step>`` of a run with DST, T5X's legacy format or Orbax; or
+        MODEL_DIR, for its last checkpoint.
       out: directory to make, see :meth:`dst_optax.subset.Subset.save`.
       seed: the checkpoint that the run started from; None takes the seed that DST keeps in the optimizer's
         state.
@@ -75,7 +76,8 @@ def tensors(checkpoint: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The arrays of a checkpoint by the names that T5X gives them, "target/..." and "state/...".
 
     Args:
-      checkpoint: directory ``checkpoint_<step>``, T5X's legacy format or Orbax; local or ``gs://``.
+      checkpoint: directory ``checkpoint_<step>``, T5X's legacy format or Orbax, local or ``gs://``; or a
+        directory of such, of which the last is taken.
 
     Returns:
       Arrays, none read yet.
@@ -84,6 +86,8 @@ def tensors(checkpoint: str | os.PathLike[str]) -> dict[str, Tensor]:
       ValueError: there is none.
     """
     path = epath.Path(os.fspath(checkpoint))
+    if steps := checkpoints.all_steps(os.fspath(path)):
+        path = path / f"checkpoint_{steps[-1]}"
     if (path / "checkpoint").exists():
         return _legacy(path)
     state = path / "state" if (path / "state").exists() else path

@@ -94,7 +94,8 @@ class DynamicSubsetTuning(optimizers.OptimizerDef):
         inner = optimizers.Optimizer(self.inner, _inner(state), optimizer.target)
         inner = self.inner.derive_logical_axes(inner, param_logical_axes).state
         dst = partition(state.dst, param_logical_axes)
-        state = DynamicSubsetTuningState(inner.step, inner.param_states, dst)
+        param_states = _specified(state.param_states, inner.param_states)
+        state = DynamicSubsetTuningState(inner.step, param_states, dst)
         return optimizers.Optimizer(self, state, param_logical_axes)
 
     def state_dict(self, target: Any, state: DynamicSubsetTuningState) -> Any:
@@ -161,6 +162,12 @@ class OptaxWrapper(optimizers.OptaxWrapper):
         params = dst_optax.apply_updates(params, updates, new)
         return params, optimizers.OptimizerState(step=state.step + 1, param_states=new)
 
+    def derive_logical_axes(self, optimizer: Any, param_logical_axes: Any) -> Any:
+        """T5X's, but that nothing is without a spec."""
+        found = super().derive_logical_axes(optimizer, param_logical_axes)
+        states = _specified(optimizer.state.param_states, found.state.param_states)
+        return found.replace(state=found.state.replace(param_states=states))
+
 
 def chain(transformations: Sequence[optax.GradientTransformation]) -> OptaxWrapper:
     """``optax.chain`` as a T5X optimizer; ``dst_optax.dynamic_subset_tuning`` goes last.
@@ -196,7 +203,7 @@ def stacked_layers(param_logical_axes: Any) -> list[tuple[str, int]]:
 def partition(state: dst_optax.DynamicSubsetTuningState, params_axes: Any) -> Any:
     """Partition rule of DST's state.
 
-    Everywhere ``PartitionSpec()``, not None: T5X turns a leaf without one into float32 on restore.
+    What is kept of silos lies everywhere.
     """
     everywhere = {name: PartitionSpec() for name in state._fields}
     return state._replace(**everywhere | {"seed": _like_params(state.seed, params_axes)})
@@ -224,6 +231,11 @@ def partition_injected(state: optax.InjectStatefulHyperparamsState, params_axes:
 
 def _like_params(tree: Any, params_axes: Any) -> Any:
     return optimizers.OptaxStatePartitionRules.derive_params_axes(tree, params_axes)
+
+
+def _specified(states: Any, axes: Any) -> Any:
+    """``PartitionSpec()`` instead of None: T5X restores an array that has no spec as float32."""
+    return jax.tree.map(lambda _, a: PartitionSpec() if a is None else a, states, axes)
 
 
 def _everywhere(tree: Any) -> Any:

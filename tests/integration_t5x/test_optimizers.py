@@ -160,6 +160,17 @@ def specs(transform, axes=AXES):
     return t5x_optimizers.OptaxStatePartitionRules.derive_optax_logical_axes(state, axes)
 
 
+@pytest.mark.parametrize("around", [False, True])
+def test_counts_of_optax_are_not_without_a_spec(around):
+    definition = optimizers.chain([optax.adam(0.1), dst_optax.dynamic_subset_tuning(0.1)])
+    if around:
+        definition = optimizers.dynamic_subset_tuning(optimizers.chain([optax.adam(0.1)]))
+    optimizer = definition.create(PARAMS)
+    found = definition.derive_logical_axes(optimizer, AXES).state.param_states[0][0]
+    assert found.count == P()
+    assert found.mu == AXES
+
+
 def test_partition_rule_of_dst_in_a_chain():
     found = specs(optax.chain(optax.adam(0.1), dst_optax.dynamic_subset_tuning(0.1)))
     assert found[1].seed == AXES

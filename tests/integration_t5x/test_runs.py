@@ -6,6 +6,7 @@ import time
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 pytest.importorskip("t5x.models", reason="needs T5X itself; README says how to install it")
 
@@ -39,6 +40,7 @@ def root(tmp_path_factory):
     before = {name: getattr(jax.config, name) for name in known}
     for name, value in known.items():
         jax.config.update(name, value)
+    compilation_cache.reset_cache()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in known.items():
             patch.setenv(name.upper(), str(value))
