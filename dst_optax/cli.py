@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Example:
       >>> main(["--help"])
-      usage: dst-optax finetune | subset ...
+      usage: dst-optax finetune | plan | subset ...
       0
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -106,6 +106,17 @@ def _finetune(files: list[str], bindings: list[str], paths: list[str]) -> int:
     return 0
 
 
+def plan(arguments: Sequence[str]) -> int:
+    """Runs ``dst-optax plan``, see :mod:`dst_optax.tpu_plan`."""
+    from dst_optax import tpu_plan
+
+    try:
+        return tpu_plan.main(arguments)
+    except ValueError as error:
+        print(f"dst-optax plan: {error}", file=sys.stderr)
+        return 2
+
+
 def _without_run_dir(config: str) -> str:
     return "\n".join(line for line in config.splitlines() if "RUN_DIR" not in line and "run_dir" not in line)
 
@@ -118,4 +129,8 @@ def subset(arguments: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {"finetune": finetune, "subset": subset}
+COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
+    "finetune": finetune,
+    "plan": plan,
+    "subset": subset,
+}
