@@ -13,11 +13,12 @@ from dst_optax import diagnostics, distances, subset
 from dst_optax import silos as silos_lib
 from dst_optax.finetuning import storage
 from dst_optax.finetuning.methods import Params
+from dst_optax.finetuning.methods.base import InPlace
 from dst_optax.transform import DynamicSubsetTuningState, states
 
 
 @dataclass(frozen=True)
-class DST:
+class DST(InPlace):
     """Tunes a subset that is chosen anew at each step.
 
     Attributes:
@@ -46,14 +47,6 @@ class DST:
             distance=self.distance,
             ties=self.ties,
         )
-
-    def split(self, seed: Params, key: jax.Array) -> tuple[Params, Params]:  # noqa: D102
-        del key
-        return {}, seed
-
-    def merge(self, frozen: Params, tuned: Params) -> Params:  # noqa: D102
-        del frozen
-        return tuned
 
     def apply_updates(self, tuned: Params, updates: Params, state: Any) -> Params:  # noqa: D102
         return dst_optax.apply_updates(tuned, updates, state)
