@@ -38,6 +38,10 @@ class Plain:
     def transform(self) -> optax.GradientTransformationExtraArgs:  # noqa: D102
         return optax.with_extra_args_support(self.optimizer)
 
+    def init(self, seed: Params, tuned: Params) -> Any:  # noqa: D102
+        del seed
+        return self.transform.init(tuned)
+
     def apply_updates(self, tuned: Params, updates: Params, state: Any) -> Params:  # noqa: D102
         del state
         return optax.apply_updates(tuned, updates)

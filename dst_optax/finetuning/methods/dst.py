@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import dst_optax
@@ -38,15 +39,22 @@ class DST(InPlace):
     ties: str = "strict"
 
     @property
-    def transform(self) -> optax.GradientTransformationExtraArgs:  # noqa: D102
-        return dst_optax.wrap(
-            self.optimizer,
+    def selection(self) -> optax.GradientTransformationExtraArgs:
+        """What keeps the subset within its budget."""
+        return dst_optax.dynamic_subset_tuning(
             self.fraction_of_free_params,
             num_free_params=self.num_free_params,
             silos=self.silos,
             distance=self.distance,
             ties=self.ties,
         )
+
+    @property
+    def transform(self) -> optax.GradientTransformationExtraArgs:  # noqa: D102
+        return optax.chain(self.optimizer, self.selection)
+
+    def init(self, seed: Params, tuned: Params) -> Any:  # noqa: D102
+        return dst_optax.reseed(self.transform.init(tuned), seed)
 
     def apply_updates(self, tuned: Params, updates: Params, state: Any) -> Params:  # noqa: D102
         return dst_optax.apply_updates(tuned, updates, state)
@@ -57,7 +65,11 @@ class DST(InPlace):
     def metrics(self, tuned: Params, state: Any, before: Any) -> dict[str, jax.Array]:  # noqa: D102
         found = diagnostics.metrics(state, tuned)
         moved = diagnostics.overlap(before, dst_optax.subset_mask(tuned, state))
+        thresholds = jnp.concatenate([s.threshold for s in states(state)])
         return {
+            "threshold_min": thresholds.min(),
+            "threshold_median": jnp.median(thresholds),
+            "threshold_max": thresholds.max(),
             "free_params": found["subset_size"],
             "churn": 1.0 - moved["overlap"],
             **{name: found[name] for name in ("budget", "passes", "nonfinite", "unresolved")},
