@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import checkify
 
 from dst_optax import budget, distances, rounding, selection
 from dst_optax.silos import LeafPlan, SiloPlan
@@ -105,6 +106,10 @@ class _Proposal(NamedTuple):
                 f"the distance of parameter {self.plan.path!r} has shape {jnp.shape(delta)} and dtype "
                 f"{delta.dtype}; it must be component-wise, so {self.param.shape} and {wide}."
             )
+        checkify.debug_check(
+            ~jnp.any(delta < 0),
+            f"the distance of parameter {self.plan.path!r} is negative; it must be 0 or more.",
+        )
         delta = jnp.where(jnp.isnan(delta), jnp.inf, delta)
         same = rounding.bits(theta_hat) == rounding.bits(own)
         same |= rounding.asks_for_seed(self.update, own, self.param)
@@ -333,14 +338,11 @@ def _project_batch(
     """Keeps the farthest ``m`` entries of each silo."""
     scale = _Scale.of(proposals)
 
-    def leaf_of(proposal: _Proposal, ids: tuple[int, ...]) -> selection.Leaf:
-        keys = partial(proposal.keys, distance, scale)
-        if rowwise:
-            made = keys()
-            return selection.Leaf(lambda: made, proposal.plan.axis, ids)
-        return selection.Leaf(keys, proposal.plan.axis, ids)
-
-    leaves = [leaf_of(proposal, ids) for proposal, ids in zip(proposals, where, strict=True)]
+    keys = [proposal.keys(distance, scale) for proposal in proposals]
+    leaves = [
+        selection.Leaf(lambda made=made: made, x.plan.axis, ids)
+        for made, x, ids in zip(keys, proposals, where, strict=True)
+    ]
     total = jnp.asarray(budget.limbs(sizes))
     all_free = budget.equal(m, total)
     bracket = selection.thresholds(
@@ -366,9 +368,9 @@ def _project_batch(
     some = ~budget.equal(m, jnp.zeros_like(m))
 
     def keep(i: int) -> jax.Array:
-        keys, ndim = leaves[i].keys(), proposals[i].param.ndim
-        kept = keys > selection.spread_to_leaf(t, leaves[i], ndim)
-        kept |= (keys < 0) & selection.spread_to_leaf(some, leaves[i], ndim)
+        ndim = proposals[i].param.ndim
+        kept = keys[i] > selection.spread_to_leaf(t, leaves[i], ndim)
+        kept |= (keys[i] < 0) & selection.spread_to_leaf(some, leaves[i], ndim)
         return kept if filled[i] is None else kept | filled[i]
 
     every = range(len(proposals))
