@@ -10,7 +10,7 @@ import numpy as np
 
 from dst_optax import distances, transform
 from dst_optax.silos import FractionRules, LeafPlan, SiloPlan, Silos, make_plan
-from dst_optax.subset import scatter, trees
+from dst_optax.subset import trees
 from dst_optax.subset.core import Entries, Subset
 from dst_optax.subset.errors import SubsetError
 from dst_optax.subset.fingerprint import fingerprints
@@ -163,7 +163,7 @@ def _check_models(seeds: dict[str, Any], tuned: dict[str, Any]) -> None:
             owner = "tuned model" if path not in tuned else "seed"
             raise SubsetError(f"the {owner} lacks {path!r}.")
         a, b = seeds[path], tuned[path]
-        if tuple(a.shape) != tuple(b.shape) or scatter.dtype_of(a) != scatter.dtype_of(b):
+        if tuple(a.shape) != tuple(b.shape) or np.dtype(a.dtype) != np.dtype(b.dtype):
             raise SubsetError(
                 f"{path!r} is {a.dtype}{list(a.shape)} in the seed, "
                 f"{b.dtype}{list(b.shape)} in the tuned model."
@@ -171,7 +171,7 @@ def _check_models(seeds: dict[str, Any], tuned: dict[str, Any]) -> None:
 
 
 def _local_difference(seed: Any, tuned: Any) -> _Part:
-    shape, nothing = tuple(tuned.shape), np.empty(0, scatter.dtype_of(tuned))
+    shape, nothing = tuple(tuned.shape), np.empty(0, np.dtype(tuned.dtype))
     found = [_Part(np.empty(0, np.int64), nothing, nothing)]
     for data, before, start in _boxes(seed, tuned):
         local = np.flatnonzero((trees.bits(data) != trees.bits(before)).reshape(-1))

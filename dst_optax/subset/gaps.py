@@ -174,7 +174,7 @@ def _pack(values: np.ndarray, widths: np.ndarray) -> bytes:
 def _unpack(packed: np.ndarray, starts: np.ndarray, widths: np.ndarray) -> np.ndarray:
     """Reads values of up to 57 bits, (k,) int64; eight bytes must follow the start of the last."""
     words = np.ndarray(len(packed) - 7, "<i8", packed, strides=(1,))  # one from every byte on
-    out = words[starts >> 3]
+    out = words.take(starts >> 3)
     out >>= starts & 7
     out &= (1 << widths) - 1
     return out
