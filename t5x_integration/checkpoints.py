@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import tensorflow as tf  # pyright: ignore[reportMissingImports]
 from t5x import checkpoints, state_utils, utils  # pyright: ignore[reportMissingImports]
 
@@ -128,6 +129,8 @@ def claim(model_dir: str, initial_checkpoint: Any) -> None:
         raise ValueError(
             f"{model_dir} holds checkpoints of a run that did not write {RECORD}; give another MODEL_DIR."
         )
+    if jax.process_index() != 0:
+        return
     gfile.makedirs(model_dir)
     with gfile.GFile(record + ".tmp", "w") as file:
         json.dump({"initial_checkpoint": initial_checkpoint or None}, file)

@@ -4,6 +4,7 @@ import importlib.util
 import runpy
 import sys
 import types
+from pathlib import Path
 
 import jax
 import jax.experimental.pjit
@@ -32,9 +33,12 @@ def make_importable() -> None:
 
 
 def run(program: str) -> None:
-    """Runs one of T5X's programs as the main module, as its gin files expect it.
+    """Runs one of T5X's programs as the main module, as its gin files expect it; ours are found anywhere.
 
     Args:
       program: "train", "eval" or "infer"; flags come from the command line.
     """
+    import gin  # pyright: ignore[reportMissingImports]
+
+    gin.add_config_file_search_path(str(Path(__file__).parents[1]))
     runpy.run_module(f"t5x.{program}", run_name="__main__", alter_sys=True)

@@ -251,7 +251,7 @@ def test_unresolved_knows_of_updates_that_underflow():
     tx = optax.chain(optax.sgd(0.0), dst_optax.dynamic_subset_tuning(0.25))
     params = jnp.array([3e-8, 2.9e-8, 2.9e-8, 2.9e-8])
     state = dst_optax.reseed(tx.init(params), jnp.zeros(4))
-    for _ in range(2):
+    for _ in range(5):
         updates, state = tx.update(jnp.zeros(4, jnp.float16), state, params)
         with jax.numpy_dtype_promotion("standard"):
             params = optax.apply_updates(params, updates)

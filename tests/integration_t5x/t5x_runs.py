@@ -1,5 +1,6 @@
 """Runs T5X in this process or another, and looks into its checkpoints."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -28,42 +29,40 @@ def flags(model_dir, steps, *bindings, files=(DST,), initial=None):
 
 
 def train(model_dir, steps, *bindings, files=(DST,), initial=None):
-    """T5X's train, configured as its program does, without starting Python anew."""
+    """T5X's training in this process."""
+    return call("train", *flags(model_dir, steps, *bindings, files=files, initial=initial))
+
+
+def call(program, files, bindings):
+    """What T5X's program does with gin files, without starting Python anew."""
     import t5x
     from t5x import gin_utils
-    from t5x import train as program
 
+    module = importlib.import_module(f"t5x.{program}")
     paths = [str(ROOT), str(Path(t5x.__file__).parents[1])]
-    files, bindings = flags(model_dir, steps, *bindings, files=files, initial=initial)
     main = sys.modules["__main__"]
-    sys.modules["__main__"] = program
+    sys.modules["__main__"] = module
     try:
         with gin.unlock_config():
             gin.clear_config()
             gin_utils.parse_gin_flags(paths, files, bindings)
-        return gin.get_configurable(program.train)()
+        return gin.get_configurable(getattr(module, {"train": "train", "eval": "evaluate"}[program]))()
     finally:
         sys.modules["__main__"] = main
 
 
-def start(program, files, bindings, devices=1):
+def start(program, files, bindings, log, devices=1):
     """One of our programs, as a user starts it."""
     arguments = [f"--gin_file={f}" for f in files] + [f"--gin.{b}" for b in bindings]
     flags = f"--xla_force_host_platform_device_count={devices}"
-    return subprocess.Popen(
-        [sys.executable, "-m", f"t5x_integration.{program}", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(process):
-    out, _ = process.communicate(timeout=580)
-    assert process.returncode == 0, out[-6000:]
-    return out
+    with open(log, "w") as out:
+        return subprocess.Popen(
+            [sys.executable, "-m", f"t5x_integration.{program}", *arguments],
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
 
 
 def arrays(checkpoint):

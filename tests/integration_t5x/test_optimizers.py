@@ -204,3 +204,21 @@ def test_the_state_serves_metrics_and_subset_files():
     assert int(found["budget/encoder/mlp/kernel[3]"]) == 13
     tuned = subset.extract(optimizer.target, optimizer.state.dst).apply(PARAMS)
     jax.tree.map(np.testing.assert_array_equal, tuned, optimizer.target)
+
+
+def test_metrics_tell_silos_apart_under_the_wrapper_and_totals_in_a_chain():
+    from t5x_integration.metrics import WeightMetricsComputer
+
+    class State:
+        def __init__(self, optimizer):
+            self._optimizer, self.params = optimizer, optimizer.target
+
+    wrapped = optimizers.dynamic_subset_tuning(Doubling(), 0.1)
+    chained = optimizers.chain([optax.sgd(3.0), dst_optax.dynamic_subset_tuning(0.1)])
+    for definition, named in ((wrapped, True), (chained, False)):
+        before = train(definition, GRADIENTS[:2])
+        after = train(definition, GRADIENTS[2:3], optimizer=before)
+        found = WeightMetricsComputer().compute_metrics(GRADIENTS[2], State(before), State(after))
+        assert {"dst/subset_size", "dst/budget", "dst/entered", "dst/left", "dst/overlap"} <= found.keys()
+        assert ("dst/threshold/encoder/mlp/kernel" in found) == named
+        assert all(name.startswith("dst/") for name in found)

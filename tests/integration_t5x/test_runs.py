@@ -1,5 +1,6 @@
 """Whole runs of T5X: pre-training, DST from its checkpoints, resumption, meshes, evaluation."""
 
+import json
 import os
 import signal
 import time
@@ -22,6 +23,7 @@ pytestmark = [
 ]
 
 PRE, END, EVERY = 4, 10, 2
+DATA = runs.ROOT.parent / "shared" / "data"
 WAYS = {
     "wrapper": (runs.DST,),
     "chain": (runs.DST, "tests/integration_t5x/chain.gin"),
@@ -112,14 +114,14 @@ def test_resumption_is_exact(root, tuned, pretrained, way):
 def test_resumption_after_kill_while_saving_is_exact(root, tuned, pretrained):
     killed = root / "killed"
     files, bindings = runs.flags(killed, END, initial=pretrained["orbax"])
-    process = runs.start("train", files, bindings)
-    deadline = time.time() + 300
+    process = runs.start("train", files, bindings, root / "killed.log")
+    deadline = time.time() + 600
     while not list(killed.glob(f"checkpoint_{PRE + 2 * EVERY}*tmp*")):
         assert process.poll() is None
         assert time.time() < deadline
         time.sleep(0.001)
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.wait()
     assert not (killed / f"checkpoint_{PRE + 2 * EVERY}").exists()
     runs.train(killed, END, initial=pretrained["orbax"])
     runs.assert_same(
@@ -140,7 +142,8 @@ def test_on_a_mesh(root, pretrained):
     directory = root / "mesh"
     submesh = ["PjitPartitioner.num_partitions=None", "PjitPartitioner.model_parallel_submesh=(1, 2)"]
     files, bindings = runs.flags(directory, END, *submesh, initial=pretrained["orbax"])
-    runs.finish(runs.start("train", files, bindings, devices=8))
+    process = runs.start("train", files, bindings, root / "mesh.log", devices=8)
+    assert process.wait(timeout=900) == 0, (root / "mesh.log").read_text()[-6000:]
     seed = runs.model(runs.arrays(pretrained["orbax"]))
     assert runs.check_budget(seed, runs.model(runs.arrays(directory / f"checkpoint_{END}"))) > 0
     specs = runs.shardings(directory / f"checkpoint_{END}")
@@ -165,3 +168,42 @@ def test_export_before_the_first_step_asks_for_the_seed(tmp_path, tuned):
     with pytest.raises(ValueError, match="seed"):
         export.export(tuned("chain", "orbax") / f"checkpoint_{PRE}", tmp_path / "subset")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the real data in {DATA}")
+def test_cb_through_training_and_evaluation(root):
+    """The official CB with T5's vocabulary; a subset on its seed predicts what the tuned model does."""
+    vocabulary = f'seqio.SentencePieceVocabulary.sentencepiece_model_file="{DATA}/t5_vocab/spiece.model"'
+    data = [vocabulary, f'sources.JsonlSource.directory="{DATA}/superglue"']
+    small, own = "t5x/examples/t5/t5_1_1/small.gin", "tests/integration_t5x/cb.gin"
+
+    def train(name, steps, files, initial):
+        directory = f'MODEL_DIR="{root / name}"'
+        settings = [directory, f"TRAIN_STEPS={steps}", f"INITIAL_CHECKPOINT_PATH={initial}", "EVAL_STEPS=1"]
+        settings += ["BATCH_SIZE=8", f"EVAL_PERIOD={steps}", f"utils.SaveCheckpointConfig.period={steps}"]
+        runs.call("train", [small, "configs/t5x/superglue.gin", own, *files], [*settings, *data])
+        return root / name / f"checkpoint_{steps}"
+
+    def evaluate(checkpoint, name, *more):
+        files = [small, "t5x/configs/runs/eval.gin", "configs/t5x/superglue_tasks.gin", own]
+        where = [f'CHECKPOINT_PATH="{checkpoint}"', f'EVAL_OUTPUT_DIR="{root / name}"']
+        where += ['utils.DatasetConfig.split="validation"', *(b for b in more if "=" in b)]
+        runs.call("eval", [*files, *(f for f in more if "=" not in f)], [*where, *data])
+        found = (root / name / "inference_eval").glob("superglue_cb-0*.jsonl")
+        return [json.loads(line)["prediction"] for line in next(found).read_text().splitlines()]
+
+    seed = train("cb_seed", 4, (), "[]")
+    tuned = train("cb_tuned", 8, (runs.DST, "tests/integration_t5x/fast.gin"), f'"{seed}"')
+    before, after = (runs.model(runs.arrays(x)) for x in (seed, tuned))
+    assert runs.check_budget(before, after, 0.01) > 0
+    metrics = root / "cb_tuned" / "inference_eval" / "superglue_cb-metrics.jsonl"
+    assert {"accuracy", "f1"} <= set(json.loads(metrics.read_text().splitlines()[-1]))
+
+    export.export(root / "cb_tuned", root / "cb_subset")
+    want = evaluate(tuned, "cb_eval")
+    assert len(want) == 56
+    assert (
+        evaluate(seed, "cb_subset_eval", "configs/t5x/subset.gin", f'SUBSET="{root / "cb_subset"}"') == want
+    )
+    with pytest.raises(ValueError, match="fingerprint"):
+        evaluate(tuned, "cb_wrong_eval", "configs/t5x/subset.gin", f'SUBSET="{root / "cb_subset"}"')
