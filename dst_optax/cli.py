@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Example:
       >>> main(["--help"])
-      usage: dst-optax finetune | experiment | report | subset ...
+      usage: dst-optax finetune | plan | experiment | report | subset ...
       0
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -136,6 +136,17 @@ def _identity(config: str) -> str:
     return re.sub(rf"^(?:{free}) = .*\n(?:[ \t]+.*\n)*", "", config + "\n", flags=re.MULTILINE)
 
 
+def plan(arguments: Sequence[str]) -> int:
+    """Runs ``dst-optax plan``, see :mod:`dst_optax.tpu_plan`."""
+    from dst_optax import tpu_plan
+
+    try:
+        return tpu_plan.main(arguments)
+    except ValueError as error:
+        print(f"dst-optax plan: {error}", file=sys.stderr)
+        return 2
+
+
 def report(arguments: Sequence[str]) -> int:
     """Runs ``dst-optax report RUN... [--out=FILE]``."""
     runs = [argument for argument in arguments if not argument.startswith("-")]
@@ -164,6 +175,7 @@ def subset(arguments: Sequence[str]) -> int:
 
 COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "finetune": finetune,
+    "plan": plan,
     "experiment": experiment,
     "report": report,
     "subset": subset,

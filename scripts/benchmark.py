@@ -113,10 +113,8 @@ def counting(delta: jax.Array, guess: jax.Array, spread: jax.Array, m: int) -> s
         jnp.asarray(budget.limbs([m])),
         total,
         INFINITY,
-        guess,
-        spread,
-        guess | (1 << 30),
-        2.0**23,
+        selection.Guess(guess, spread, guess | (1 << 30)),
+        2**23,
         rowwise,
     )
 

@@ -49,13 +49,16 @@ def test_usage(capsys):
     assert "--gin_file" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", sorted(str(p.relative_to(cli.CONFIGS)) for p in cli.CONFIGS.rglob("*.gin")))
+CONFIGS = sorted(
+    str(p.relative_to(cli.CONFIGS)) for p in cli.CONFIGS.rglob("*.gin") if p.parent.name != "t5x"
+)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_parses_and_tells_what_it_is(name):
     gin = pytest.importorskip("gin")
     pytest.importorskip("seqio")
     path = cli.CONFIGS / name
-    if name.startswith("t5x/"):
-        pytest.importorskip("t5x")
     assert path.read_text().startswith("# ")
     gin.clear_config()
     gin.add_config_file_search_path(str(cli.CONFIGS))

@@ -15,7 +15,7 @@ from dst_optax import silos as silos_lib
 from dst_optax.finetuning import storage
 from dst_optax.finetuning.methods import Params
 from dst_optax.finetuning.methods.base import InPlace
-from dst_optax.transform import DynamicSubsetTuningState, states
+from dst_optax.state import DynamicSubsetTuningState, states
 
 
 @dataclass(frozen=True)
