@@ -119,7 +119,7 @@ def _run(function: Callable[..., Any], files: list[str], bindings: list[str], pa
         gin.add_config_file_search_path(path)
     try:
         gin.parse_config_files_and_bindings(files, bindings)
-        gin.get_configurable(function)(config=_without_run_dir(gin.config_str()))
+        gin.get_configurable(function)(config=_identity(gin.config_str()))
     except OSError as error:
         if "Unable to open file" in str(error):
             raise ValueError(f"{error}. Looked in {', '.join(['.', *paths, str(CONFIGS)])}.") from error
@@ -128,6 +128,12 @@ def _run(function: Callable[..., Any], files: list[str], bindings: list[str], pa
         print(stopped, file=sys.stderr)
         return 130
     return 0
+
+
+def _identity(config: str) -> str:
+    """The part of a configuration that a resumed command must repeat: it may ask for more runs."""
+    free = r".*\.run_dir|RUN_DIR|RNG_SEEDS|BUDGETS|LEARNING_RATES"
+    return re.sub(rf"^(?:{free}) = .*\n(?:[ \t]+.*\n)*", "", config + "\n", flags=re.MULTILINE)
 
 
 def plan(arguments: Sequence[str]) -> int:
@@ -139,10 +145,6 @@ def plan(arguments: Sequence[str]) -> int:
     except ValueError as error:
         print(f"dst-optax plan: {error}", file=sys.stderr)
         return 2
-
-
-def _without_run_dir(config: str) -> str:
-    return "\n".join(line for line in config.splitlines() if "RUN_DIR" not in line and "run_dir" not in line)
 
 
 def report(arguments: Sequence[str]) -> int:

@@ -23,6 +23,13 @@ def test_a_budget_is_a_binding():
     assert got[1] == ["NUM_FREE_PARAMS=1000", "FRACTION=0.1"]
 
 
+def test_a_resumed_command_may_ask_for_more_runs():
+    config = (
+        "A = 1\nBUDGETS = \\\n    [1,\n     2]\nB.run_dir = %RUN_DIR\nRUN_DIR = 'x'\nRNG_SEEDS = [0]\nC = 2"
+    )
+    assert cli._identity(config) == "A = 1\nC = 2\n"
+
+
 def test_experiments_are_named(capsys):
     assert cli.main(["experiment", "absent"]) == 2
     assert "score_vs_budget, subset_convergence" in capsys.readouterr().out
