@@ -249,7 +249,7 @@ def test_unresolved_counts_what_finalize_may_take_for_kept(scale, dtype, update_
 def test_unresolved_knows_of_updates_that_underflow():
     """Half-precision updates cannot take 2.9e-8 back, which finalize then takes for the kept 3e-8."""
     tx = optax.chain(optax.sgd(0.0), dst_optax.dynamic_subset_tuning(0.25))
-    params = jnp.array([3e-8, 2.9e-8, 2.9e-8, 2.9e-8])
+    params = -jnp.array([3e-8, 2.9e-8, 2.9e-8, 2.9e-8])
     state = dst_optax.reseed(tx.init(params), jnp.zeros(4))
     for _ in range(5):
         updates, state = tx.update(jnp.zeros(4, jnp.float16), state, params)
