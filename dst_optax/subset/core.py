@@ -376,8 +376,9 @@ def _merge(entries: Sequence[Entries], on_conflict: str) -> tuple[Entries, int]:
     conflicts = np.unique(np.repeat(np.arange(len(first)), counts)[differs])
     chosen = values[first + counts - 1] if on_conflict == "last" else values[first]
     if on_conflict == "mean" and len(conflicts):
-        means = np.add.reduceat(values.astype(np.float64), first) / counts
-        chosen[conflicts] = means[conflicts].astype(values.dtype)
+        with np.errstate(over="ignore", invalid="ignore"):
+            means = np.add.reduceat(values.astype(np.float64), first) / counts
+            chosen[conflicts] = means[conflicts].astype(values.dtype)
     seeds = [e.seed_values for e in entries if e.seed_values is not None]
     known = len(seeds) == len(entries)
     like = next((e for e in entries if e.seed_fingerprint is not None), entries[0])

@@ -245,6 +245,28 @@ def test_algebra_is_that_of_sets(x, y, z):
         assert subset.compose([a, b, c]).count == len(x | y | z)
 
 
+def test_composed_subsets_revert():
+    rng = np.random.default_rng(4)
+    seed = model(rng, shapes=[(30,), (4, 5)])
+    a, b = (subset.from_models(seed, perturbed(rng, seed, 0.4), with_seed_values=True) for _ in range(2))
+    for how in ("first", "last", "mean"):
+        both = subset.compose([a, b], how)
+        assert both.has_seed_values
+        assert same(both.revert(both.apply(seed)), seed)
+    assert not subset.compose([a, subset.from_models(seed, seed)], "first").has_seed_values
+
+
+def test_values_conflict_where_their_bits_differ():
+    seed = {"w": np.ones(3, np.float32)}
+    nan = np.array([0x7FC00001, 0x7FC00002], np.uint32).view(np.float32)
+    a = subset.from_models(seed, {"w": np.array([nan[0], nan[0], 0.0], np.float32)})
+    b = subset.from_models(seed, {"w": np.array([nan[0], nan[1], -0.0], np.float32)})
+    assert subset.collisions([a, b]) == {"w": 2}
+    composed = subset.compose([a, b], "last")
+    assert composed.metadata["collisions"] == {"w": 2}
+    assert same(composed["w"].values, b["w"].values)
+
+
 def test_compose_refuses_other_seeds():
     one = subset.from_models({"w": np.zeros(3, np.float32)}, {"w": np.ones(3, np.float32)})
     two = subset.from_models({"w": np.full(3, 2, np.float32)}, {"w": np.ones(3, np.float32)})

@@ -106,6 +106,15 @@ def test_models_are_mapped_not_read(disk):
         models.open_model(disk)
 
 
+@pytest.mark.parametrize("name", ["../b/model-00001-of-00002.safetensors", "/etc/passwd", 3])
+def test_an_index_names_no_files_elsewhere(disk, name):
+    index = disk / "seed" / models.INDEX
+    weights = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": {**weights, "scale": name}}))
+    with pytest.raises(SubsetError, match=models.INDEX):
+        models.open_model(disk / "seed")
+
+
 def test_documented_reader(tmp_path):
     root = pathlib.Path(__file__).parents[2]
     text = (root / "docs" / "subset_files.md").read_text()

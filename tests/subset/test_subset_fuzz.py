@@ -79,8 +79,8 @@ def test_random_streams():
     [
         (b"\xff\xff\xff\xff\x00", "ends after 5 bytes"),  # four billion bytes of unary numbers
         (b"\x01\x00\x00\x00\xff\x01", "a gap of 255 bits"),
-        (b"\x06\x00\x00\x00\x00\x00\x00\x00\x00\x00\x40", "a gap of 46 bits"),
-        (b"\x01\x00\x00\x00\x1e\x01\xff\xff\xff\x3f", "a gap of 1073741823 in"),
+        (b"\x06\x00\x00\x00\x00\x00\x00\x00\x00\x00\x20", "a gap of 45 bits"),
+        (b"\x01\x00\x00\x00\x1e\x01\xff\xff\xff\x3f", "the position 1073741823 in"),
         (b"\x01\x00\x00\x00\x08\x01", "ends after 6 bytes"),  # no low bits
         (b"\x01\x00\x00\x00\x00\x03", "has 2 positions"),
         (b"\x01\x00\x00\x00\x00\x00", "has 0 positions"),
@@ -91,3 +91,16 @@ def test_random_streams():
 def test_lying_streams(stream, message):
     with pytest.raises(SubsetError, match=message):
         gaps.decode(stream, 1, 1000)
+
+
+def test_nothing_is_allocated_for_a_count_alone():
+    with pytest.raises(SubsetError, match="cannot hold 1099511627776 positions"):
+        gaps.decode(bytes(1000), 2**40, 2**41)
+
+
+def test_the_largest_gaps_do_not_overflow():
+    """Two segments of the widest gaps, whose sum comes near 2**63."""
+    ones, widest = b"\xff" * (gaps.SEGMENT // 8), b"\xff" * (gaps.SEGMENT * gaps.MAX_WIDTH // 8)
+    segment = len(ones).to_bytes(4, "little") + bytes([gaps.MAX_WIDTH]) + ones + widest
+    with pytest.raises(SubsetError, match="the position 2305843009213693951 in"):
+        gaps.decode(segment * 2, 2 * gaps.SEGMENT, gaps.MAX_SIZE)
