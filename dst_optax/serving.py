@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dst_optax.subset import Subset, SubsetError, fingerprints, scatter, trees
 
@@ -77,7 +78,7 @@ class SubsetStore:
         """
         self._lock = threading.RLock()
         named = trees.named_leaves(seed_params, "the seed")
-        self._structure = {p: (tuple(x.shape), scatter.dtype_of(x)) for p, x in named.items()}
+        self._structure = {p: (tuple(x.shape), np.dtype(x.dtype)) for p, x in named.items()}
         self._fingerprints = dict(zip(named, fingerprints(named.values()), strict=True))
         self._params = {p: x if isinstance(x, jax.Array) else jnp.array(x) for p, x in named.items()}
         self._treedef = jax.tree.structure(trees.map_leaves(seed_params, self._params))

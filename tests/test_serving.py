@@ -1,10 +1,5 @@
-"""The store switches subsets bit for bit, in place, on any sharding, and stays whole when refused."""
+"""The store switches subsets bit for bit, in place, and stays whole when refused."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
 import threading
 
 import jax
@@ -196,64 +191,3 @@ def test_several_subsets_in_one_batch():
     for names in (["nope"], []):
         with pytest.raises(SubsetError):
             store.stack(names)
-
-
-def sharded_report():
-    """Run on eight devices: every operation on sharded models against one device."""
-    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-
-    rng = np.random.default_rng(0)
-    shapes = {"rows": (16, 6), "both": (8, 12), "columns": (3, 8), "replicated": (5,), "scalar": ()}
-    specs = {
-        "rows": ("x",),
-        "both": ("x", "y"),
-        "columns": (None, ("x", "y")),
-        "replicated": (),
-        "scalar": (),
-    }
-    seed = {p: np.asarray(rng.normal(size=s).astype(np.float32)) for p, s in shapes.items()}
-    tuned = {p: np.where(rng.random(x.shape) < 0.3, x + 1, x).astype(np.float32) for p, x in seed.items()}
-    expected = subset.from_models(seed, tuned, with_seed_values=True)
-    report = {}
-    for kind in (AxisType.Auto, AxisType.Explicit):
-        mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"), axis_types=(kind, kind))
-        put = lambda m, mesh=mesh: {  # noqa: E731
-            p: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*specs[p]))) for p, x in m.items()
-        }
-        found = subset.from_models(put(seed), put(tuned), with_seed_values=True)
-        checks = {
-            "extracted": all(
-                found[p].positions.tolist() == e.positions.tolist()
-                and same({p: found[p].values}, {p: e.values})
-                and found[p].seed_fingerprint == e.seed_fingerprint
-                for p, e in expected.items()
-            )
-        }
-        applied = found.apply(put(seed))
-        checks["applied"] = same(applied, tuned)
-        checks["kept"] = all(applied[p].sharding == x.sharding for p, x in put(seed).items())
-        checks["reverted"] = same(found.revert(applied), seed)
-        store = serving.SubsetStore(put(seed))
-        store.add("a", expected)
-        checks["served"] = all(
-            same(store.activate("a"), tuned) and same(store.deactivate(), seed) for _ in range(3)
-        )
-        checks["stays"] = all(store.params[p].sharding == x.sharding for p, x in put(seed).items())
-        report[kind.name] = checks
-    return {"devices": jax.device_count(), "report": report}
-
-
-@pytest.mark.slow
-def test_sharded_models():
-    root = pathlib.Path(__file__).parents[1]
-    env = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")]),
-    }
-    code = "import json, test_serving; print(json.dumps(test_serving.sharded_report()))"
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["devices"] == 8
-    assert all(all(checks.values()) for checks in found["report"].values()), found

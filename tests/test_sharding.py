@@ -2,19 +2,15 @@
 
 import functools
 import json
-import os
 import pathlib
-import socket
-import subprocess
-import sys
 
 import multiprocess_worker as worker
 import pytest
+from processes import finish, run_two, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sharding")]  # the reports are made once
 
 WORKER = pathlib.Path(worker.__file__)
-TIMEOUT = 600
 COUNTS = 7 * 8 * 2 * 4 * 2  # bytes: most silos of a rule x thresholds in a pass x limbs, twice
 PLACED = [("auto", rule) for rule in worker.RULES]
 PLACED += [("explicit", rule) for rule in worker.EXPLICIT_RULES]
@@ -23,31 +19,9 @@ PLACED += [(p, "strict") for p in ("replicated", "one_of_eight", "two")]
 SHARDED = [(p, rule) for p, rule in PLACED if p in ("auto", "explicit", "replicated", "two")]
 
 
-def start(devices, *arguments):
-    env = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": os.pathsep.join([str(WORKER.parents[1]), os.environ.get("PYTHONPATH", "")]),
-    }
-    command = [sys.executable, str(WORKER), *arguments]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(*processes):
-    try:
-        results = [p.communicate(timeout=TIMEOUT) for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    for p, (_, err) in zip(processes, results, strict=True):
-        assert p.returncode == 0, err[-4000:]
-    return [json.loads(out.splitlines()[-1]) for out, _ in results]
-
-
 @functools.cache
 def report(devices, kind):
-    (found,) = finish(start(devices, kind))
+    (found,) = finish(start(WORKER, devices, kind))
     assert found["devices"] == devices
     return found
 
@@ -94,10 +68,7 @@ def test_the_naive_quantile_is_caught():
 
 
 def test_two_processes_equal_one():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    found = finish(start(2, "process", port, "0"), start(2, "process", port, "1"))
+    found = run_two(WORKER, 2, "process")
     expected = report(1, "single")["runs"]["even"]
     for got in found:
         assert (got["devices"], got["processes"]) == (4, 2)

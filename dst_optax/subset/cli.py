@@ -10,13 +10,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dst_optax.subset import Subset, SubsetError, compose, files, from_models, gaps, models
+from dst_optax.subset import Subset, SubsetError, compose, files, from_models, gaps, models, peft
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Directory = Annotated[pathlib.Path, typer.Argument(help="Directory of a subset.")]
 Out = Annotated[pathlib.Path, typer.Option(help="Directory to write.")]
-Seed = Annotated[pathlib.Path, typer.Option(help="Safetensors file or directory, or Orbax checkpoint.")]
+Seed = Annotated[
+    pathlib.Path, typer.Option(help="Safetensors file or directory, or a T5X or Orbax checkpoint.")
+]
 
 
 def run(command: Callable[[], dict[str, Any]], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:
@@ -190,6 +192,26 @@ def _wrote(result: dict[str, Any]) -> None:
     print(f"{result['entries']} of {result['parameters']} entries; written to {result['out']}")
     if result.get("collisions"):
         table(["tensor", "collisions"], [list(item) for item in result["collisions"].items()])
+
+
+@app.command()
+def export_peft(
+    directory: Directory,
+    out: Out,
+    base_model: Annotated[str | None, typer.Option(help="Name or path of the seed for the adapter.")] = None,
+    not_linear: Annotated[
+        str, typer.Option(help="Regex of matrices that belong to no linear layer.")
+    ] = peft.EMBEDDINGS,
+    as_json: Json = False,
+) -> None:
+    """Write a SHiRA adapter for PEFT; the subset needs seed values, and entries in linear layers only."""
+
+    def command() -> dict[str, Any]:
+        found = Subset.load(directory)
+        peft.save_shira(found, out, base_model, not_linear)
+        return {"out": str(out), "entries": found.count, "parameters": found.size}
+
+    run(command, as_json, _wrote)
 
 
 @app.command()

@@ -194,7 +194,7 @@ class Subset(Mapping[str, Entries]):
           SubsetError: names the tensor and the difference.
         """
         named = trees.named_leaves(seed)
-        self.check_structure({p: (tuple(x.shape), scatter.dtype_of(x)) for p, x in named.items()})
+        self.check_structure({p: (tuple(x.shape), np.dtype(x.dtype)) for p, x in named.items()})
         if verify:
             known = [p for p, e in self.items() if e.seed_fingerprint is not None]
             self.check_fingerprints(dict(zip(known, fingerprints(named[p] for p in known), strict=True)))
@@ -322,7 +322,7 @@ def collisions(subsets: Sequence[Subset]) -> dict[str, int]:
       {'w': 1}
     """
     _check_same_seed(subsets)
-    found = {p: len(_merge([s[p] for s in subsets]).conflicts) for p in subsets[0]}
+    found = {p: _merge([s[p] for s in subsets], "first")[1] for p in subsets[0]}
     return {p: n for p, n in found.items() if n}
 
 
@@ -353,69 +353,41 @@ def compose(subsets: Sequence[Subset], on_conflict: str = "error") -> Subset:
     if on_conflict not in ("error", "first", "last", "mean"):
         raise SubsetError(f'on_conflict: got {on_conflict!r}; it is "error", "first", "last" or "mean".')
     _check_same_seed(subsets)
-    merged = {p: _merge([s[p] for s in subsets]) for p in subsets[0]}
-    found = {p: len(m.conflicts) for p, m in merged.items() if len(m.conflicts)}
+    merged = {p: _merge([s[p] for s in subsets], on_conflict) for p in subsets[0]}
+    found = {p: n for p, (_, n) in merged.items() if n}
     if found and on_conflict == "error":
         worst = max(found, key=lambda p: found[p])
         raise SubsetError(
             f"the subsets have different values for {sum(found.values())} entries, most of them "
             f'({found[worst]}) in {worst!r}; say which to take with on_conflict="first", "last" or "mean".'
         )
-    leaves = {p: m.resolve(on_conflict) for p, m in merged.items()}
+    leaves = {p: e for p, (e, _) in merged.items()}
     return Subset(leaves, {"collisions": found, "composed": [s.metadata for s in subsets]})
 
 
-@dataclasses.dataclass(frozen=True)
-class _Merged:
-    """Entries of several subsets side by side, ordered by position, then by subset."""
-
-    like: Entries
-    positions: np.ndarray  # (total,), with repetitions
-    values: np.ndarray  # (total,)
-    seeds: np.ndarray | None  # (total,)
-    starts: np.ndarray  # (unique,): first entry of each position
-    conflicts: np.ndarray  # indices into starts
-
-    def resolve(self, on_conflict: str) -> Entries:
-        at = self.starts
-        if on_conflict == "last":
-            at = np.append(self.starts, len(self.positions))[1:] - 1
-        values = self.values[at]
-        if on_conflict == "mean" and len(self.conflicts):
-            counts = np.diff(np.append(self.starts, len(self.positions)))
-            sums = np.add.reduceat(self.values.astype(np.float64), self.starts)
-            chosen = self.conflicts
-            values[chosen] = (sums[chosen] / counts[chosen]).astype(values.dtype)
-        return dataclasses.replace(
-            self.like,
-            positions=self.positions[self.starts],
-            values=values,
-            seed_values=None if self.seeds is None else self.seeds[self.starts],
-            seed_fingerprint=self.like.seed_fingerprint,
-        )
-
-
-def _merge(entries: Sequence[Entries]) -> _Merged:
+def _merge(entries: Sequence[Entries], on_conflict: str) -> tuple[Entries, int]:
+    """Several subsets' entries of one tensor as one, and how many positions have different values."""
     positions = np.concatenate([e.positions for e in entries])
-    order = np.argsort(positions, kind="stable")
-    positions = positions[order]
-    values = np.concatenate([e.values for e in entries])[order]
-    seeds = [e.seed_values for e in entries]
-    known = [s for s in seeds if s is not None]
-    same = np.zeros(len(positions), bool)
-    same[1:] = positions[1:] == positions[:-1]
-    differs = np.zeros(len(positions), bool)
-    differs[1:] = same[1:] & (trees.bits(values)[1:] != trees.bits(values)[:-1])
-    group = np.cumsum(~same) - 1
+    order = np.argsort(positions, kind="stable")  # of one position the first subset's entry comes first
+    positions, values = positions[order], np.concatenate([e.values for e in entries])[order]
+    first = np.flatnonzero(np.diff(positions, prepend=-1))
+    counts = np.diff(first, append=len(positions))
+    differs = trees.bits(values) != trees.bits(np.repeat(values[first], counts))
+    conflicts = np.unique(np.repeat(np.arange(len(first)), counts)[differs])
+    chosen = values[first + counts - 1] if on_conflict == "last" else values[first]
+    if on_conflict == "mean" and len(conflicts):
+        means = np.add.reduceat(values.astype(np.float64), first) / counts
+        chosen[conflicts] = means[conflicts].astype(values.dtype)
+    seeds = [e.seed_values for e in entries if e.seed_values is not None]
+    known = len(seeds) == len(entries)
     like = next((e for e in entries if e.seed_fingerprint is not None), entries[0])
-    return _Merged(
+    merged = dataclasses.replace(
         like,
-        positions,
-        values,
-        np.concatenate(known)[order] if len(known) == len(seeds) else None,
-        np.flatnonzero(~same),
-        np.unique(group[differs]),
+        positions=positions[first],
+        values=chosen,
+        seed_values=np.concatenate(seeds)[order][first] if known else None,
     )
+    return merged, len(conflicts)
 
 
 def _check_same_seed(subsets: Sequence[Subset]) -> None:

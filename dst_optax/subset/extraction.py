@@ -1,14 +1,16 @@
 """Making subsets: from a training run, or from any two models of one shape."""
 
-from collections.abc import Iterable
-from typing import Any
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dst_optax import distances, silos, transform
-from dst_optax.subset import scatter, trees
+from dst_optax import distances, transform
+from dst_optax.silos import FractionRules, LeafPlan, SiloPlan, Silos, make_plan
+from dst_optax.subset import trees
 from dst_optax.subset.core import Entries, Subset
 from dst_optax.subset.errors import SubsetError
 from dst_optax.subset.fingerprint import fingerprints
@@ -62,16 +64,16 @@ def extract(
                 "seed model as seed=."
             )
         seeds[path] = found
-    return _difference(seeds, tuned, with_seed_values, metadata)
+    return _subset(seeds, tuned, _differences(seeds, tuned), with_seed_values, metadata)
 
 
 def from_models(
     seed: Any,
     tuned: Any,
-    fraction_of_free_params: float | silos.FractionRules | None = None,
+    fraction_of_free_params: float | FractionRules | None = None,
     *,
     num_free_params: int | None = None,
-    silos: silos.Silos | None = None,
+    silos: Silos | None = None,
     distance: distances.Distance = distances.absolute,
     with_seed_values: bool = False,
     metadata: dict[str, Any] | None = None,
@@ -93,7 +95,7 @@ def from_models(
       The subset; the same on every process.
 
     Raises:
-      SubsetError: the models do not match, or an array spans processes and a fraction is given.
+      SubsetError: the models do not match.
 
     Example:
       >>> import numpy as np
@@ -106,32 +108,53 @@ def from_models(
       [1, 3]
     """
     seeds, tuneds = trees.named_leaves(seed, "the seed"), trees.named_leaves(tuned, "the tuned model")
-    if fraction_of_free_params is None and num_free_params is None:
-        return _difference(seeds, tuneds, with_seed_values, metadata)
-    for path, x in [*seeds.items(), *tuneds.items()]:
-        if isinstance(x, jax.Array) and not x.is_fully_addressable:
-            raise SubsetError(f"{path!r} spans processes; a fraction needs arrays that this process holds.")
-    full = _difference(seeds, tuneds, True, metadata)
-    kept = _largest(full, fraction_of_free_params, num_free_params, silos, distance)
-    if with_seed_values:
-        return kept
-    leaves = {p: Entries(e.shape, e.positions, e.values, None, e.seed_fingerprint) for p, e in kept.items()}
-    return Subset(leaves, kept.metadata)
+    parts = _differences(seeds, tuneds)
+    if fraction_of_free_params is not None or num_free_params is not None:
+        model = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in tuneds.items()}
+        plan = make_plan(model, silos, fraction_of_free_params, num_free_params)
+        parts = _largest(parts, plan, distance, _shared(tuneds))
+    return _subset(seeds, tuneds, parts, with_seed_values, metadata)
 
 
-def _difference(
-    seeds: dict[str, Any], tuned: dict[str, Any], with_seed_values: bool, metadata: dict[str, Any] | None
+class _Part(NamedTuple):
+    """The entries of a tensor that differ, as far as this process reads it."""
+
+    positions: np.ndarray  # (k,) int64
+    values: np.ndarray  # (k,)
+    before: np.ndarray  # (k,): the seed's values
+
+    def take(self, index: Any) -> "_Part":
+        return _Part(*(x[index] for x in self))
+
+
+def _shared(model: dict[str, Any]) -> bool:
+    """Whether the model spans processes, which then read a part each."""
+    return any(trees.spans_processes(x) for x in model.values())
+
+
+def _subset(
+    seeds: dict[str, Any],
+    tuned: dict[str, Any],
+    parts: dict[str, _Part],
+    with_seed_values: bool,
+    metadata: dict[str, Any] | None,
 ) -> Subset:
-    _check_models(seeds, tuned)
-    prints = fingerprints(seeds.values())
-    parts = {path: _local_difference(seeds[path], x) for path, x in tuned.items()}
-    if any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in tuned.values()):
+    if _shared(tuned):
         parts = _exchange(parts)
     leaves = {}
-    for (path, (positions, values, before)), fingerprint in zip(parts.items(), prints, strict=True):
-        shape = tuple(tuned[path].shape)
-        leaves[path] = Entries(shape, positions, values, before if with_seed_values else None, fingerprint)
+    prints = fingerprints(seeds[path] for path in parts)
+    for (path, part), fingerprint in zip(parts.items(), prints, strict=True):
+        before = part.before if with_seed_values else None
+        leaves[path] = Entries(tuple(tuned[path].shape), part.positions, part.values, before, fingerprint)
     return Subset(leaves, dict(metadata or {}))
+
+
+def _differences(seeds: dict[str, Any], tuned: dict[str, Any]) -> dict[str, _Part]:
+    _check_models(seeds, tuned)
+    parts = {path: _local_difference(seeds[path], x) for path, x in tuned.items()}
+    if _shared(tuned) and jax.process_index() > 0:  # arrays that do not span processes count once
+        parts = {p: x if trees.spans_processes(tuned[p]) else x.take(slice(0)) for p, x in parts.items()}
+    return parts
 
 
 def _check_models(seeds: dict[str, Any], tuned: dict[str, Any]) -> None:
@@ -140,124 +163,136 @@ def _check_models(seeds: dict[str, Any], tuned: dict[str, Any]) -> None:
             owner = "tuned model" if path not in tuned else "seed"
             raise SubsetError(f"the {owner} lacks {path!r}.")
         a, b = seeds[path], tuned[path]
-        if tuple(a.shape) != tuple(b.shape) or scatter.dtype_of(a) != scatter.dtype_of(b):
+        if tuple(a.shape) != tuple(b.shape) or np.dtype(a.dtype) != np.dtype(b.dtype):
             raise SubsetError(
                 f"{path!r} is {a.dtype}{list(a.shape)} in the seed, "
                 f"{b.dtype}{list(b.shape)} in the tuned model."
             )
 
 
-_Part = tuple[np.ndarray, np.ndarray, np.ndarray]  # positions, tuned values, seed values
-
-
 def _local_difference(seed: Any, tuned: Any) -> _Part:
-    """Differing entries of the boxes that this process reads."""
-    shape = tuple(tuned.shape)
-    found: list[_Part] = []
-    for (data, start), before in zip(trees.boxes(tuned), _like_boxes(seed, tuned), strict=True):
+    shape, nothing = tuple(tuned.shape), np.empty(0, np.dtype(tuned.dtype))
+    found = [_Part(np.empty(0, np.int64), nothing, nothing)]
+    for data, before, start in _boxes(seed, tuned):
         local = np.flatnonzero((trees.bits(data) != trees.bits(before)).reshape(-1))
         where = trees.to_whole(local, data.shape, start, shape)
-        found.append((where, data.reshape(-1)[local], before.reshape(-1)[local]))
-    if len(found) == 1:
-        return found[0]
-    nothing = np.empty(0, scatter.dtype_of(tuned))
-    return _sorted(found or [(np.empty(0, np.int64), nothing, nothing)])
+        found.append(_Part(where, data.reshape(-1)[local], before.reshape(-1)[local]))
+    return _merged(found)
 
 
-def _like_boxes(seed: Any, tuned: Any) -> Iterable[np.ndarray]:
-    """The seed's entries in the boxes of ``tuned``."""
+def _boxes(seed: Any, tuned: Any) -> Iterator[tuple[np.ndarray, np.ndarray, tuple[int, ...]]]:
+    """The boxes of ``tuned`` that this process reads, the seed's entries there, and where they start."""
     if isinstance(tuned, jax.Array) and isinstance(seed, jax.Array):
         if not seed.sharding.is_equivalent_to(tuned.sharding, tuned.ndim):
             seed = jax.device_put(seed, tuned.sharding)
-        return (data for data, _ in trees.boxes(seed))
+        for (data, start), (before, _) in zip(trees.boxes(tuned), trees.boxes(seed), strict=True):
+            yield data, before, start
+        return
     seed = np.asarray(seed)
-    return (
-        seed[tuple(slice(s, s + n) for s, n in zip(start, data.shape, strict=True))]
-        for data, start in trees.boxes(tuned)
-    )
+    for data, start in trees.boxes(tuned):
+        yield data, seed[tuple(slice(s, s + n) for s, n in zip(start, data.shape, strict=True))], start
 
 
-def _sorted(parts: list[_Part]) -> _Part:
-    positions, values, before = (np.concatenate(x) for x in zip(*parts, strict=True))
-    order = np.argsort(positions)
-    return positions[order], values[order], before[order]
+def _merged(parts: Sequence[_Part]) -> _Part:
+    """Parts of one tensor as one, sorted by position."""
+    filled = [part for part in parts if len(part.positions)]
+    if len(filled) < 2:
+        return next(iter(filled), parts[0])
+    whole = _Part(*(np.concatenate(x) for x in zip(*filled, strict=True)))
+    return whole.take(np.argsort(whole.positions))
 
 
 def _exchange(parts: dict[str, _Part]) -> dict[str, _Part]:
-    """Every process's entries, on every process."""
+    """Every process's entries, on every process; one tensor at a time."""
+    lengths = _gathered(np.array([len(part.positions) for part in parts.values()], np.uint32))
+    whole = {}
+    for (path, part), counts in zip(parts.items(), lengths.T.tolist(), strict=True):
+        received = []
+        for x in part if max(counts) else ():
+            rows = np.zeros((max(counts), x.itemsize), np.uint8)
+            rows[: len(x)] = x.view(np.uint8).reshape(-1, x.itemsize)
+            received.append(
+                [r[:n].reshape(-1).view(x.dtype) for r, n in zip(_gathered(rows), counts, strict=True)]
+            )
+        whole[path] = _merged([_Part(*x) for x in zip(*received, strict=True)] or [part])
+    return whole
+
+
+def _gathered(x: np.ndarray) -> np.ndarray:
+    """What each process has, one after another."""
     from jax.experimental import multihost_utils
 
-    blob = b"".join(a.tobytes() for part in parts.values() for a in part)
-    counts = np.array([len(part[0]) for part in parts.values()], np.uint32)
-    all_counts = np.asarray(multihost_utils.process_allgather(counts)).astype(np.int64)
-    lengths = [
-        sum(int(n) * (8 + 2 * part[1].itemsize) for n, part in zip(row, parts.values(), strict=True))
-        for row in all_counts
-    ]
-    filled = np.zeros(max(lengths), np.uint8)
-    filled[: len(blob)] = np.frombuffer(blob, np.uint8)
-    blobs = np.asarray(multihost_utils.process_allgather(filled))
-    found: dict[str, list[_Part]] = {path: [] for path in parts}
-    for row, received in zip(all_counts, blobs, strict=True):
-        at, memory = 0, received.tobytes()
-        for count, (path, part) in zip(row.tolist(), parts.items(), strict=True):
-            arrays = []
-            for dtype in (np.dtype(np.int64), part[1].dtype, part[1].dtype):
-                arrays.append(np.frombuffer(memory, dtype, count, at))
-                at += count * dtype.itemsize
-            found[path].append((arrays[0], arrays[1], arrays[2]))
-    return {path: _sorted(p) for path, p in found.items()}
+    return np.asarray(multihost_utils.process_allgather(x))
 
 
 def _largest(
-    full: Subset,
-    fraction: float | silos.FractionRules | None,
-    num_free_params: int | None,
-    rule: silos.Silos | None,
-    distance: distances.Distance,
-) -> Subset:
+    parts: dict[str, _Part], plan: SiloPlan, distance: distances.Distance, shared: bool
+) -> dict[str, _Part]:
     """Of every silo the entries whose distance exceeds that of the first one over the budget."""
-    model = {path: jax.ShapeDtypeStruct(e.shape, e.dtype) for path, e in full.items()}
-    plan = silos.make_plan(model, rule, fraction, num_free_params)
-    assert plan.budgets is not None
-    keys = {path: _keys(e, distance) for path, e in full.items()}
-    owners = {leaf.path: _owners(leaf, full[leaf.path]) for leaf in plan.leaves}
+    widest = _wide(*(part.values.dtype for part in parts.values()))
+    keys = {path: _keys(x, distance, widest) for path, x in parts.items()}
+    owners = {leaf.path: _owners(leaf, parts[leaf.path].positions) for leaf in plan.leaves}
     members: list[list[np.ndarray]] = [[] for _ in plan.sizes]
     for path, key in keys.items():
         for silo in np.unique(owners[path]).tolist():
-            members[silo].append(key[np.broadcast_to(owners[path] == silo, key.shape)])
-    thresholds = np.array([_threshold(*x) for x in zip(members, plan.sizes, plan.budgets, strict=True)])
-    leaves = {}
-    for path, e in full.items():
-        t = thresholds[owners[path]]
-        odd = ~np.isfinite(e.values.astype(np.float32)) & np.isfinite(t)  # passes outside the ranking
-        leaves[path] = e.take(np.flatnonzero((keys[path] > t) | odd))
-    return Subset(leaves, full.metadata)
+            members[silo].append(key[owners[path] == silo])
+    budgets, sizes = np.array(plan.budgets), np.array(plan.sizes)
+    nothing, top = _ordered(np.empty(0, widest)), _ordered(np.full((), np.inf, widest))
+    ordered = [np.sort(np.concatenate([nothing, *x])) for x in members]
+    found = _thresholds(ordered, top, budgets, shared)
+    found[budgets == sizes] = -1
+    kept = {}
+    for path, part in parts.items():
+        silo = owners[path]
+        odd = ~np.isfinite(part.values.astype(np.float32)) & (budgets[silo] > 0)  # passes outside the ranking
+        kept[path] = part.take(np.flatnonzero((keys[path] > found[silo]) | odd))
+    return kept
 
 
-def _keys(e: Entries, distance: distances.Distance) -> np.ndarray:
-    """Distances, widened; 0 where the tuned value is not finite."""
-    assert e.seed_values is not None
-    wide = np.float64 if e.dtype == np.float64 else np.float32
-    before, after = e.seed_values.astype(wide), e.values.astype(wide)
+def _wide(*dtypes: np.dtype) -> np.dtype:
+    return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
+
+
+def _keys(part: _Part, distance: distances.Distance, widest: np.dtype) -> np.ndarray:
+    """Distances as integers of the same order; 0 where the tuned value is not finite."""
+    wide = _wide(part.values.dtype)
+    before, after = part.before.astype(wide), part.values.astype(wide)
     key = np.asarray(distance(jnp.asarray(before), jnp.asarray(after), jnp.asarray(before)))
-    return np.where(np.isfinite(after), np.where(np.isnan(key), np.inf, key), 0)
+    key = np.where(np.isfinite(after), np.where(np.isnan(key), np.inf, key), 0)
+    return _ordered(key.astype(widest))
 
 
-def _owners(leaf: silos.LeafPlan, e: Entries) -> Any:
-    """The silo of each entry, or one silo for all."""
+def _ordered(x: np.ndarray) -> np.ndarray:
+    """Non-negative floats as integers of the same order."""
+    return (x + x.dtype.type(0)).view(f"i{x.itemsize}")  # -0.0 + 0.0 is 0.0
+
+
+def _owners(leaf: LeafPlan, positions: np.ndarray) -> np.ndarray:
+    """The silo of each entry."""
     if leaf.axis is None:
-        return np.int64(leaf.silos[0])
-    inner = int(np.prod(e.shape[leaf.axis + 1 :]))
-    return np.asarray(leaf.silos)[e.positions // inner % e.shape[leaf.axis]]
+        return np.full(len(positions), leaf.silos[0])
+    inner = math.prod(leaf.shape[leaf.axis + 1 :])
+    return np.array(leaf.silos)[positions // inner % leaf.shape[leaf.axis]]
 
 
-def _threshold(parts: list[np.ndarray], size: int, budget: int) -> float:
-    if budget == size:
-        return -np.inf
-    if budget == 0:
-        return np.inf
-    key = np.concatenate(parts) if parts else np.empty(0)
-    if len(key) <= budget:
-        return 0.0
-    return float(np.partition(key, len(key) - budget - 1)[len(key) - budget - 1])
+def _thresholds(
+    members: Sequence[np.ndarray], top: np.ndarray, budgets: np.ndarray, shared: bool
+) -> np.ndarray:
+    """The smallest key of each silo that no more entries exceed than its budget, found by bisection.
+
+    Args:
+      members: keys of each silo, sorted, none negative; this process's where ``shared``.
+      top: no key is larger.
+      budgets: (silos,) int64.
+      shared: whether to count over all processes.
+    """
+    low, high = np.full(len(members), -1, top.dtype), np.full(len(members), top)
+    while (high - low > 1).any():
+        middle = low + (high - low) // 2
+        above = np.array(
+            [len(x) - np.searchsorted(x, t, "right") for x, t in zip(members, middle, strict=True)]
+        )
+        if shared:
+            above = _gathered(above.astype(np.uint32)).sum(0, dtype=np.int64)
+        low, high = np.where(above <= budgets, low, middle), np.where(above <= budgets, middle, high)
+    return high

@@ -14,8 +14,8 @@ import pathlib
 import re
 import secrets
 import stat
-import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ml_dtypes
@@ -106,23 +106,15 @@ def load(directory: str | os.PathLike[str]) -> Subset:
     source = pathlib.Path(directory)
     config = parse_config(read_file(source / CONFIG, MAX_CONFIG))
     content = read_file(source / TENSORS)
-    digest = config["sha256"][TENSORS]
-    checked: list[bool] = []
-    checker = threading.Thread(
-        target=lambda: checked.append(hashlib.sha256(content).hexdigest() == digest), daemon=True
-    )
-    checker.start()
-    try:
-        subset = parse(config, content)
-    except SubsetError as e:
-        checker.join()
-        if not checked[0]:
-            raise SubsetError(f"{source / TENSORS} is damaged: {e} Its checksum does not match.") from e
-        raise SubsetError(f"{source / TENSORS}: {e}") from e
-    checker.join()
-    if not checked[0]:
-        raise SubsetError(f"{source / TENSORS} is damaged: its checksum is not the one in {CONFIG}.")
-    return subset
+    with ThreadPoolExecutor(1) as pool:  # hashing and decoding run side by side
+        digest = pool.submit(lambda: hashlib.sha256(content).hexdigest())
+        try:
+            return parse(config, content)
+        except SubsetError as e:
+            raise SubsetError(f"{source / TENSORS}: {e}") from e
+        finally:
+            if digest.result() != config["sha256"][TENSORS]:
+                raise SubsetError(f"{source / TENSORS} is damaged: its checksum is not the one in {CONFIG}.")
 
 
 def parse_config(content: bytes) -> dict[str, Any]:

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dst_optax.subset import trees
+
 _A = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)
 _B = (0x165667B1, 0xD3A2646D, 0xFD7046C5, 0xB55A4F09)
 _C = (0x2C1B3C6D, 0x297A2D39, 0xAC4C1B51, 0x31848BAB)
@@ -58,7 +60,7 @@ def fingerprints(arrays: Iterable[Any]) -> Iterator[str]:
     Yields:
       32 hexadecimal digits for each.
     """
-    pending = [(_salt(x.dtype, x.shape), _partial(x), _spans_processes(x)) for x in arrays]
+    pending = [(_salt(x.dtype, x.shape), _partial(x), trees.spans_processes(x)) for x in arrays]
     if any(spans for _, _, spans in pending):
         from jax.experimental import multihost_utils
 
@@ -69,10 +71,6 @@ def fingerprints(arrays: Iterable[Any]) -> Iterator[str]:
     for i, (salt, partial, spans) in enumerate(pending):
         lanes = total[i] if spans and total is not None else np.asarray(partial)
         yield (lanes + salt).astype(">u4").tobytes().hex()
-
-
-def _spans_processes(x: Any) -> bool:
-    return isinstance(x, jax.Array) and not x.is_fully_addressable
 
 
 def _salt(dtype: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,38 +1,31 @@
-"""Sorted positions as gaps in Rice code, a few per cent above the entropy of random positions.
+"""Sorted positions as gaps, a few per cent above the entropy of random positions.
 
-A position is the gap to its predecessor: the number of entries skipped, ``p[i] - p[i-1] - 1``. Blocks of
-128 gaps share a parameter r, chosen per block, so that clustered positions code smaller. The r low bits
-of a gap are stored as they are, the rest ``q = gap >> r`` in unary: q zero bits and a one. A q of 16 or
-more is written as 16, and what exceeds 16 as an *escape* of 32 bits, so that a jump between clusters
-costs 48 bits at most.
+A position is the gap to its predecessor: the number of entries skipped, ``g = p[i] - p[i-1] - 1``. With a
+parameter r, ``g + 2**r`` has ``w >= r`` bits below its highest one. ``w - r`` is stored in unary, that many
+zero bits and a one, then come the w bits: 1 + r bits for a gap below 2**r, two more for each doubling
+beyond. A jump between clusters costs little, so clustered positions code smaller.
 
-The stream is a sequence of segments of 131072 gaps (the last is shorter). All numbers are
-little-endian, all bit strings start at the lowest bit of their first byte. A segment of k gaps is
+The stream is a sequence of segments of 131072 gaps (the last is shorter). All numbers are little-endian, all
+bit strings start at the lowest bit of their first byte and are padded to a byte. A segment of k gaps is
 
-  ====================  ==========================================================================
-  ``uint32``            bytes of the unary part
-  ``uint8[ceil(k/128)]``  r of each block, at most 30
-  low bits              for each r in use, ascending: the low bits of its blocks, in order, r bits
-                        each, without space between blocks, padded to a byte
-  unary part            k ones and the zeros before them, padded to a byte
-  ``uint32[...]``       escapes, in order
-  ====================  ==========================================================================
+  ==========  ===============================================
+  ``uint32``  bytes of the unary part
+  ``uint8``   r
+  unary part  k ones and the zeros before them
+  low bits    w bits of each gap, lowest first, without space
+  ==========  ===============================================
 
 References:
-  Rice, Plaunt, *Adaptive variable-length coding for efficient compression of spacecraft television
-  data*, IEEE Trans. Comm. 19(6), 1971. Zukowski et al., *Super-scalar RAM-CPU cache compression*
-  (blocks with exceptions), ICDE 2006.
+  Teuhola, *A compression method for clustered bit-vectors*, Information Processing Letters 7(6), 1978.
 """
 
 import numpy as np
 
 from dst_optax.subset.errors import SubsetError
 
-BLOCK = 128
-SEGMENT = 1024 * BLOCK
-LONGEST = 16  # unary numbers from here on have an escape
-MAX_RICE = 30
-MAX_SIZE = 2**45  # entries of a tensor: sums of gaps stay exact in int64
+SEGMENT = 2**17
+MAX_WIDTH = 45
+MAX_SIZE = 2**MAX_WIDTH  # entries of a tensor: sums of a segment's gaps stay exact in int64
 
 
 def position_dtype(size: int) -> np.dtype:
@@ -57,13 +50,11 @@ def encode(positions: np.ndarray) -> bytes:
       [3, 7, 8]
     """
     parts: list[bytes] = []
-    before = -1
+    last = -1
     for start in range(0, len(positions), SEGMENT):
         part = positions[start : start + SEGMENT].astype(np.int64)
-        gaps = np.diff(part, prepend=before)
-        gaps -= 1
-        before = part[-1]
-        parts += _encode_segment(gaps)
+        parts += _encode_segment(np.diff(part, prepend=last) - 1)
+        last = part[-1]
     return b"".join(parts)
 
 
@@ -122,120 +113,68 @@ class _Reader:
 
 
 def _encode_segment(gaps: np.ndarray) -> list[bytes]:
-    count = len(gaps)
-    rice, blocks = _choose_rice(gaps)
-    high = (blocks >> rice[:, None]).reshape(-1)[:count]
-    escaped = high >= LONGEST
-    escapes = (high[escaped] - LONGEST).astype("<u4")
-    ends = np.minimum(high, LONGEST)
-    ends += 1
-    np.cumsum(ends, out=ends)
-    unary = np.zeros(int(ends[-1]), bool)
+    r = _best_parameter(gaps)
+    values = gaps + 2**r
+    widths = _log2(values)
+    ends = np.cumsum(widths - (r - 1))
+    unary = np.zeros(ends[-1], bool)
     unary[ends - 1] = True
-    low = []
-    for r, chosen, length in _classes(rice, count):
-        mask = np.int64((1 << r) - 1)
-        low.append(_pack((blocks[chosen] & mask).reshape(-1), r)[: -(-length * r // 8)].tobytes())
     packed = np.packbits(unary, bitorder="little").tobytes()
-    return [
-        len(packed).to_bytes(4, "little"),
-        rice.astype(np.uint8).tobytes(),
-        *low,
-        packed,
-        escapes.tobytes(),
-    ]
+    return [len(packed).to_bytes(4, "little"), bytes([r]), packed, _pack(values, widths)]
 
 
 def _decode_segment(reader: _Reader, count: int, size: int) -> np.ndarray:
     """Distances of each position from the one before, (count,) int64."""
-    unary_bytes = int(reader.take(4).view("<u4")[0])
-    blocks = -(-count // BLOCK)
-    rice = reader.take(blocks).astype(np.int64)
-    if rice.max() > MAX_RICE:
-        raise SubsetError(f"the stream has a Rice parameter of {rice.max()}; at most {MAX_RICE} is allowed.")
-    low = np.empty((blocks, BLOCK), np.uint32)
-    for r, chosen, length in _classes(rice, count):
-        low[chosen] = _unpack(reader.take(-(-length * r // 8)), r, low[chosen].shape)
-    if unary_bytes > -(-count * (LONGEST + 1) // 8):
-        raise SubsetError(f"the stream has a unary part of {unary_bytes} bytes for {count} positions.")
+    unary_bytes, r = int(reader.take(4).view("<u4")[0]), int(reader.take(1)[0])
     ones = np.flatnonzero(np.unpackbits(reader.take(unary_bytes), bitorder="little").view(bool))
     if len(ones) != count or ones[-1] // 8 != unary_bytes - 1:
         raise SubsetError(f"the stream has {len(ones)} positions in a segment of {count}.")
-    steps = np.zeros((blocks, BLOCK), np.int64)
-    high = steps.reshape(-1)[:count]
-    np.subtract(ones[1:], ones[:-1] + 1, out=high[1:])
-    high[0] = ones[0]
-    longest = high.max()
-    if longest >= LONGEST:
-        if longest > LONGEST:
-            raise SubsetError(f"the stream has a unary number of {longest}; at most {LONGEST} is allowed.")
-        escaped = np.flatnonzero(high == LONGEST)
-        high[escaped] += reader.take(4 * len(escaped)).view("<u4")
-    steps <<= rice[:, None]
-    steps += low
-    if high.max() >= size:
-        raise SubsetError(f"the stream has a gap of {high.max()} in a tensor of {size} entries.")
-    high += 1
-    return high
+    widths = np.diff(ones, prepend=-1)
+    widths += r - 1
+    if widths.max() > MAX_WIDTH:
+        raise SubsetError(f"the stream has a gap of {widths.max()} bits; at most {MAX_WIDTH} are allowed.")
+    ends = np.cumsum(widths)
+    low = np.append(reader.take(-(-int(ends[-1]) // 8)), np.zeros(8, np.uint8))
+    steps = _unpack(low, ends - widths, widths)
+    steps += np.left_shift(1, widths, out=widths)
+    steps -= 2**r - 1
+    if steps.max() > size:
+        raise SubsetError(f"the stream has a gap of {steps.max() - 1} in a tensor of {size} entries.")
+    return steps
 
 
-def _choose_rice(gaps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The best of three parameters for each block, and the gaps padded with zeros to whole blocks."""
-    count = len(gaps)
-    padding = -count % BLOCK
-    blocks = np.pad(gaps, (0, padding)).reshape(-1, BLOCK)
-    lengths = np.full(len(blocks), BLOCK)
-    lengths[-1] -= padding
-    exponents = (blocks + 1).astype(np.float32).view(np.int32) >> 23
-    octaves = np.sum(exponents - 127, axis=1) / lengths  # mean of floor(log2(gap + 1)), hardly moved by jumps
-    middle = np.clip(np.round(octaves + 0.8).astype(np.int64), 1, MAX_RICE - 1)
-    needed = int(gaps.max()).bit_length() - 32  # an escape has 32 bits
-    candidates = np.maximum(middle + np.array([[-1], [0], [1]]), needed)
-    costs = []
-    for rice in candidates:
-        high = blocks >> rice[:, None]
-        bits = np.sum(np.minimum(high, LONGEST), axis=1) + 32 * np.count_nonzero(high >= LONGEST, axis=1)
-        costs.append(bits + rice * lengths)
-    return np.take_along_axis(candidates, np.argmin(costs, axis=0)[None], axis=0)[0], blocks
+def _best_parameter(gaps: np.ndarray) -> int:
+    """The r with the fewest bits, if gaps are spread evenly within each octave [2**k - 1, 2**(k+1) - 1)."""
+    counts = np.bincount(_log2(gaps + 1), minlength=MAX_WIDTH + 1)
+    r = np.arange(MAX_WIDTH + 1)
+    k = r[:, None]
+    zeros = np.where(k < r, 0, k - r + (2.0**r - 1) / 2.0**k)  # mean of w - r in octave k
+    return int(np.argmin(2 * counts @ zeros + r * len(gaps)))
 
 
-def _classes(rice: np.ndarray, count: int) -> list[tuple[int, slice | np.ndarray, int]]:
-    """For each parameter in use: it, its blocks, and how many of their entries are real."""
-    padding = len(rice) * BLOCK - count
-    used = np.flatnonzero(np.bincount(rice)).tolist()
-    if len(used) == 1:
-        return [(used[0], slice(None), count)]
-    found = []
-    for r in used:
-        chosen = np.flatnonzero(rice == r)
-        found.append((r, chosen, len(chosen) * BLOCK - (padding if rice[-1] == r else 0)))
-    return found
+def _log2(x: np.ndarray) -> np.ndarray:
+    """Base-2 logarithms of positive integers below 2**53, rounded down."""
+    return (x.astype(np.float64).view(np.int64) >> 52) - 1023
 
 
-def _pack(values: np.ndarray, r: int) -> np.ndarray:
-    """Writes values of r bits one after another; a multiple of eight of them."""
-    columns = np.ascontiguousarray(values.reshape(-1, 8).T)
-    out = np.zeros((len(values) // 8, r), np.uint8)
-    for j, column in enumerate(columns):
-        for byte in range(j * r // 8, -(-(j + 1) * r // 8)):
-            shift = 8 * byte - j * r
-            piece = column >> shift if shift >= 0 else column << -shift
-            out[:, byte] |= piece.astype(np.uint8)
-    return out.reshape(-1)
+def _pack(values: np.ndarray, widths: np.ndarray) -> bytes:
+    """The lowest bits of each value, one after another."""
+    ends = np.cumsum(widths)
+    starts = ends - widths
+    word, shift = starts >> 6, (starts & 63).astype(np.uint64)
+    bits = (values & (1 << widths) - 1).view(np.uint64)
+    first = np.flatnonzero(np.diff(word, prepend=-1))  # every word but the last has a value that starts in it
+    last = np.append(first[1:], len(word)) - 1
+    out = np.zeros(word[-1] + 2, "<u8")
+    out[:-1] = np.add.reduceat(bits << shift, first)
+    out[1:] += bits[last] >> np.uint64(1) >> np.uint64(63) - shift[last]  # what the last one has beyond
+    return out.tobytes()[: -(-int(ends[-1]) // 8)]
 
 
-def _unpack(packed: np.ndarray, r: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Reads values of r bits, as many as ``shape`` holds; missing bytes count as zero."""
-    out = np.zeros(shape, np.uint32)
-    if r == 0:
-        return out
-    groups = out.size // 8
-    padded = np.zeros(groups * r + 8, np.uint8)
-    padded[: len(packed)] = packed
-    word = np.dtype("<u4" if r <= 25 else "<u8")
-    columns = out.reshape(-1, 8)
-    for j in range(8):  # value j of each group of eight starts at bit j * r of r bytes
-        words = np.ndarray((groups,), word, padded, offset=j * r // 8, strides=(r,))
-        np.right_shift(words, word.type(j * r % 8), out=columns[:, j], casting="unsafe")
-    out &= np.uint32((1 << r) - 1)
+def _unpack(packed: np.ndarray, starts: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """Reads values of up to 57 bits, (k,) int64; eight bytes must follow the start of the last."""
+    words = np.ndarray(len(packed) - 7, "<i8", packed, strides=(1,))  # one from every byte on
+    out = words.take(starts >> 3)
+    out >>= starts & 7
+    out &= (1 << widths) - 1
     return out

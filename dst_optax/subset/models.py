@@ -1,6 +1,6 @@
-"""Models on disk as mappings from a path to a numpy array, and tuned models written back.
+"""Models on disk as mappings from a path to an array, and tuned models written as safetensors.
 
-Safetensors are mapped into memory, so a model larger than memory can be read tensor by tensor.
+Arrays are read when they are used, so a model larger than memory can be read tensor by tensor.
 """
 
 import json
@@ -10,12 +10,11 @@ import pathlib
 import secrets
 import shutil
 import struct
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from dst_optax.subset import files, trees
+from dst_optax.subset import checkpoints, files
 from dst_optax.subset.core import Subset
 from dst_optax.subset.errors import SubsetError
 
@@ -26,33 +25,41 @@ def open_model(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The tensors of a model on disk, by path.
 
     Args:
-      path: a safetensors file; a Hugging Face directory of one or several; or an Orbax checkpoint (as T5X
-        writes it too), which needs ``orbax-checkpoint`` and of which ``target`` or ``params`` is taken.
+      path: a safetensors file; a Hugging Face directory of one or several; an Orbax checkpoint; or a T5X
+        checkpoint, old (msgpack and zarr) or new. Of checkpoints, what lies under ``target`` or ``params``
+        is taken; they need ``orbax-checkpoint``, or ``msgpack`` and ``tensorstore``.
 
     Returns:
-      Read-only arrays; those of safetensors are read when they are used.
+      Read-only arrays, or what ``numpy.asarray`` makes one.
 
     Raises:
       SubsetError: there is no model of a known kind.
     """
     source = pathlib.Path(path)
-    if source.is_file() or list(source.glob("*.safetensors")):
+    if shards := shard_files(source):
         found: dict[str, Any] = {}
-        for file in shard_files(source):
-            for name, x in _open_safetensors(file).items():
+        for file in shards:
+            for name, x in _open_safetensors(file)[1].items():
                 if name in found:
                     raise SubsetError(f"{source}: two files hold the tensor {name!r}.")
                 found[name] = x
         return found
-    if any((source / marker).exists() for marker in ("_METADATA", "_CHECKPOINT_METADATA", "checkpoint")):
-        return _open_orbax(source)
-    raise SubsetError(f"{source} is no safetensors file or directory, and no Orbax checkpoint.")
+    try:
+        for directory in (source, source / "state"):  # T5X's is in ``state``
+            if (directory / "_METADATA").exists():
+                return checkpoints.open_orbax(directory)
+        for file in (source, source / "checkpoint"):
+            if file.is_file():
+                return checkpoints.open_legacy(file)
+    except ModuleNotFoundError as e:
+        raise SubsetError(f"{source} is a checkpoint; to read it, pip install {e.name}.") from e
+    raise SubsetError(f"{source} is no safetensors file or directory, and no T5X or Orbax checkpoint.")
 
 
 def shard_files(source: pathlib.Path) -> list[pathlib.Path]:
-    """The safetensors files of a model: those that the index names, or all in the directory."""
-    if source.is_file():
-        return [source]
+    """The safetensors files of a model: the file, those that the index names, or all in the directory."""
+    if not source.is_dir():
+        return [source] if source.suffix == ".safetensors" else []
     if (source / INDEX).exists():
         try:
             names = sorted(set(json.loads(files.read_file(source / INDEX))["weight_map"].values()))
@@ -67,11 +74,12 @@ def shard_files(source: pathlib.Path) -> list[pathlib.Path]:
 def apply_to_files(
     subset: Subset, seed: str | os.PathLike[str], out: str | os.PathLike[str], verify: bool = True
 ) -> None:
-    """Writes the tuned model as safetensors, tensor by tensor; other files of the seed are copied.
+    """Writes the tuned model as safetensors, tensor by tensor.
 
     Args:
       subset: what to apply.
-      seed: safetensors file or directory.
+      seed: what :func:`open_model` takes. Safetensors keep their names, and the other files in their
+        directory are copied; a checkpoint becomes ``model.safetensors``.
       out: directory that does not exist yet.
       verify: compare fingerprints, which reads the seed once more.
 
@@ -81,33 +89,49 @@ def apply_to_files(
     source, target = pathlib.Path(seed), pathlib.Path(out)
     if target.exists():
         raise SubsetError(f"{target} exists; name a new directory.")
-    subset.check(open_model(source), verify=verify)
+    model = open_model(source)
+    subset.check(model, verify=verify)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     temporary.mkdir(parents=True)
     try:
         shards = shard_files(source)
         for file in shards:
-            _write_tuned(subset, file, temporary / file.name)
-        others = [] if source.is_file() else [p for p in source.iterdir() if p.is_file() and p not in shards]
-        for file in others:
-            shutil.copyfile(file, temporary / file.name)
+            _write_tuned(subset, *_open_safetensors(file), temporary / file.name)
+        if not shards:
+            _write_tuned(subset, _new_header(model), model, temporary / "model.safetensors")
+        elif source.is_dir():
+            for file in source.iterdir():
+                if file.is_file() and file not in shards:
+                    shutil.copyfile(file, temporary / file.name)
         os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_tuned(subset: Subset, source: pathlib.Path, target: pathlib.Path) -> None:
-    start, header = _header(source)
-    with open(source, "rb") as old, open(target, "xb") as new:
-        new.write(old.read(start))
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            first, last = entry["data_offsets"]
-            old.seek(start + first)
-            data = np.frombuffer(bytearray(old.read(last - first)), subset[name].dtype)
+def _write_tuned(subset: Subset, header: bytes, tensors: dict[str, Any], target: pathlib.Path) -> None:
+    with open(target, "xb") as f:
+        f.write(header)
+        for name, x in tensors.items():
+            data = np.array(x, order="C").reshape(-1)
             data[subset[name].positions] = subset[name].values
-            new.write(data.tobytes())
-        new.flush()
-        os.fsync(new.fileno())
+            f.write(data.view(np.uint8).data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _new_header(model: dict[str, Any]) -> bytes:
+    header, at = {}, 0
+    for name, x in model.items():
+        dtype = np.dtype(x.dtype)
+        kind = next((k for k, d in files.DTYPES.items() if d == dtype), None)
+        if kind is None:
+            raise SubsetError(f"{name!r} has the dtype {dtype}, which safetensors files cannot hold.")
+        stop = at + math.prod(x.shape) * dtype.itemsize
+        header[name] = {"dtype": kind, "shape": list(x.shape), "data_offsets": [at, stop]}
+        at = stop
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def _header(path: pathlib.Path) -> tuple[int, dict[str, Any]]:
@@ -120,8 +144,9 @@ def _header(path: pathlib.Path) -> tuple[int, dict[str, Any]]:
                 raise ValueError("its header is longer than the file")
             header = json.loads(f.read(length))
         header.pop("__metadata__", None)
+        header = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
         expected = 0
-        for entry in sorted(header.values(), key=lambda e: e["data_offsets"]):
+        for entry in header.values():
             first, last = entry["data_offsets"]
             nbytes = math.prod(entry["shape"]) * files.DTYPES[entry["dtype"]].itemsize
             if first != expected or last - first != nbytes:
@@ -134,27 +159,13 @@ def _header(path: pathlib.Path) -> tuple[int, dict[str, Any]]:
     return 8 + length, header
 
 
-def _open_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _open_safetensors(path: pathlib.Path) -> tuple[bytes, dict[str, np.ndarray]]:
+    """The bytes before the tensors, and the tensors in the order of the file, mapped into memory."""
     start, header = _header(path)
-    data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
+    data = np.memmap(path, np.uint8, "r")
     found = {}
     for name, entry in header.items():
         first, last = entry["data_offsets"]
-        part = data[start + first : start + last]
-        found[name] = np.asarray(part).view(files.DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return found
-
-
-def _open_orbax(path: pathlib.Path) -> dict[str, Any]:
-    import jax
-    import orbax.checkpoint as ocp
-
-    handler: Callable[..., Any] = ocp.PyTreeCheckpointer
-    with handler() as checkpointer:
-        tree: Any = checkpointer.metadata(path.absolute()).item_metadata.tree
-        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        restored = checkpointer.restore(path.absolute(), restore_args=arguments)
-    for key in ("target", "params"):
-        if isinstance(restored, dict) and key in restored:
-            restored = restored[key]
-    return trees.named_leaves(restored, str(path))
+        part = np.asarray(data[start + first : start + last])
+        found[name] = part.view(files.DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return data[:start].tobytes(), found

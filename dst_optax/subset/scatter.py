@@ -6,7 +6,7 @@ nothing is written.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -74,7 +74,10 @@ def scatter(x: jax.Array, entries: list[Piece], donate: bool = False) -> jax.Arr
       The new array.
     """
     write = _scatter_donated if donate else _scatter
-    return _on_shards(x, [lambda data, p=p: write(data, p.where, p.values) for p in entries])
+    new = [write(data, *piece) for data, piece in zip(_data(x), entries, strict=True)]
+    if isinstance(x.sharding, jax.sharding.SingleDeviceSharding):
+        return new[0]
+    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, new)
 
 
 def gather(x: jax.Array, entries: list[Piece]) -> list[Piece]:
@@ -86,13 +89,6 @@ def _data(x: jax.Array) -> list[jax.Array]:
     if isinstance(x.sharding, jax.sharding.SingleDeviceSharding):
         return [x]
     return [shard.data for shard in x.addressable_shards]
-
-
-def _on_shards(x: jax.Array, functions: list[Callable[[jax.Array], jax.Array]]) -> jax.Array:
-    new = [f(data) for f, data in zip(functions, _data(x), strict=True)]
-    if isinstance(x.sharding, jax.sharding.SingleDeviceSharding):
-        return new[0]
-    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, new)
 
 
 def _write(x: jax.Array, where: tuple[jax.Array, ...], values: jax.Array) -> jax.Array:
@@ -127,8 +123,3 @@ def _bits(x: jax.Array) -> jax.Array:
 
 def _from_bits(x: jax.Array, dtype: Any) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, dtype) if _is_rounded(dtype) else x
-
-
-def dtype_of(x: Any) -> np.dtype:
-    """The numpy dtype of an array."""
-    return np.dtype(jnp.dtype(x.dtype))

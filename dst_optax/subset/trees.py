@@ -43,6 +43,11 @@ def map_leaves(model: Any, new: Mapping[str, Any]) -> Any:
     )
 
 
+def spans_processes(x: Any) -> bool:
+    """Whether some of an array's shards are on devices of other processes."""
+    return isinstance(x, jax.Array) and not x.is_fully_addressable
+
+
 def boxes(x: Any) -> Iterator[tuple[Any, tuple[int, ...]]]:
     """The parts of an array that this process is to read, each entry once over all processes.
 
@@ -50,7 +55,7 @@ def boxes(x: Any) -> Iterator[tuple[Any, tuple[int, ...]]]:
       The part as a numpy array, and the index of its first entry along each axis.
     """
     if not isinstance(x, jax.Array):
-        yield np.asarray(x), (0,) * np.ndim(x)
+        yield np.asarray(x), (0,) * len(x.shape)
         return
     for shard in x.addressable_shards:
         if shard.replica_id == 0 and shard.data.size:

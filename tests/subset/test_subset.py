@@ -1,5 +1,6 @@
 """Subsets in memory against numpy oracles: extract, from_models, apply, revert, algebra."""
 
+import collections
 import re
 
 import jax
@@ -102,7 +103,7 @@ def test_extract_needs_a_captured_and_known_seed():
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.01, 0.1, 0.5, 1.0])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, np.float64])
 def test_largest_distances_of_each_silo(fraction, dtype):
     rng = np.random.default_rng(5)
     seed = {"a": rng.normal(size=(40, 30)), "b": rng.normal(size=(5, 1)), "c": rng.normal(size=17)}
@@ -141,6 +142,14 @@ def test_stacked_silos_and_absolute_budget():
         members = np.flatnonzero(np.arange(600) // 50 % 4 == i)
         assert sorted(kept) == sorted(members[np.argsort(-delta[members])[: len(kept)]])
     assert subset.from_models(seed, tuned, num_free_params=7, silos=silos.whole_model()).count == 7
+
+
+def test_models_may_name_their_tensors_in_different_order():
+    seed = collections.OrderedDict(b=np.zeros(3, np.float32), a=np.ones(3, np.float32))
+    tuned = {"a": np.array([1, 2, 1], np.float32), "b": np.array([0, 0, 4], np.float32)}
+    found = subset.from_models(seed, tuned)
+    assert found["a"].seed_fingerprint == subset.fingerprint(seed["a"])
+    assert same(dict(found.apply(seed)), tuned)
 
 
 def test_nan_passes_outside_the_ranking():

@@ -60,10 +60,21 @@ def test_positions_are_near_the_entropy_bound(share):
     positions = np.cumsum(rng.geometric(share, 100_000)) - 1
     entropy = -(share * np.log2(share) + (1 - share) * np.log2(1 - share)) / share
     length = 8 * len(gaps.encode(positions)) / len(positions)
-    assert entropy * 0.99 < length < entropy * 1.03
-    rows = np.sort(rng.choice(10**6, 100, replace=False))
-    clustered = (rows[:, None] * 1000 + np.flatnonzero(rng.random(1000) < 0.5)).ravel()
-    assert 8 * len(gaps.encode(clustered)) / len(clustered) < 2.5
+    assert entropy * 0.99 < length < entropy * 1.07
+
+
+@pytest.mark.parametrize("share", [0.1, 0.01, 1e-3, 1e-4])
+@pytest.mark.parametrize("entries", [2, 5, 50])
+def test_clustered_positions_code_smaller(share, entries):
+    """All entries lie in a tenth of the rows, some of them in each."""
+    rng = np.random.default_rng(2)
+    count, width = 50_000 // entries, round(entries / (10 * share))
+    rows = np.sort(rng.choice(10 * count, count, replace=False))
+    inside = np.flatnonzero(rng.random(count * width) < 10 * share)
+    clustered = rows[inside // width] * width + inside % width
+    length = 8 * len(gaps.encode(clustered)) / len(clustered)
+    scattered = np.sort(rng.choice(10 * count * width, len(clustered), replace=False))
+    assert length < 8 * len(gaps.encode(scattered)) / len(scattered) - 0.5
 
 
 def reference(x):

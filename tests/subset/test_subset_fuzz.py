@@ -75,16 +75,19 @@ def test_random_streams():
 
 
 @pytest.mark.parametrize(
-    "stream",
+    ("stream", "message"),
     [
-        b"\xff\xff\xff\xff\x00",  # four billion bytes of unary numbers
-        b"\x01\x00\x00\x00\xff\x01",  # a Rice parameter of 255
-        b"\x01\x00\x00\x00\x1e\xff\xff\xff\x3f\x01",  # a gap beyond the tensor
-        b"\x03\x00\x00\x00\x00\x00\x00\x01",  # q = 16 without its escape
-        b"\x03\x00\x00\x00\x00\x00\x00\x02",  # q = 17
-        b"\x02\x00\x00\x00\x00\x01\x00",  # an empty last byte
+        (b"\xff\xff\xff\xff\x00", "ends after 5 bytes"),  # four billion bytes of unary numbers
+        (b"\x01\x00\x00\x00\xff\x01", "a gap of 255 bits"),
+        (b"\x06\x00\x00\x00\x00\x00\x00\x00\x00\x00\x40", "a gap of 46 bits"),
+        (b"\x01\x00\x00\x00\x1e\x01\xff\xff\xff\x3f", "a gap of 1073741823 in"),
+        (b"\x01\x00\x00\x00\x08\x01", "ends after 6 bytes"),  # no low bits
+        (b"\x01\x00\x00\x00\x00\x03", "has 2 positions"),
+        (b"\x01\x00\x00\x00\x00\x00", "has 0 positions"),
+        (b"\x02\x00\x00\x00\x00\x01\x00", "has 1 positions"),  # an empty last byte
+        (b"\x01\x00\x00\x00\x00\x01\x00", "1 bytes too many"),
     ],
 )
-def test_lying_streams(stream):
-    with pytest.raises(SubsetError):
+def test_lying_streams(stream, message):
+    with pytest.raises(SubsetError, match=message):
         gaps.decode(stream, 1, 1000)

@@ -1,10 +1,14 @@
 """SHiRA adapters load with peft and give the merged model's outputs."""
 
+import json
+
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from dst_optax import subset
 from dst_optax.subset import SubsetError
+from dst_optax.subset.cli import app
 from dst_optax.subset.peft import save_shira
 
 SHAPES = {"one.weight": (32, 24), "two.inner.weight": (16, 32), "one.bias": (32,), "embed.weight": (40, 24)}
@@ -32,6 +36,21 @@ def test_what_cannot_be_expressed_is_refused_by_name(found, message, tmp_path):
     with pytest.raises(SubsetError, match=message):
         save_shira(found(), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+def test_the_command_line_exports(tmp_path):
+    found = pair()[2]
+    found.save(tmp_path / "subset")
+    save_shira(found, tmp_path / "expected", "toy")
+    arguments = ["export-peft", tmp_path / "subset", "--out", tmp_path / "adapter", "--base-model", "toy"]
+    result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output)["entries"] == found.count
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "adapter" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
+    again = CliRunner().invoke(app, [*map(str, arguments[:-2]), "--not-linear", "one"])
+    assert again.exit_code == 1
+    assert "'one.weight'" in again.output
 
 
 @pytest.mark.slow

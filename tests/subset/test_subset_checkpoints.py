@@ -1,0 +1,169 @@
+"""T5X and Orbax checkpoints as seeds: paths, dtypes, one tensor at a time, clear refusals."""
+
+import json
+import shutil
+import weakref
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from oracle import bits
+from typer.testing import CliRunner
+
+from dst_optax import subset
+from dst_optax.subset import SubsetError, checkpoints, models
+from dst_optax.subset.cli import app
+
+ocp = pytest.importorskip("orbax.checkpoint")
+ts = pytest.importorskip("tensorstore")
+msgpack = pytest.importorskip("msgpack")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of orbax, where no OCDBT is used
+
+
+def weights():
+    rng = np.random.default_rng(0)
+    shapes = {"encoder": {"mlp": {"wi": (40, 3, 8)}, "norm": (8,)}, "decoder": [(3, 5), ()], "half": (30, 7)}
+    tree = jax.tree.map(
+        lambda s: np.asarray(rng.normal(size=s).astype(np.float32)),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    return tree | {"half": tree["half"].astype(ml_dtypes.bfloat16)}
+
+
+PATHS = ["decoder/0", "decoder/1", "encoder/mlp/wi", "encoder/norm", "half"]
+REST = {"state": {"step": np.int32(7), "param_states": {"x": np.ones(3, np.float32), "y": None}}}
+
+
+def write_orbax(path, params, key="target", ocdbt=True):
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt)
+    ocp.Checkpointer(handler).save(path, args=ocp.args.PyTreeSave({key: params, **REST}))
+
+
+def write_legacy(directory, params, as_uint16=False, placeholder=False):
+    """As T5X did: small arrays within the msgpack file, for the others the specification of a zarr."""
+    directory.mkdir(parents=True)
+
+    def packed(x):
+        content = (list(x.shape), x.dtype.name, x.tobytes())
+        return msgpack.ExtType(1 if x.shape else 3, msgpack.packb(content))
+
+    def leaf(key_path, x):
+        if x.ndim < 2:
+            return packed(x)
+        if as_uint16 and x.dtype == ml_dtypes.bfloat16:
+            x = x.view(np.uint16)
+        where = f"target.{jax.tree_util.keystr(key_path, simple=True, separator='.')}"
+        metadata = {"shape": x.shape, "chunks": [-(-d // 2) for d in x.shape], "compressor": {"id": "gzip"}}
+        spec = {"driver": "zarr", "dtype": x.dtype.name, "metadata": metadata}
+        file = {"driver": "file", "path": f"{directory / where}/"}
+        ts.open(spec | {"kvstore": file}, create=True).result().write(x).result()
+        return (
+            f"PLACEHOLDER://{where}"
+            if placeholder
+            else spec | {"kvstore": {"driver": "gfile", "path": where}}
+        )
+
+    tree = jax.tree_util.tree_map_with_path(leaf, params)
+    if "decoder" in tree:  # msgpack of Flax has no lists
+        tree["decoder"] = dict(zip("01", tree["decoder"], strict=True))
+    state = {"step": packed(np.int32(7)), "param_states": {}}
+    content = {"version": 3, "optimizer": {"target": tree, "state": state}}
+    (directory / "checkpoint").write_bytes(msgpack.packb(content))
+
+
+WRITERS = {
+    "orbax": write_orbax,
+    "orbax params": lambda p, x: write_orbax(p, x, "params"),
+    "orbax without ocdbt": lambda p, x: write_orbax(p, x, ocdbt=False),
+    "t5x": lambda p, x: write_orbax(p / "state", x),
+    "t5x legacy": write_legacy,
+    "t5x legacy of 2021": lambda p, x: write_legacy(p, x, as_uint16=True),
+    "t5x legacy placeholders": lambda p, x: write_legacy(p, x, placeholder=True),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_checkpoints_are_models(tmp_path, kind):
+    params = weights()
+    WRITERS[kind](tmp_path / "first", params)
+    found = models.open_model(shutil.move(tmp_path / "first", tmp_path / "moved"))
+    assert sorted(found) == PATHS
+    for path, x in zip(PATHS, jax.tree.leaves(params), strict=True):
+        assert (found[path].shape, found[path].dtype) == (x.shape, x.dtype)
+        assert (bits(np.asarray(found[path])) == bits(x)).all()
+
+
+@pytest.mark.parametrize("kind", ["orbax", "t5x legacy"])
+def test_the_command_line_takes_checkpoints(tmp_path, kind):
+    seed = weights()
+    rng = np.random.default_rng(1)
+    tuned = jax.tree.map(lambda x: np.where(rng.random(x.shape) < 0.3, -x, x), seed)
+    WRITERS[kind](tmp_path / "seed", seed)
+    WRITERS[kind](tmp_path / "tuned", tuned)
+
+    def call(*arguments):
+        result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.output)
+
+    seed_and_tuned = ("--seed", tmp_path / "seed", "--tuned", tmp_path / "tuned")
+    made = call("extract", *seed_and_tuned, "--out", tmp_path / "subset")
+    assert made["entries"] == subset.from_models(seed, tuned).count
+    assert call("verify", tmp_path / "subset", "--seed", tmp_path / "seed")["tensors_compared"] == len(PATHS)
+    call("apply", "--seed", tmp_path / "seed", "--subset", tmp_path / "subset", "--out", tmp_path / "out")
+    written = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    expected = dict(zip(PATHS, jax.tree.leaves(tuned), strict=True))
+    assert sorted(written) == PATHS
+    assert all((bits(x) == bits(expected[p])).all() for p, x in written.items())
+
+
+@pytest.mark.parametrize("kind", ["orbax", "t5x legacy"])
+def test_one_tensor_is_in_memory_at_a_time(tmp_path, kind, monkeypatch):
+    params = {f"w{i}": np.full((300, 200), i, np.float32) for i in range(6)}
+    tuned = jax.tree.map(lambda x: x + 1, params)
+    for name, tree in (("seed", params), ("tuned", tuned)):
+        WRITERS[kind](tmp_path / name, tree)
+    alive, most = [], []
+    read = checkpoints.StoredArray.__array__
+
+    def counted(self, dtype=None, copy=None):
+        alive[:] = [r for r in alive if r() is not None]
+        most.append(len(alive))
+        x = read(self, dtype)
+        alive.append(weakref.ref(x))
+        return x
+
+    monkeypatch.setattr(checkpoints.StoredArray, "__array__", counted)
+    seed = models.open_model(tmp_path / "seed")
+    found = subset.from_models(seed, models.open_model(tmp_path / "tuned"), 0.01)
+    found.save(tmp_path / "subset")
+    models.apply_to_files(found, tmp_path / "seed", tmp_path / "out")
+    assert len(most) == 5 * 6
+    assert max(most) <= 1
+
+
+def test_damaged_checkpoints_are_refused(tmp_path):
+    write_legacy(tmp_path / "legacy", weights())
+    write_orbax(tmp_path / "orbax", weights())
+    content = (tmp_path / "legacy" / "checkpoint").read_bytes()
+    for wrong in (content[:-20], b"", b"\xff" * 20, content.replace(b"float32", b"float99")):
+        (tmp_path / "legacy" / "checkpoint").write_bytes(wrong)
+        with pytest.raises(SubsetError, match="checkpoint"):
+            models.open_model(tmp_path / "legacy")
+    (tmp_path / "legacy" / "checkpoint").write_bytes(content)
+    shutil.rmtree(tmp_path / "legacy" / "target.half")
+    with pytest.raises(SubsetError, match=r"target\.half cannot be read"):
+        models.open_model(tmp_path / "legacy")
+    opened = models.open_model(tmp_path / "orbax")
+    shutil.rmtree(tmp_path / "orbax" / "d")
+    shutil.rmtree(tmp_path / "orbax" / "ocdbt.process_0")
+    with pytest.raises(SubsetError, match="orbax cannot be read"):
+        np.asarray(opened["half"])
+    (tmp_path / "orbax" / "_METADATA").write_text("{")
+    with pytest.raises(SubsetError, match="orbax cannot be read"):
+        models.open_model(tmp_path / "orbax")
+    with pytest.raises(SubsetError, match="no safetensors"):
+        models.open_model(tmp_path / "missing")
