@@ -257,13 +257,13 @@ def test_composed_subsets_revert():
 
 
 def test_values_conflict_where_their_bits_differ():
-    seed = {"w": np.ones(3, np.float32)}
+    seed = {"w": np.ones(4, np.float32)}
     nan = np.array([0x7FC00001, 0x7FC00002], np.uint32).view(np.float32)
-    a = subset.from_models(seed, {"w": np.array([nan[0], nan[0], 0.0], np.float32)})
-    b = subset.from_models(seed, {"w": np.array([nan[0], nan[1], -0.0], np.float32)})
-    assert subset.collisions([a, b]) == {"w": 2}
+    a = subset.from_models(seed, {"w": np.array([nan[0], nan[0], 0.0, 0.0], np.float32)})
+    b = subset.from_models(seed, {"w": np.array([nan[0], nan[1], -0.0, -0.0], np.float32)})
+    assert subset.collisions([a, b]) == {"w": 3}
     composed = subset.compose([a, b], "last")
-    assert composed.metadata["collisions"] == {"w": 2}
+    assert composed.metadata["collisions"] == {"w": 3}
     assert same(composed["w"].values, b["w"].values)
 
 

@@ -60,11 +60,9 @@ def write_legacy(directory, params, as_uint16=False, placeholder=False):
         spec = {"driver": "zarr", "dtype": x.dtype.name, "metadata": metadata}
         file = {"driver": "file", "path": f"{directory / where}/"}
         ts.open(spec | {"kvstore": file}, create=True).result().write(x).result()
-        return (
-            f"PLACEHOLDER://{where}"
-            if placeholder
-            else spec | {"kvstore": {"driver": "gfile", "path": where}}
-        )
+        if placeholder:
+            return f"PLACEHOLDER://{where}"
+        return spec | {"kvstore": {"driver": "gfile", "path": str(directory / where)}}  # where it was written
 
     tree = jax.tree_util.tree_map_with_path(leaf, params)
     if "decoder" in tree:  # msgpack of Flax has no lists
