@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dst_optax import budget, silos
-from dst_optax.transform import states, subset_mask
+from dst_optax.state import states
+from dst_optax.transform import subset_mask
 
 
 def _count(mask: Any) -> jax.Array:

@@ -2,7 +2,8 @@
 
 A distance is component-wise and non-negative. It takes three arguments, so that it may weigh the
 way from ``theta`` to ``theta_hat`` by the value the entry had in the seed model. The transform
-calls it with float32 arrays at least, and with ``theta = theta_seed``: the cost of reverting.
+calls it with float32 arrays at least, and with ``theta = theta_seed``: the cost of reverting. Below 0
+it counts as 0; to find such a distance, functionalise the update with ``jax.experimental.checkify``.
 """
 
 from collections.abc import Callable

@@ -21,6 +21,7 @@ References:
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -51,6 +52,14 @@ class Leaf(NamedTuple):
     silos: tuple[int, ...]
 
 
+class Guess(NamedTuple):
+    """What is known of the thresholds beforehand."""
+
+    at: jax.Array  # (silos,) key dtype: the guess; below 0 for none
+    spread: jax.Array  # (silos,) key dtype, positive: how far off it may be
+    far: jax.Array  # (silos,) key dtype: few keys or none should exceed it; the first pass finds out
+
+
 class Bracket(NamedTuple):
     """What is known about the thresholds: ``#(key > lo) > m >= #(key > hi)``."""
 
@@ -71,11 +80,26 @@ class Bracket(NamedTuple):
         return self.met(m) | (self.hi - self.lo == 1)
 
 
+def pick(values: jax.Array, ids: tuple[int, ...]) -> jax.Array:
+    """``values[ids]``, by a table of indices that XLA keeps in memory.
+
+    A single constant index would be part of the kernel. So kernels for tensors of one shape are
+    equal, and XLA compiles them once.
+    """
+    table = np.array([ids, ids[::-1]], np.int32)
+    table[1] += np.where(table[1] == len(values) - 1, -1, 1)
+    return values[np.maximum(table, 0)][0]
+
+
 def spread_to_leaf(values: jax.Array, leaf: Leaf, ndim: int) -> jax.Array:
     """Per-silo values shaped so that they broadcast against a tensor of rank ``ndim``."""
+    return spread(pick(values, leaf.silos), leaf, ndim)
+
+
+def spread(picked: jax.Array, leaf: Leaf, ndim: int) -> jax.Array:
+    """Values of the leaf's own silos, shaped so that they broadcast against a tensor of rank ``ndim``."""
     if leaf.axis is None:
-        return values[leaf.silos[0]].reshape((1,) * ndim)
-    picked = values[np.array(leaf.silos, np.int32)]
+        return picked.reshape((1,) * ndim)
     return picked.reshape((1,) * leaf.axis + (-1,) + (1,) * (ndim - leaf.axis - 1))
 
 
@@ -84,10 +108,8 @@ def thresholds(
     m: jax.Array,
     total: jax.Array,
     top: int,
-    guess: jax.Array,
-    spread: jax.Array,
-    far: jax.Array,
-    octave: float,
+    guess: Guess,
+    octave: int,
     rowwise: bool,
 ) -> Bracket:
     """Finds the smallest t of every silo with at most ``m`` keys above it, or one that meets ``m``.
@@ -97,23 +119,21 @@ def thresholds(
       m: budgets, (silos, 2) int32 limbs.
       total: number of keys of each silo, (silos, 2) int32 limbs; at least those >= 0.
       top: the largest possible key.
-      guess: first guess of t, (silos,) key dtype; below 0 for none.
-      spread: how far off the guess may be, (silos,) key dtype, positive.
-      far: a key that few or none should exceed, (silos,) key dtype; the first pass finds out.
+      guess: first guess of t.
       octave: difference of keys over which the density of keys may change by its own size.
       rowwise: count per row first; fast on CPU, where only such reductions run on all cores.
 
     Returns:
       A bracket that is done for every silo, after one pass at least; ``hi`` is the threshold.
     """
-    dtype = guess.dtype
+    dtype = guess.at.dtype
     start = Bracket(
-        lo=jnp.full_like(guess, -1),
-        hi=jnp.full_like(guess, top),
+        lo=jnp.full_like(guess.at, -1),
+        hi=jnp.full_like(guess.at, top),
         above_lo=total,
         above_hi=jnp.zeros_like(total),
         counted=total,
-        most=jnp.full_like(guess, top),
+        most=jnp.full_like(guess.at, top),
         passes=jnp.int32(0),
     )
     real = jnp.float64 if dtype == jnp.int64 else jnp.float32
@@ -124,20 +144,21 @@ def thresholds(
         left = jnp.maximum(budget.to_float(b.above_lo) - budget.to_float(b.above_hi), 1.0)
         at = jnp.clip((budget.to_float(b.above_lo) - budget.to_float(m)) / left, 0.0, 1.0)
         deviation = jnp.sqrt(jnp.maximum(at * (1 - at) / left, 1 / (4 * left * left))).astype(real)
-        deviation = deviation + CURVATURE * jnp.minimum(width / octave, 1.0)
+        deviation = deviation + CURVATURE * jnp.minimum(width / float(octave), 1.0)
         ranked = at.astype(real)[:, None] + deviation[:, None] * jnp.array([RANK_OFFSETS], real)
         even = jnp.broadcast_to(jnp.array([EVEN_SHARES], real), ranked.shape)
         share = jnp.clip(jnp.concatenate([even, ranked], axis=1), 0.0, 1.0)
         offset = jnp.round(share * width[:, None]).astype(dtype)
         inside = b.lo[:, None] + jnp.minimum(offset, (b.hi - 1 - b.lo)[:, None])
-        away = jnp.minimum(spread.astype(real), octave)[:, None] * jnp.array([GUESS_OFFSETS], real)
-        away = jnp.clip(away, -16 * octave, 16 * octave).astype(dtype)
-        guessed = guess[:, None] + jnp.clip(away, -guess[:, None], top - guess[:, None])
+        spread = jnp.minimum(guess.spread.astype(real), float(octave))
+        away = (spread[:, None] * jnp.array([GUESS_OFFSETS], real)).astype(dtype)
+        around = guess.at[:, None]
+        guessed = around + jnp.clip(away, -around, top - around)
         first = b.passes == 0
-        t = jnp.where(first & (guess >= 0)[:, None], guessed, inside)
+        t = jnp.where(first & (around >= 0), guessed, inside)
         t = jnp.clip(t, b.lo[:, None] + 1, jnp.maximum(b.hi, 1)[:, None] - 1)
         lowest = jnp.where(first, -1, t[:, :1])
-        highest = jnp.where(first, far[:, None], t[:, -1:])
+        highest = jnp.where(first, guess.far[:, None], t[:, -1:])
         return jnp.concatenate([lowest, t[:, 1:-1], highest], axis=1)
 
     def narrow(b: Bracket) -> Bracket:
@@ -172,6 +193,13 @@ def thresholds(
     return lax.while_loop(lambda b: (b.passes == 0) | ~jnp.all(b.done(m)), narrow, start)
 
 
+def by_leaf(values: jax.Array, leaves: Sequence[Leaf]) -> jax.Array:
+    """Values of the silos that each leaf lies in, (leaves, silos of the leaf); the last one repeated."""
+    width = max(len(leaf.silos) for leaf in leaves)
+    at = [leaf.silos + leaf.silos[-1:] * (width - len(leaf.silos)) for leaf in leaves]
+    return values[np.array(at, np.int32)]
+
+
 def count(leaves: Sequence[Leaf], t: jax.Array, rowwise: bool, active: jax.Array) -> jax.Array:
     """Counts the keys above each threshold.
 
@@ -184,25 +212,42 @@ def count(leaves: Sequence[Leaf], t: jax.Array, rowwise: bool, active: jax.Array
     Returns:
       Limbs, (silos, probes, 2) int32; 0 or right for silos that are not active.
     """
-    total = jnp.zeros((*t.shape, 2), jnp.int32)
+    probes = range(t.shape[1])
+
+    def above(leaf: Leaf, picked: jax.Array) -> list[jax.Array]:
+        keys = leaf.keys()
+        masks = [keys > spread(picked[:, j], leaf, keys.ndim).astype(keys.dtype) for j in probes]
+        sums = _sums(masks, leaf.axis, rowwise)
+        return [x.reshape(len(leaf.silos), *x.shape[leaf.axis is not None :]) for x in sums]
+
+    counts = []
     for leaf in leaves:
-
-        def above(leaf: Leaf = leaf) -> jax.Array:
-            keys = leaf.keys()
-            masks = [
-                keys > spread_to_leaf(t[:, j], leaf, keys.ndim).astype(keys.dtype) for j in range(t.shape[1])
-            ]
-            counts = jnp.stack(_sums(masks, leaf.axis, rowwise), axis=-2)
-            return counts if leaf.axis is not None else counts[None]
-
-        ids = np.array(leaf.silos, np.int32)
+        picked = pick(t, leaf.silos)
         if rowwise:
-            nothing = jnp.zeros((len(ids), t.shape[1], 2), jnp.int32)
-            counts = lax.cond(active[ids].any(), above, lambda nothing=nothing: nothing)
+            shapes = jax.eval_shape(partial(above, leaf), picked)
+            nothing = lambda _, shapes=shapes: [jnp.zeros_like(x) for x in shapes]  # noqa: E731
+            counts.append(lax.cond(pick(active, leaf.silos).any(), partial(above, leaf), nothing, picked))
         else:
-            counts = above()
-        total = total.at[ids].add(_replicated(counts))
-    return budget.carry(total)
+            counts.append([_replicated(x) for x in above(leaf, picked)])
+    huge = any(found[0].ndim == 2 for found in counts)
+    counts = [[_as_limbs(x) for x in found] for found in counts] if huge else counts
+    table = jnp.stack([jnp.concatenate([found[j] for found in counts]) for j in probes], axis=1)
+    limbs = table if huge else budget.split(table)
+    ids = np.array([s for leaf in leaves for s in leaf.silos], np.int32)
+    if np.array_equal(ids, np.arange(len(t))):
+        return limbs
+    return budget.carry(jnp.zeros((*t.shape, 2), jnp.int32).at[ids].add(limbs))
+
+
+def how_many(mask: jax.Array, rowwise: bool) -> jax.Array:
+    """How many entries are set, () int32."""
+    # one array alone XLA CPU sums as a tree, for which it writes down the addends
+    one, other = (x if x.ndim == 0 else (x[0] << 16) + x[1] for x in _sums([mask, mask], None, rowwise))
+    return one | other
+
+
+def _as_limbs(counts: jax.Array) -> jax.Array:
+    return counts if counts.ndim == 2 else budget.split(counts)
 
 
 def _replicated(counts: jax.Array) -> jax.Array:
@@ -214,19 +259,17 @@ def _replicated(counts: jax.Array) -> jax.Array:
 
 
 def _sums(masks: list[jax.Array], axis: int | None, rowwise: bool) -> list[jax.Array]:
-    """How many entries of each mask are set, in each slice of ``axis``, as limbs."""
+    """How many entries of each mask are set in each slice of ``axis``; as limbs where they may be many."""
     shape = masks[0].shape
     rest = tuple(i for i in range(len(shape)) if i != axis)
     if int(np.prod([shape[i] for i in rest], dtype=object)) >= 2**31:
         return [_huge_sum(mask, rest) for mask in masks]
-    if not rest:
-        return [budget.split(mask.astype(jnp.int32)) for mask in masks]
     ones = [mask.astype(jnp.int32) for mask in masks]
-    if not rowwise:
-        return [budget.split(s) for s in _reduce(ones, rest)]
+    if not rest or not rowwise:
+        return _reduce(ones, rest) if rest else ones
     first, *others = rest
     rows = _reduce(ones, tuple(others)) if others else ones
-    return [budget.split(s) for s in _reduce(rows, (int(axis is not None and axis < first),))]
+    return _reduce(rows, (int(axis is not None and axis < first),))
 
 
 def _reduce(ones: list[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import checkify
 from precision import x64
 
 import dst_optax
@@ -92,4 +93,25 @@ def test_a_subnormal_distance_is_none():
     params = jnp.arange(8.0)
     tx = dst_optax.wrap(optax.sgd(1.0), 0.5, distance=tiny, ties="fill")
     updates, state = tx.update(jnp.ones(8), tx.init(params), params)
+    assert (dst_optax.apply_updates(params, updates, state) == params).all()
+
+
+def signed(theta, theta_hat, theta_seed):
+    return theta_hat - theta_seed
+
+
+def test_a_negative_distance_is_found_by_checkify():
+    def message(distance):
+        tx = dst_optax.wrap(optax.sgd(1.0), 0.5, distance=distance)
+        params = {"a": jnp.arange(8.0)}
+        return checkify.checkify(jax.jit(tx.update))(params, tx.init(params), params)[0].get()
+
+    assert message(distances.absolute) is None
+    assert "'a' is negative" in message(signed)
+
+
+def test_a_negative_distance_counts_as_none():
+    tx = dst_optax.wrap(optax.sgd(1.0), 0.5, distance=signed)
+    params = jnp.arange(8.0)
+    updates, state = tx.update(params, tx.init(params), params)
     assert (dst_optax.apply_updates(params, updates, state) == params).all()

@@ -19,8 +19,8 @@ TOP = 0x7F800000
 def search(keys, m, guess, spread, rowwise, top=TOP):
     leaf = selection.Leaf(lambda: keys, 0, tuple(range(keys.shape[0])))
     total = jnp.asarray(budget.limbs([keys.shape[1]] * keys.shape[0]))
-    far = jnp.full_like(guess, top - 1)
-    return selection.thresholds([leaf], m, total, top, guess, spread, far, 2.0**23, rowwise)
+    first = selection.Guess(guess, spread, far=jnp.full_like(guess, top - 1))
+    return selection.thresholds([leaf], m, total, top, first, 2**23, rowwise)
 
 
 @settings(max_examples=150)

@@ -246,6 +246,19 @@ def test_unresolved_counts_what_finalize_may_take_for_kept(scale, dtype, update_
     assert seen > 0 or scale > 1e-6
 
 
+def test_unresolved_knows_of_updates_that_underflow():
+    """Half-precision updates cannot take 2.9e-8 back, which finalize then takes for the kept 3e-8."""
+    tx = optax.chain(optax.sgd(0.0), dst_optax.dynamic_subset_tuning(0.25))
+    params = -jnp.array([3e-8, 2.9e-8, 2.9e-8, 2.9e-8])
+    state = dst_optax.reseed(tx.init(params), jnp.zeros(4))
+    for _ in range(5):
+        updates, state = tx.update(jnp.zeros(4, jnp.float16), state, params)
+        with jax.numpy_dtype_promotion("standard"):
+            params = optax.apply_updates(params, updates)
+        assert int(state[-1].unresolved) == 3
+    assert int((dst_optax.finalize(params, state) != 0).sum()) == 4
+
+
 def test_finalize_changes_nothing_after_an_exact_apply():
     params = jax.random.normal(jax.random.key(0), (500,))
     tx = dst_optax.wrap(optax.sgd(1e-3, 0.9), 0.1)

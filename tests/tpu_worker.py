@@ -21,27 +21,28 @@ from multiprocess_worker import SIZE
 import dst_optax
 from dst_optax import reference
 
-EMBED, HEADS, MLP, VOCAB = 512, 384, 1024, 32128  # T5 v1.1 small
+VOCAB = 32128
+SIZES = {"v5e:2x4": (512, 384, 1024), "v5e:4x4": (1024, 1024, 2816)}  # T5 v1.1 small and large
 
 
-def t5(layers):
+def t5(embed, heads, mlp, layers):
     """Shapes and partition specs as T5X gives them on a (data, model) mesh, fully sharded."""
-    attention = {n: ((EMBED, HEADS), P("data", "model")) for n in ("query", "key", "value")}
-    attention["out"] = ((HEADS, EMBED), P("model", "data"))
-    mlp = {n: ((EMBED, MLP), P("data", "model")) for n in ("wi_0", "wi_1")} | {
-        "wo": ((MLP, EMBED), P("model", "data"))
+    attention = {n: ((embed, heads), P("data", "model")) for n in ("query", "key", "value")}
+    attention["out"] = ((heads, embed), P("model", "data"))
+    feed_forward = {n: ((embed, mlp), P("data", "model")) for n in ("wi_0", "wi_1")} | {
+        "wo": ((mlp, embed), P("model", "data"))
     }
-    norm = {"scale": ((EMBED,), P("data"))}
-    block = {"attention": attention, "attention_norm": norm, "mlp": mlp, "mlp_norm": norm}
+    norm = {"scale": ((embed,), P("data"))}
+    block = {"attention": attention, "attention_norm": norm, "mlp": feed_forward, "mlp_norm": norm}
     crossed = block | {"cross_attention": attention, "cross_attention_norm": norm}
     stacks = {
         stack: {f"layers_{i}": parts for i in range(layers)}
-        | {"norm": norm, "relpos_bias": ((HEADS // 64, 32), P())}
+        | {"norm": norm, "relpos_bias": ((heads // 64, 32), P())}
         for stack, parts in (("encoder", block), ("decoder", crossed))
     }
     return stacks | {
-        "token_embedder": ((VOCAB, EMBED), P("model", "data")),
-        "logits_dense": ((EMBED, VOCAB), P("data", "model")),
+        "token_embedder": ((VOCAB, embed), P("model", "data")),
+        "logits_dense": ((embed, VOCAB), P("data", "model")),
     }
 
 
@@ -121,7 +122,7 @@ def main(topology, names):
     mesh = Mesh(np.array(devices).reshape(shape), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     params = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf[0], jnp.float32, sharding=NamedSharding(mesh, leaf[1])),
-        t5(layers=1),
+        t5(*SIZES[topology], layers=1),
         is_leaf=lambda x: isinstance(x, tuple),
     )
     one = {"wo": params["encoder"]["layers_0"]["mlp"]["wo"]}  # sorts compile slowly

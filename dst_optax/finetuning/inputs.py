@@ -54,6 +54,11 @@ class EvalSplit:
     examples: list[dict[str, Any]]
     tokens: np.ndarray
 
+    @property
+    def labelled(self) -> bool:
+        """Whether the answers are known; those of official test splits are not."""
+        return all(len(e["answers"]) if "answers" in e else e["label"] >= 0 for e in self.examples)
+
     def predictions(self, texts: list[str]) -> list[Any]:
         """What the decoded texts say, in the task's own terms."""
         post = self.provider.postprocess_fn

@@ -18,3 +18,24 @@ def clipped(optimizer: optax.GradientTransformation, max_norm: float = 1.0) -> o
       >>> tx = clipped(optax.sgd(1.0), max_norm=0.5)
     """
     return optax.chain(optax.clip_by_global_norm(max_norm), optimizer)
+
+
+def decayed_adam(
+    learning_rate: float, steps: int, warmup: int = 50, b2: float = 0.98
+) -> optax.GradientTransformation:
+    """Clipped Adam whose learning rate warms up and then falls like a cosine; what sweeps compare with.
+
+    The learning rate is part of the state, so that programs of a grid are the same and compiled once.
+
+    Args:
+      learning_rate: its peak.
+      steps: until it is 0.
+      warmup: steps until its peak.
+      b2: of Adam.
+
+    Example:
+      >>> tx = decayed_adam(1e-3, steps=300)
+    """
+    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, steps)
+    peak = optax.inject_hyperparams(optax.scale)(step_size=-learning_rate)
+    return clipped(optax.chain(optax.scale_by_adam(b2=b2), optax.scale_by_schedule(shape), peak))

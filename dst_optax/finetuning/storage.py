@@ -62,6 +62,21 @@ def whole(path: Path) -> Iterator[Path]:
         raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all.
+
+    Args:
+      path: the file.
+      text: what it shall hold.
+    """
+    temporary = path.with_name(f".tmp-{path.name}")
+    with temporary.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -8,6 +8,7 @@ A command makes one run directory:
       checkpoints/<step>   what differs from the seed, the optimizer's state, the data position
       metrics.jsonl, tensorboard/
       predictions/         in the leaderboard's form
+      snapshots/<step>     the tuned model on the way, if the recipe asks for it
       tuned/               the tuned model: a subset, or a whole model where all of it moved
       result.json          one row of the table; the run is done
     results.md, scores.png
@@ -28,6 +29,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
+from dst_optax import subset
 from dst_optax.finetuning import inputs, storage, t5
 from dst_optax.finetuning.display import Log, results_table
 from dst_optax.finetuning.methods import Method, Params
@@ -57,9 +59,11 @@ class Recipe:
       eval_every: steps between evaluations.
       log_every: steps between lines of metrics.
       save_every: steps between checkpoints; improvements are saved as well. None saves at evaluations.
+      snapshot_every: steps between exports of the tuned model to ``snapshots/<step>``; None exports none.
       patience: evaluations without a better score before the run stops; None never stops early.
       eval_batch_size: examples decoded at once.
       num_beams: 1 decodes greedily.
+      score_train: whether the row of the table has a score on the training split as well.
     """
 
     steps: int
@@ -73,9 +77,11 @@ class Recipe:
     eval_every: int = 500
     log_every: int = 50
     save_every: int | None = None
+    snapshot_every: int | None = None
     patience: int | None = None
     eval_batch_size: int = 64
     num_beams: int = 1
+    score_train: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "eval_every", "log_every", "eval_batch_size"):
@@ -95,6 +101,7 @@ def finetune(
     recipe: Recipe,
     *,
     checkpoint: str | None = None,
+    subset_dir: str | None = None,
     rng_seeds: Sequence[int] = (0,),
     mesh_shape: tuple[int, int] | None = None,
     reference_seed: bool = False,
@@ -111,6 +118,7 @@ def finetune(
       methods: by the name that the table shows.
       recipe: how to train.
       checkpoint: the seed model: a T5X or Hugging Face checkpoint; None initialises one at random.
+      subset_dir: a subset of that seed model that training starts from; budgets still count from the seed.
       rng_seeds: seeds of the data order, dropout and new parameters; one run each.
       mesh_shape: devices along (data, model); None puts all along data.
       reference_seed: keep the seed's path in the run directory instead of a copy.
@@ -124,48 +132,113 @@ def finetune(
         been overwritten.
       Interrupted: after SIGINT or SIGTERM, with a checkpoint.
     """
-    root = Path(run_dir)
-    mesh = _mesh(mesh_shape)
-    if recipe.batch_size % (mesh.shape["data"] * recipe.accumulate):
-        raise ValueError(
-            f"recipe: batch_size {recipe.batch_size} must be a multiple of accumulate {recipe.accumulate} "
-            f"times the {mesh.shape['data']} devices along data."
-        )
-    train_name = data.register()
-    dropout = model.dropout_rate if recipe.dropout is None else recipe.dropout
-    network = t5.Transformer(replace(model, dtype=recipe.dtype, dropout_rate=dropout))
-    identity = {
-        "tasks": list(data.names),
-        "source": repr(data.source),
-        "vocabulary": type(data.vocabulary).__name__,
-        "model": repr(model),
-        "recipe": json.loads(json.dumps(asdict(recipe))),
-        "checkpoint": checkpoint,
-        "config": config,
-    }
-    if data.vocabulary.vocab_size > model.vocab_size:
-        raise ValueError(
-            f"the vocabulary has {data.vocabulary.vocab_size} pieces, the model's embedding only "
-            f"{model.vocab_size}; they do not belong together."
-        )
-    _claim(root, identity)
-    seed = _seed(root, model, network, checkpoint, reference_seed)
-    seed_print = storage.fingerprint(seed)
-    size = sum(x.size for x in jax.tree.leaves(seed))
-    evaluator = Evaluator(network, data, recipe, mesh)
-    console = Console()
-    for line in evaluator.cuts():
-        console.print(line, highlight=False)
-    baseline = _baseline(root, data, evaluator, seed)
-    rows = [{"method": name, "free_params": 0, "seconds": 0.0, **row} for name, row in baseline.items()]
+    bench = Bench(
+        run_dir,
+        data,
+        model,
+        recipe,
+        checkpoint=checkpoint,
+        subset_dir=subset_dir,
+        mesh_shape=mesh_shape,
+        reference_seed=reference_seed,
+        config=config,
+    )
+    rows = bench.baselines()
     for name, method in methods.items():
         for rng_seed in rng_seeds:
-            run = Run(root / name / f"rng_{rng_seed}", name, method, network, recipe, rng_seed, mesh)
-            rows.append(run.go(train_name, data, evaluator, seed, seed_print))
-    console.print(results_table(rows, size))
-    (root / "results.json").write_text(json.dumps(rows, indent=1))
-    plot_scores(rows, root / "scores.png", title=", ".join(data.names))
+            rows.append(bench.run(name, method, rng_seed))
+    bench.console.print(results_table(rows, bench.size))
+    storage.write_text(bench.root / "results.json", json.dumps(rows, indent=1))
+    plot_scores(rows, bench.root / "scores.png", title=", ".join(data.names))
     return rows
+
+
+class Bench:
+    """What all runs of a directory share: data, seed model and evaluation; see :func:`finetune`.
+
+    Attributes:
+      root: the run directory.
+      data: tasks, their source and the vocabulary.
+      train_name: of the seqio mixture to train on.
+      network: the T5.
+      recipe: how to train.
+      mesh: devices.
+      seed: the seed model, on the host.
+      seed_print: its fingerprint.
+      start: where training starts, on the host: the seed model, or with a subset applied.
+      evaluator: scores parameters.
+      console: to print on.
+    """
+
+    def __init__(
+        self,
+        run_dir: str,
+        data: SuperGlue,
+        model: t5.T5Config,
+        recipe: Recipe,
+        *,
+        checkpoint: str | None = None,
+        subset_dir: str | None = None,
+        mesh_shape: tuple[int, int] | None = None,
+        reference_seed: bool = False,
+        config: str = "",
+    ):
+        self.root, self.data, self.recipe = Path(run_dir), data, recipe
+        self.mesh, self.console = _mesh(mesh_shape), Console()
+        if recipe.batch_size % (self.mesh.shape["data"] * recipe.accumulate):
+            raise ValueError(
+                f"recipe: batch_size {recipe.batch_size} must be a multiple of accumulate "
+                f"{recipe.accumulate} times the {self.mesh.shape['data']} devices along data."
+            )
+        self.train_name = data.register()
+        dropout = model.dropout_rate if recipe.dropout is None else recipe.dropout
+        self.network = t5.Transformer(replace(model, dtype=recipe.dtype, dropout_rate=dropout))
+        if data.vocabulary.vocab_size > model.vocab_size:
+            raise ValueError(
+                f"the vocabulary has {data.vocabulary.vocab_size} pieces, the model's embedding only "
+                f"{model.vocab_size}; they do not belong together."
+            )
+        identity = {
+            "tasks": list(data.names),
+            "source": repr(data.source),
+            "vocabulary": type(data.vocabulary).__name__,
+            "model": repr(model),
+            "recipe": json.loads(json.dumps(asdict(recipe))),
+            "checkpoint": checkpoint,
+            "subset_dir": subset_dir,
+            "config": config,
+        }
+        _check_claim(self.root, identity)
+        self.seed = _seed(self.root, model, self.network, checkpoint)
+        self.start = self.seed if subset_dir is None else subset.Subset.load(subset_dir).apply(self.seed)
+        _claim(self.root, identity, None if reference_seed else self.seed)
+        self.seed_print = storage.fingerprint(self.seed)
+        self.evaluator = Evaluator(self.network, data, recipe, self.mesh)
+        for line in self.evaluator.cuts():
+            self.console.print(line, highlight=False)
+
+    @property
+    def size(self) -> int:
+        """Parameters of the seed model."""
+        return sum(x.size for x in jax.tree.leaves(self.seed))
+
+    def baselines(self) -> list[dict[str, Any]]:
+        """Rows of the most common answer and of the untuned model."""
+        known = _baseline(self.root, self.data, self.evaluator, self.start)
+        return [{"method": name, "free_params": 0, "seconds": 0.0, **row} for name, row in known.items()]
+
+    def run(self, name: str, method: Method, rng_seed: int) -> dict[str, Any]:
+        """Tunes with one method and one seed of randomness, from where an earlier command left it.
+
+        Args:
+          name: of the method, to show; also of its directory.
+          method: what is tuned.
+          rng_seed: of the data order, dropout and new parameters.
+
+        Returns:
+          The row of the table.
+        """
+        return Run(self, name, method, rng_seed).go()
 
 
 @dataclass(frozen=True)
@@ -173,67 +246,65 @@ class Run:
     """One method with one seed of randomness.
 
     Attributes:
-      directory: where its files go.
+      bench: what it shares with other runs.
       name: of the method, to show.
       method: what is tuned.
-      network: the T5.
-      recipe: how to train.
       rng_seed: of the data order, dropout and new parameters.
-      mesh: devices.
     """
 
-    directory: Path
+    bench: Bench
     name: str
     method: Method
-    network: Any
-    recipe: Recipe
     rng_seed: int
-    mesh: Mesh
 
-    def go(
-        self, train_name: str, data: SuperGlue, evaluator: "Evaluator", seed: Params, seed_print: str
-    ) -> dict[str, Any]:
+    @property
+    def directory(self) -> Path:
+        """Where its files go."""
+        return self.bench.root / self.name / f"rng_{self.rng_seed}"
+
+    def go(self) -> dict[str, Any]:
         """Trains from the last checkpoint to the end, then predicts with the best one."""
         done = self.directory / "result.json"
         if done.is_file():
             return json.loads(done.read_text())
         self.directory.mkdir(parents=True, exist_ok=True)
-        checkpoints = storage.Checkpoints(self.directory / "checkpoints", seed_print)
+        checkpoints = storage.Checkpoints(self.directory / "checkpoints", self.bench.seed_print)
         progress: dict[str, Any] = {"best_step": None, "best_score": None, "waited": 0, "seconds": 0.0}
-        state, last = self._start(seed), max(checkpoints.steps(), default=0)
+        state, last = self.start(), max(checkpoints.steps(), default=0)
         if last:
             progress = checkpoints.progress(last)
-            state = self._restore(checkpoints.path(last), seed, state)
+            state = self._restore(checkpoints.path(last), state)
         with Log(self.directory, f"{self.name} rng {self.rng_seed}", last) as log:
-            state = self._train(train_name, evaluator, checkpoints, state, progress, last, log)
-        state = self._restore(checkpoints.path(progress["best_step"]), seed, state)
-        row = self._finish(data, evaluator, state, progress)
-        _write_text(done, json.dumps(row, indent=1))
+            state = self._train(checkpoints, state, progress, last, log)
+        state = self._restore(checkpoints.path(progress["best_step"]), state)
+        row = self._finish(state, progress)
+        storage.write_text(done, json.dumps(row, indent=1))
         return row
 
-    def _start(self, seed: Params) -> TrainState:
-        key = jax.random.fold_in(jax.random.key(self.rng_seed), 0)
-        frozen, tuned = self.method.split(_place(seed, self.mesh), key)
-        return TrainState(frozen, tuned, _place_like(self.method.transform.init(tuned), tuned, self.mesh))
+    def start(self) -> TrainState:
+        """Parameters and slots before the first step, on the devices."""
+        mesh, key = self.bench.mesh, jax.random.fold_in(jax.random.key(self.rng_seed), 0)
+        frozen, tuned = self.method.split(_place(self.bench.start, mesh), key)
+        tuned = _place_new(tuned, mesh)
+        slots = self.method.init(_place(self.bench.seed, mesh), tuned)
+        return TrainState(frozen, tuned, _place_like(slots, tuned, mesh))
 
-    def _restore(self, path: Path, seed: Params, state: TrainState) -> TrainState:
-        tuned, slots = self.method.load(path, seed, state.tuned, state.slots)
+    def _restore(self, path: Path, state: TrainState) -> TrainState:
+        tuned, slots = self.method.load(path, self.bench.seed, state.tuned, state.slots)
         return TrainState(state.frozen, tuned, slots)
 
     def _train(
         self,
-        train_name: str,
-        evaluator: "Evaluator",
         checkpoints: storage.Checkpoints,
         state: TrainState,
         progress: dict[str, Any],
         start: int,
         log: Log,
     ) -> TrainState:
-        recipe = self.recipe
+        bench, recipe = self.bench, self.bench.recipe
         take_step = jax.jit(
             make_step(
-                self.network,
+                bench.network,
                 self.method,
                 accumulate=recipe.accumulate,
                 label_smoothing=recipe.label_smoothing,
@@ -242,8 +313,10 @@ class Run:
             donate_argnums=0,
         )
         mark, measure = jax.jit(self.method.mark), jax.jit(self.method.metrics)
-        batches = inputs.train_batches(train_name, recipe.lengths, recipe.batch_size, self.rng_seed, start)
-        rows = NamedSharding(self.mesh, PartitionSpec("data"))
+        batches = inputs.train_batches(
+            bench.train_name, recipe.lengths, recipe.batch_size, self.rng_seed, start
+        )
+        rows = NamedSharding(bench.mesh, PartitionSpec("data"))
         key = jax.random.key(self.rng_seed)
         save_every = recipe.save_every or recipe.eval_every
         pace = _Pace(start)
@@ -273,7 +346,8 @@ class Run:
                 stopping, at_end = stop_requested(), step == recipe.steps
                 if (step % recipe.eval_every == 0 and not stopping) or at_end:
                     jax.block_until_ready(state.tuned)
-                    measured, score = evaluator.score(self.method.merge(state.frozen, state.tuned))
+                    params = self.method.merge(state.frozen, state.tuned)
+                    measured, score = bench.evaluator.score(params)
                     better = progress["best_score"] is None or score > progress["best_score"]
                     if better:
                         free = measure(state.tuned, state.slots, mark(state.tuned, state.slots))[
@@ -284,6 +358,8 @@ class Run:
                     log.write(
                         step, {**measured, "eval/score": score}, {"step": f"{step}", "score": f"{score:.1f}"}
                     )
+                if recipe.snapshot_every and step % recipe.snapshot_every == 0:
+                    self._export(self.directory / "snapshots" / f"{step:08d}", state)
                 if stopping or at_end or step % save_every == 0 or progress["best_step"] == step:
                     progress["seconds"] += pace.spent()
                     checkpoints.save(step, lambda p: self.method.save(p, state.tuned, state.slots), progress)  # noqa: B023
@@ -294,22 +370,26 @@ class Run:
                     )
         return state
 
-    def _finish(
-        self, data: SuperGlue, evaluator: "Evaluator", state: TrainState, progress: dict[str, Any]
-    ) -> dict[str, Any]:
+    def _export(self, path: Path, state: TrainState) -> None:
+        if not path.exists():
+            with storage.whole(path) as there:
+                self.method.export(there, state.tuned, state.slots, self.bench.evaluator.save_model)
+
+    def _finish(self, state: TrainState, progress: dict[str, Any]) -> dict[str, Any]:
+        data, evaluator = self.bench.data, self.bench.evaluator
         params = self.method.merge(state.frozen, state.tuned)
         for task in (*data.names, *data.diagnostics):
             split = evaluator.split(task, "test")
             data.write(self.directory / "predictions", task, split.examples, evaluator.predict(params, split))
-        tuned = self.directory / "tuned"
-        if not tuned.exists():
-            with storage.whole(tuned) as there:
-                self.method.export(there, state.tuned, state.slots, evaluator.save_model)
+        labelled = all(evaluator.split(task, "test").labelled for task in data.names)
+        self._export(self.directory / "tuned", state)
         measured, score = evaluator.score(params)
         return {
             "method": self.name,
             "rng_seed": self.rng_seed,
             "score": score,
+            "train_score": evaluator.score(params, "train")[1] if self.bench.recipe.score_train else None,
+            "test_score": evaluator.score(params, "test")[1] if labelled else None,
             "free_params": progress["free_params"],
             "seconds": progress["seconds"],
             "best_step": progress["best_step"],
@@ -357,14 +437,15 @@ class Evaluator:
             texts += [inputs.decode_text(self._data.vocabulary, row) for row in decoded[: len(tokens)]]
         return split.predictions(texts)
 
-    def score(self, params: Params) -> tuple[dict[str, float], float]:
-        """Metrics of all tasks on their validation splits, and the one score."""
+    def score(self, params: Params, split: str = "validation") -> tuple[dict[str, float], float]:
+        """Metrics of all tasks on a split, and the one score."""
         found = {
-            task: split.metrics(self.predict(params, split))
+            task: examples.metrics(self.predict(params, examples))
             for task in self._data.names
-            for split in [self.split(task, "validation")]
+            for examples in [self.split(task, split)]
         }
-        flat = {f"eval/{task}/{name}": x for task, values in found.items() for name, x in values.items()}
+        kind = "eval" if split == "validation" else split
+        flat = {f"{kind}/{task}/{name}": x for task, values in found.items() for name, x in values.items()}
         return flat, self._data.score(found)
 
     def cuts(self) -> list[str]:
@@ -448,20 +529,12 @@ def _mesh(shape: tuple[int, int] | None) -> Mesh:
     return jax.make_mesh(shape, ("data", "model"), axis_types=kinds)
 
 
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def _claim(root: Path, identity: dict[str, Any]) -> None:
-    """Makes the run directory ours, or checks that it is."""
+def _check_claim(root: Path, identity: dict[str, Any]) -> None:
+    """Refuses a directory that is not ours."""
     file = root / "run.json"
     if not file.exists():
         if root.exists() and any(root.iterdir()):
             raise ValueError(f"{root} is not empty and no run directory; give another run_dir.")
-        root.mkdir(parents=True, exist_ok=True)
-        _write_text(file, json.dumps(identity, indent=1))
         return
     known = json.loads(file.read_text())
     differ = [name for name in identity if known.get(name) != identity[name]]
@@ -474,40 +547,55 @@ def _claim(root: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def _seed(root: Path, model: t5.T5Config, network: Any, checkpoint: str | None, reference: bool) -> Params:
-    """The seed model on the host: kept in the run directory, or where it lies."""
+def _claim(root: Path, identity: dict[str, Any], seed: Params | None) -> None:
+    """Makes the run directory ours, and keeps the seed model there unless it is None."""
+    root.mkdir(parents=True, exist_ok=True)
+    if not (root / "run.json").exists():
+        storage.write_text(root / "run.json", json.dumps(identity, indent=1))
+    if seed is not None and not (root / "seed").exists():
+        with storage.whole(root / "seed") as there:
+            storage.save_model(there / "model.safetensors", seed)
+
+
+def _seed(root: Path, model: t5.T5Config, network: Any, checkpoint: str | None) -> Params:
+    """The seed model on the host: from the run directory, or from where it lies."""
     tokens = jnp.zeros((1, 1), jnp.int32)
 
     def init() -> Params:
         return network.init(jax.random.key(0), tokens, tokens, tokens, enable_dropout=False)["params"]
 
-    like = jax.eval_shape(init)
     kept = root / "seed" / "model.safetensors"
     if kept.exists():
-        return storage.load_model(kept, like)
+        return storage.load_model(kept, jax.eval_shape(init))
     seed = jax.jit(init)() if checkpoint is None else t5.load(checkpoint, model)
-    seed = jax.tree.map(np.asarray, seed)
-    if not reference:
-        with storage.whole(root / "seed") as there:
-            storage.save_model(there / "model.safetensors", seed)
-    return seed
+    return jax.tree.map(np.asarray, seed)
 
 
-def _baseline(root: Path, data: SuperGlue, evaluator: Evaluator, seed: Params) -> dict[str, Any]:
-    """Scores of the most common answer and of the untuned seed model."""
+def _baseline(root: Path, data: SuperGlue, evaluator: "Evaluator", seed: Params) -> dict[str, Any]:
+    """Scores of the most common answer and of the model before tuning."""
     file = root / "baseline.json"
     if not file.exists():
         majority = data.majority()
         found: dict[str, Any] = {} if majority is None else {"majority": {"score": majority}}
         metrics, score = evaluator.score(seed)
         found["seed model"] = {"score": score, "metrics": metrics}
-        _write_text(file, json.dumps(found, indent=1))
+        storage.write_text(file, json.dumps(found, indent=1))
     return json.loads(file.read_text())
 
 
 def _place(params: Params, mesh: Mesh) -> Params:
     """Copies of the parameters on the devices, divided as their logical axes say."""
     return jax.device_put(params, t5.shardings(params, mesh))
+
+
+def _place_new(tuned: Params, mesh: Mesh) -> Params:
+    """Parameters that a method added go on every device; those of the seed stay where they are."""
+
+    def place(x: jax.Array) -> jax.Array:
+        on_mesh = isinstance(x.sharding, NamedSharding) and x.sharding.mesh == mesh
+        return x if on_mesh else jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
+
+    return jax.tree.map(place, tuned)
 
 
 def _place_like(slots: Any, tuned: Params, mesh: Mesh) -> Any:

@@ -20,6 +20,7 @@ ocp = pytest.importorskip("orbax.checkpoint")
 for needed in ("clu", "rich", "tensorboard", "matplotlib"):
     pytest.importorskip(needed)
 
+import dst_optax  # noqa: E402
 from dst_optax import subset  # noqa: E402
 from dst_optax.finetuning import storage, t5, trainer  # noqa: E402
 from dst_optax.finetuning.methods.dst import DST  # noqa: E402
@@ -213,13 +214,14 @@ def test_another_run_is_refused_before_anything_is_written(whole):
         ),
         ({"model": trainer.replace(MODEL, vocab_size=100)}, "the vocabulary has 259 pieces"),
         ({"checkpoint": "/absent"}, "/absent"),
+        ({"subset_dir": "/absent"}, "/absent"),
         ({"mesh_shape": (3, 5)}, "mesh_shape"),
     ],
 )
 def test_bad_input_is_refused_before_training(changes, says, tmp_path):
     with pytest.raises(ValueError, match=says.replace("/", "/")):
         tune(tmp_path / "run", **changes)
-    assert not (tmp_path / "run" / "dst").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_recipes_are_checked():
@@ -273,25 +275,66 @@ def test_dst_adds_the_seed_and_eight_bytes_a_silo_and_a_tensor():
 
 
 EIGHT = """
-import sys
+import json, sys
 sys.path.insert(0, {tests!r})
 import jax, test_trainer
 assert jax.device_count() == 8
-rows = test_trainer.tune({run!r}, mesh_shape=(4, 2))
+for shape in ((8, 1), (2, 4)):
+    run = {run!r} + f"/{{shape[0]}}x{{shape[1]}}"
+    test_trainer.tune(run, methods=test_trainer.SGD, recipe=test_trainer.SMOOTH, model=test_trainer.WIDE,
+                      mesh_shape=shape)
+run = test_trainer.trainer.Run(test_trainer.trainer.Bench(
+    run, test_trainer.DATA, test_trainer.WIDE, test_trainer.SMOOTH, mesh_shape=shape),
+    "dst", test_trainer.SGD["dst"], 0)
+state = run.start()
+print(json.dumps({{
+    name: [list(x.sharding.spec), len({{str(s.index) for s in x.addressable_shards}})]
+    for part in (state.tuned, state.slots)
+    for name, x in test_trainer.storage.named_leaves(part).items()
+}}))
 """
+WIDE = trainer.replace(MODEL, num_heads=4)
+SMOOTH = trainer.replace(RECIPE, dropout=0.0, accumulate=1, log_every=1, eval_every=6)
+SGD = {"dst": DST(optax.sgd(0.3, momentum=0.9), 0.05)}  # Adam makes much of rounding where gradients vanish
 
 
 @pytest.mark.slow
-def test_eight_devices(whole, tmp_path):
-    code = EIGHT.format(tests=str(Path(__file__).parent), run=str(tmp_path / "run"))
+def test_model_parallel_training_is_data_parallel_training(tmp_path):
+    code = EIGHT.format(tests=str(Path(__file__).parent), run=str(tmp_path))
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True)
-    (one,), (eight,) = (
-        [json.loads(x) for x in (d / "dst/rng_0/metrics.jsonl").read_text().splitlines() if '"step": 1,' in x]
-        for d in (whole[0], tmp_path / "run")
+    done = subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True)
+    losses = []
+    for shape in ("8x1", "2x4"):
+        lines = (tmp_path / shape / "dst/rng_0/metrics.jsonl").read_text().splitlines()
+        losses.append([line["loss"] for line in map(json.loads, lines) if "loss" in line])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][-1] < 0.95 * losses[0][0]
+
+    places = json.loads(done.stdout.splitlines()[-1])
+    kernels = [x for name, x in places.items() if name.endswith("encoder/layers_0/mlp/wi_0/kernel")]
+    assert kernels == [[[None, "model"], 4]] * 3  # parameter, momentum, seed
+    scalars = [x for n, x in places.items() if n.rpartition("/")[2] in ("captured", "threshold", "step")]
+    assert scalars
+    assert {x[1] for x in scalars} == {1}
+
+
+def test_training_goes_on_from_a_subset(whole, tmp_path):
+    """A second stage stays within the budget of the first seed, and starts where the first one ended."""
+    first = whole[0] / "dst" / "rng_0" / "tuned" / "subset"
+    seed = tmp_path / "seed"
+    bench = trainer.Bench(str(whole[0]), DATA, MODEL, RECIPE)
+    t5.save_hf(bench.seed, MODEL, seed)
+    rows = tune(tmp_path / "run", checkpoint=str(seed), subset_dir=str(first))
+    assert rows[1]["metrics"] == whole[1][-1]["metrics"]  # of the model before tuning
+    second = trainer.Bench(
+        str(tmp_path / "run"), DATA, MODEL, RECIPE, checkpoint=str(seed), subset_dir=str(first)
     )
-    assert eight["loss"] == pytest.approx(one["loss"], rel=0.05)  # other dropout on other devices
-    assert eight["tokens"] == one["tokens"]
+    state = trainer.Run(second, "dst", dst(), 0).start()
+    mask = jax.tree.leaves(dst_optax.subset_mask(state.tuned, state.slots))
+    assert sum(int(x.sum()) for x in mask) == subset.Subset.load(first).count > 0
+    tuned = subset.Subset.load(tmp_path / "run/dst/rng_0/tuned/subset")
+    assert 0 < tuned.count == rows[-1]["free_params"] <= 0.06 * bench.size
+    tuned.apply(bench.seed)  # its fingerprints are the first seed's
 
 
 @pytest.mark.skipif(not (REAL / "superglue" / "CB").is_dir(), reason=f"real SuperGLUE is not in {REAL}")

@@ -26,11 +26,20 @@ class Method(Protocol):
         """Parts the seed model into what stays and what is tuned, e.g. ``({}, seed)``.
 
         Args:
-          seed: parameters of the seed model.
+          seed: parameters of the seed model, or of where training starts from instead.
           key: randomness, for methods that add parameters.
 
         Returns:
           Frozen parameters and tuned ones.
+        """
+        ...
+
+    def init(self, seed: Params, tuned: Params) -> Any:
+        """The optimizer's state before the first step.
+
+        Args:
+          seed: parameters of the seed model; ``tuned`` may already differ from it.
+          tuned: tuned parameters.
         """
         ...
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import dst_optax
@@ -13,11 +14,12 @@ from dst_optax import diagnostics, distances, subset
 from dst_optax import silos as silos_lib
 from dst_optax.finetuning import storage
 from dst_optax.finetuning.methods import Params
-from dst_optax.transform import DynamicSubsetTuningState, states
+from dst_optax.finetuning.methods.base import InPlace
+from dst_optax.state import DynamicSubsetTuningState, states
 
 
 @dataclass(frozen=True)
-class DST:
+class DST(InPlace):
     """Tunes a subset that is chosen anew at each step.
 
     Attributes:
@@ -37,9 +39,9 @@ class DST:
     ties: str = "strict"
 
     @property
-    def transform(self) -> optax.GradientTransformationExtraArgs:  # noqa: D102
-        return dst_optax.wrap(
-            self.optimizer,
+    def selection(self) -> optax.GradientTransformationExtraArgs:
+        """What keeps the subset within its budget."""
+        return dst_optax.dynamic_subset_tuning(
             self.fraction_of_free_params,
             num_free_params=self.num_free_params,
             silos=self.silos,
@@ -47,13 +49,12 @@ class DST:
             ties=self.ties,
         )
 
-    def split(self, seed: Params, key: jax.Array) -> tuple[Params, Params]:  # noqa: D102
-        del key
-        return {}, seed
+    @property
+    def transform(self) -> optax.GradientTransformationExtraArgs:  # noqa: D102
+        return optax.chain(self.optimizer, self.selection)
 
-    def merge(self, frozen: Params, tuned: Params) -> Params:  # noqa: D102
-        del frozen
-        return tuned
+    def init(self, seed: Params, tuned: Params) -> Any:  # noqa: D102
+        return dst_optax.reseed(self.transform.init(tuned), seed)
 
     def apply_updates(self, tuned: Params, updates: Params, state: Any) -> Params:  # noqa: D102
         return dst_optax.apply_updates(tuned, updates, state)
@@ -64,7 +65,11 @@ class DST:
     def metrics(self, tuned: Params, state: Any, before: Any) -> dict[str, jax.Array]:  # noqa: D102
         found = diagnostics.metrics(state, tuned)
         moved = diagnostics.overlap(before, dst_optax.subset_mask(tuned, state))
+        thresholds = jnp.concatenate([s.threshold for s in states(state)])
         return {
+            "threshold_min": thresholds.min(),
+            "threshold_median": jnp.median(thresholds),
+            "threshold_max": thresholds.max(),
             "free_params": found["subset_size"],
             "churn": 1.0 - moved["overlap"],
             **{name: found[name] for name in ("budget", "passes", "nonfinite", "unresolved")},

@@ -326,7 +326,7 @@ class Transformer(nn.Module):
         """
         del encoder_positions, decoder_positions
         encoded = self.encode(encoder_input_tokens, encoder_segment_ids, enable_dropout=enable_dropout)
-        targets, inputs = decoder_target_tokens > 0, encoder_input_tokens > 0
+        targets, inputs = decoder_target_tokens > 0, self._attended(encoder_input_tokens)
         mask = _pairs(targets, targets, decoder_segment_ids, decoder_segment_ids)
         return self.decoder(
             self._embed(decoder_input_tokens),
@@ -343,10 +343,17 @@ class Transformer(nn.Module):
         *,
         enable_dropout: bool = False,
     ) -> jax.Array:
-        """Encodes tokens ``(batch, inputs)`` as ``(batch, inputs, emb_dim)``."""
-        real = encoder_input_tokens > 0
+        """Encodes tokens ``(batch, inputs)`` as ``(batch, inputs, emb_dim)``.
+
+        If the parameters hold a ``prompt``, ``(length, emb_dim)``, the inputs begin with it.
+        """
+        x, prompt = self._embed(encoder_input_tokens), self._prompt()
+        if prompt.shape[0] and encoder_segment_ids is not None:
+            raise ValueError("a soft prompt belongs to one example; packed inputs cannot have one.")
+        x = jnp.concatenate([jnp.broadcast_to(prompt, (x.shape[0], *prompt.shape)), x], axis=1)
+        real = self._attended(encoder_input_tokens)
         mask = _pairs(real, real, encoder_segment_ids, encoder_segment_ids)
-        return self.encoder(self._embed(encoder_input_tokens), mask, deterministic=not enable_dropout)
+        return self.encoder(x, mask, deterministic=not enable_dropout)
 
     def decode_step(
         self,
@@ -372,12 +379,24 @@ class Transformer(nn.Module):
             self._embed(tokens[:, None]),
             encoded,
             jnp.arange(decode_length) <= position,
-            (encoder_input_tokens > 0)[:, None, None, :],
+            self._attended(encoder_input_tokens)[:, None, None, :],
             position,
             deterministic=True,
             decode_length=decode_length,
         )
         return logits[:, 0]
+
+    def _prompt(self) -> jax.Array:
+        """The soft prompt, ``(length, emb_dim)``: empty, unless the parameters hold one."""
+        if not self.has_variable("params", "prompt"):
+            return jnp.zeros((0, self.config.emb_dim), self.config.dtype)
+        return self.get_variable("params", "prompt").astype(self.config.dtype)
+
+    def _attended(self, encoder_input_tokens: jax.Array) -> jax.Array:
+        """What there is to attend to, ``(batch, prompt + inputs)``: all but padding."""
+        real = encoder_input_tokens > 0
+        prompt = jnp.ones((real.shape[0], self._prompt().shape[0]), bool)
+        return jnp.concatenate([prompt, real], axis=1)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         return with_logical_constraint(self.token_embedder(tokens), ("batch", "length", "embed"))

@@ -1,0 +1,1 @@
+"""The paper's experiments: sweeps, analyses, figures, and a report; one file each."""

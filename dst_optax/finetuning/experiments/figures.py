@@ -1,0 +1,181 @@
+"""Figures of the experiments, drawn from numbers alone."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def blank(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 4.2)) -> Any:
+    """An empty figure.
+
+    Args:
+      rows: of panels.
+      columns: of panels.
+      size: of one panel, in inches.
+
+    Returns:
+      The matplotlib figure; its panels are ``figure.axes``.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.subplots(rows, columns)
+    return figure
+
+
+def save(figure: Any, path: Path) -> None:
+    """Writes a PNG, whole or not at all."""
+    temporary = path.with_suffix(".tmp.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(temporary)
+    temporary.replace(path)
+
+
+def score_vs_budget(summary: Sequence[Mapping[str, Any]], task: str) -> Any:
+    """Score against free parameters: a line with a band of one standard deviation for each method.
+
+    Args:
+      summary: of :func:`~dst_optax.finetuning.experiments.score_vs_budget.summarise`.
+      task: whose rows are drawn.
+
+    Returns:
+      The figure; methods without a budget (baselines, full fine-tuning) are horizontal lines.
+    """
+    figure = blank()
+    (axes,) = figure.axes
+    found = [s for s in summary if s["task"] == task]
+    styles = iter(("dotted", "dashed", "dashdot", "solid"))
+    for method in dict.fromkeys(s["method"] for s in found):
+        same = sorted((s for s in found if s["method"] == method), key=lambda s: s["free_params"])
+        mean, std = (np.array([s[name] for s in same]) for name in ("mean", "std"))
+        if same[0]["budget"] is None:
+            axes.axhline(mean[0], color="gray", linestyle=next(styles), label=method)
+            continue
+        free = [s["free_params"] for s in same]
+        (line,) = axes.plot(free, mean, marker="o", label=method)
+        axes.fill_between(free, mean - std, mean + std, alpha=0.15, color=line.get_color(), linewidth=0)
+    axes.set(xscale="log", xlabel="free parameters", ylabel="score", title=task, ylim=(0, 102))
+    axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def convergence(found: Mapping[str, Any]) -> Any:
+    """Four panels of how subsets settle.
+
+    Args:
+      found: of :func:`~dst_optax.finetuning.experiments.subset_convergence.subset_convergence`.
+
+    Returns:
+      The figure: churn, thresholds, overlap with the last and the previous snapshot, overlap of seeds.
+    """
+    figure = blank(2, 2, (5.2, 3.4))
+    churn, thresholds, itself, seeds = figure.axes
+    for name, run in found["rng"].items():
+        if series := run["logged"].get("churn"):
+            churn.plot(*zip(*series, strict=True), label=name)
+        for style, kind in (("-", "median"), (":", "min"), (":", "max")):
+            if series := run["logged"].get(f"threshold_{kind}"):
+                label = name if kind == "median" else "_"
+                thresholds.plot(*zip(*series, strict=True), style, color="C" + name[-1], label=label)
+        itself.plot(*_series(run["overlap_final"]), label=f"{name}, with the last")
+        itself.plot(*_series(run["overlap_previous"]), "--", label=f"{name}, with the one before")
+    if found["overlap_seeds"]:
+        seeds.plot(*_series(found["overlap_seeds"]), marker="o", label="mean of pairs")
+    churn.set(title="churn of a step", ylabel="share", ylim=(0, None))
+    thresholds.set(title="thresholds: median, least and most", ylabel="distance")
+    itself.set(title="snapshots of a run", ylabel="Jaccard index", ylim=(0, 1.02))
+    seeds.set(title="seeds of randomness", ylabel="Jaccard index", ylim=(0, 1.02))
+    for axes in figure.axes:
+        axes.set_xlabel("step")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize="x-small")
+    return figure
+
+
+def _series(by_step: Mapping[int, float]) -> tuple[list[int], list[float]]:
+    steps = sorted(by_step)
+    return steps, [by_step[step] for step in steps]
+
+
+def places(by_step: Mapping[int, Mapping[str, Mapping[str, float]]]) -> Any:
+    """Maps of the share of free entries: modules by layers, one panel a step.
+
+    Args:
+      by_step: step to module to layer to share.
+
+    Returns:
+      The figure.
+    """
+    from matplotlib import colors
+
+    figure = blank(1, len(by_step), (3.6, 4.2))
+    modules = list(dict.fromkeys(m for one in by_step.values() for m in one))
+    layers = list(dict.fromkeys(x for one in by_step.values() for module in one.values() for x in module))
+    maps = [np.array([[one[m].get(x, np.nan) for x in layers] for m in modules]) for one in by_step.values()]
+    norm = colors.Normalize(0, max(float(np.nanmax(x)) for x in maps))
+    panels = list(figure.axes)
+    for axes, step, shares in zip(panels, by_step, maps, strict=True):
+        image = axes.imshow(shares, aspect="auto", norm=norm)
+        axes.set_title(f"step {step}")
+        axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize="x-small")
+        axes.set_yticks(range(len(modules)), modules if axes is panels[0] else [], fontsize="x-small")
+        if axes is panels[-1]:
+            figure.colorbar(image, ax=panels, label="share of free entries")
+    return figure
+
+
+def regularisation(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """The gap between training and other examples, and the score on others, against free parameters.
+
+    Args:
+      rows: of :func:`~dst_optax.finetuning.experiments.regularisation.regularisation`.
+
+    Returns:
+      The figure: two panels, a line for each number of training examples.
+    """
+    figure = blank(1, 2, (5.2, 3.8))
+    for axes, name, label in zip(figure.axes, ("gap", "score"), ("gap", "score on others"), strict=True):
+        for size in dict.fromkeys(r["examples"] for r in rows):
+            same = [r for r in rows if r["examples"] == size]
+            methods = dict.fromkeys(r["method"] for r in same)
+            points = sorted(
+                (_mean(same, method, "free_params"), _mean(same, method, name)) for method in methods
+            )
+            axes.plot(*zip(*points, strict=True), marker="o", label=f"{size} examples")
+        axes.set(xscale="log", xlabel="free parameters", ylabel=label)
+        axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], method: str, name: str) -> float:
+    return float(np.mean([r[name] for r in rows if r["method"] == method]))
+
+
+def latency(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Milliseconds of a request against free parameters, one panel a model.
+
+    Args:
+      rows: of :func:`~dst_optax.finetuning.experiments.serving_latency.serving_latency`.
+
+    Returns:
+      The figure: lines for subsets and LoRA, horizontal ones for whole checkpoints and for no switch.
+    """
+    models = list(dict.fromkeys(r["model"] for r in rows))
+    figure = blank(1, len(models), (4.6, 3.8))
+    for axes, model in zip(figure.axes, models, strict=True):
+        same = [r for r in rows if r["model"] == model]
+        for way in ("subset", "lora"):
+            points = sorted((r["entries"], r["request"]["p50"]) for r in same if r["way"] == way)
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", label=way)
+        for way, style in (("full", "dashed"), ("none", "dotted")):
+            for r in same:
+                if r["way"] == way:
+                    axes.axhline(r["request"]["p50"], color="gray", linestyle=style, label=way)
+        axes.set(xscale="log", yscale="log", xlabel="free parameters", ylabel="ms a request", title=model)
+        axes.legend(frameon=False, fontsize="small")
+    return figure

@@ -1,0 +1,113 @@
+"""Whether a small budget keeps a model from learning its training examples by heart.
+
+<run_dir>/<examples>/           a run directory of the trainer
+<run_dir>/regularisation.json   a row a run
+<run_dir>/regularisation.md, regularisation.png
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import seqio
+
+from dst_optax.finetuning import storage, t5, trainer
+from dst_optax.finetuning.experiments import figures
+from dst_optax.finetuning.methods import Method
+from dst_optax.finetuning.superglue.sources import SyntheticSource
+from dst_optax.finetuning.superglue.suite import SuperGlue
+
+Row = dict[str, Any]
+
+
+def regularisation(
+    run_dir: str,
+    data: Callable[[int], SuperGlue],
+    model: t5.T5Config,
+    methods: Mapping[str, Method],
+    recipe: trainer.Recipe,
+    *,
+    sizes: Sequence[int] = (32, 100, 250, 1000),
+    checkpoint: str | None = None,
+    rng_seeds: Sequence[int] = (0, 1, 2),
+    config: str = "",
+) -> list[Row]:
+    """Tunes on few examples to the end, and compares scores on them and on others.
+
+    Args:
+      run_dir: where everything goes.
+      data: from a number of training examples.
+      model: of the network.
+      methods: e.g. DST at several fractions, by name.
+      recipe: how to train; evaluated at the end only, so that no checkpoint is chosen.
+      sizes: numbers of training examples.
+      checkpoint: the seed model.
+      rng_seeds: seeds of randomness.
+      config: text that a resumed command must repeat.
+
+    Returns:
+      Rows of ``method``, ``examples``, ``rng_seed``, ``free_params``, ``train``, ``score`` and ``gap``.
+    """
+    root, rows = Path(run_dir), []
+    recipe = replace(recipe, eval_every=recipe.steps, patience=None, score_train=True)
+    for size in sizes:
+        bench = trainer.Bench(
+            str(root / str(size)), data(size), model, recipe, checkpoint=checkpoint, config=config
+        )
+        for name, method in methods.items():
+            for rng_seed in rng_seeds:
+                row = bench.run(name, method, rng_seed)
+                score = row["score"] if row["test_score"] is None else row["test_score"]
+                gap = row["train_score"] - score
+                rows.append(
+                    {
+                        "method": name,
+                        "examples": size,
+                        "rng_seed": rng_seed,
+                        "free_params": row["free_params"],
+                        "train": row["train_score"],
+                        "score": score,
+                        "gap": gap,
+                    }
+                )
+                storage.write_text(root / "regularisation.json", json.dumps(rows, indent=1))
+        storage.write_text(root / "regularisation.md", markdown(rows))
+    figures.save(figures.regularisation(rows), root / "regularisation.png")
+    return rows
+
+
+def synthetic(train_size: int, vocabulary: seqio.Vocabulary, names: Sequence[str]) -> SuperGlue:
+    """Synthetic tasks with few training examples.
+
+    Args:
+      train_size: training examples of each task.
+      vocabulary: of inputs and targets.
+      names: tasks.
+    """
+    return SuperGlue(SyntheticSource(train_size=train_size), vocabulary, names)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A table: training score, score on other examples, and the gap; means over seeds of randomness.
+
+    Args:
+      rows: of :func:`regularisation`.
+
+    Returns:
+      Markdown.
+    """
+    lines = [
+        "| examples | method | free parameters | training | others | gap |",
+        "|---:|---|---:|---:|---:|---:|",
+    ]
+    for size, method in dict.fromkeys((r["examples"], r["method"]) for r in rows):
+        same = [r for r in rows if (r["examples"], r["method"]) == (size, method)]
+        free, train, score, gap = (
+            float(np.mean([r[x] for r in same])) for x in ("free_params", "train", "score", "gap")
+        )
+        spread = f" ± {np.std([r['score'] for r in same], ddof=1):.1f}" if len(same) > 1 else ""
+        lines.append(f"| {size} | {method} | {free:,.0f} | {train:.1f} | {score:.1f}{spread} | {gap:.1f} |")
+    return "\n".join(lines) + "\n"

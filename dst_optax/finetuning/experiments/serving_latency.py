@@ -1,0 +1,186 @@
+"""What it costs to serve many tuned models: swapping subsets against loading models and merging LoRA.
+
+Times do not depend on what a model has learnt: seed models and subsets are random here.
+
+    <run_dir>/serving_latency.json    a row a model, way and fraction; resumed by row
+    <run_dir>/serving_latency.md, serving_latency.png
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dst_optax import serving, subset
+from dst_optax.finetuning import storage, t5
+from dst_optax.finetuning.experiments import figures
+from dst_optax.finetuning.methods.lora import LoRA
+from dst_optax.finetuning.t5.parameters import unflatten
+
+Row = dict[str, Any]
+PERCENTILES = (50, 95, 99)
+
+
+def serving_latency(
+    run_dir: str,
+    models: Mapping[str, t5.T5Config],
+    fractions: Sequence[float] = (0.1, 0.01, 0.001),
+    *,
+    requests: int = 20,
+    input_length: int = 64,
+    target_length: int = 4,
+    config: str = "",
+) -> list[Row]:
+    """Measures loading, switching, and requests that each want another tuned model.
+
+    Args:
+      run_dir: where the results and scratch files go.
+      models: shapes by name.
+      fractions: shares of free parameters.
+      requests: timed ones of each kind.
+      input_length: tokens of a request's one input.
+      target_length: tokens that are decoded.
+      config: not used.
+
+    Returns:
+      Rows of ``model``, ``way``, ``fraction``, ``entries``, and milliseconds by percentile: ``load`` from
+      files, ``switch``, and ``request`` (switch and decode). The ways are "subset", "lora" of as many
+      parameters (merged into the seed anew), "full" (a checkpoint loaded for each request) and "none".
+    """
+    del config
+    root = Path(run_dir)
+    root.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    for name, model in models.items():
+        bench = _Bench(root / "scratch" / name, model, requests, input_length, target_length)
+        ways: list[Callable[[], Row]] = [bench.none, bench.full]
+        for fraction in fractions:
+            ways += [lambda f=fraction: bench.swap(f), lambda f=fraction: bench.merge(f)]  # noqa: B023
+        for way in ways:
+            rows.append({"model": name, "parameters": bench.size, **way()})
+            print(markdown(rows[-1:]).splitlines()[-1], flush=True)
+            storage.write_text(root / "serving_latency.json", json.dumps(rows, indent=1))
+    storage.write_text(root / "serving_latency.md", markdown(rows))
+    figures.save(figures.latency(rows), root / "serving_latency.png")
+    return rows
+
+
+class _Bench:
+    """One model, and requests for it."""
+
+    def __init__(self, scratch: Path, model: t5.T5Config, requests: int, inputs: int, targets: int):
+        self._scratch, self._requests = scratch, requests
+        random = np.random.default_rng(0)
+        self._seed = {
+            path: random.standard_normal(shape, np.float32) * 0.05 for path, shape in t5.shapes(model).items()
+        }
+        self.size = sum(x.size for x in self._seed.values())
+        self._random = random
+        tokens = jnp.asarray(random.integers(2, model.vocab_size, (1, inputs)), jnp.int32)
+        network = t5.Transformer(model)
+        self._decode = lambda params: t5.decode(network, params, tokens, targets)
+        jax.block_until_ready(self._decode(self._placed()))
+
+    def _placed(self) -> Any:
+        return jax.tree.map(jnp.array, unflatten(self._seed))
+
+    def _row(self, way: str, fraction: float | None, entries: int, **calls: Callable[[], Any]) -> Row:
+        times = {name: self._time(call) for name, call in calls.items()}
+        return {"way": way, "fraction": fraction, "entries": entries, **times}
+
+    def _time(self, call: Callable[[], Any]) -> dict[str, float]:
+        jax.block_until_ready(call())
+        spent = []
+        for _ in range(self._requests):
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            spent.append(1e3 * (time.perf_counter() - start))
+        return {f"p{p}": float(np.percentile(spent, p)) for p in PERCENTILES}
+
+    def none(self) -> Row:
+        """Requests for one resident model."""
+        params = self._placed()
+        return self._row("none", None, 0, request=lambda: self._decode(params))
+
+    def full(self) -> Row:
+        """Requests that each load a whole checkpoint."""
+        file = self._scratch / "model.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        like = unflatten(self._seed)
+        storage.save_model(file, like)
+
+        def load() -> Any:
+            return jax.tree.map(jnp.asarray, storage.load_model(file, like))
+
+        return self._row("full", 1.0, self.size, load=load, request=lambda: self._decode(load()))
+
+    def swap(self, fraction: float) -> Row:
+        """Requests that each activate another subset."""
+        store = serving.SubsetStore(self._placed())
+        entries, names = 0, ("a", "b")
+        for name in names:
+            made = subset.Subset({path: self._entries(x, fraction) for path, x in self._seed.items()})
+            made.save(self._scratch / f"{name}_{fraction:g}")
+            store.load(name, self._scratch / f"{name}_{fraction:g}")
+            entries = made.count
+
+        def load() -> None:
+            store.load("c", self._scratch / f"a_{fraction:g}")
+            store.unload("c")
+
+        def switch() -> Any:
+            return store.activate("b" if store.active == "a" else "a")
+
+        row = self._row(
+            "subset", fraction, entries, load=load, switch=switch, request=lambda: self._decode(switch())
+        )
+        return row
+
+    def _entries(self, x: np.ndarray, fraction: float) -> subset.Entries:
+        count = max(1, round(fraction * x.size))
+        positions = np.unique(self._random.integers(0, x.size, count))
+        return subset.Entries(x.shape, positions, self._random.standard_normal(len(positions), np.float32))
+
+    def merge(self, fraction: float) -> Row:
+        """Requests that each merge another LoRA of as many parameters into the seed."""
+        method = LoRA(optax.identity(), num_free_params=round(fraction * self.size))
+        frozen, tuned = method.split(self._placed(), jax.random.key(0))
+        file = self._scratch / f"lora_{fraction:g}.safetensors"
+        storage.save_model(file, tuned)
+        merge = jax.jit(method.merge)
+        entries = sum(x.size for x in jax.tree.leaves(tuned))
+        return self._row(
+            "lora",
+            fraction,
+            entries,
+            load=lambda: jax.tree.map(jnp.asarray, storage.load_model(file, tuned)),
+            switch=lambda: merge(frozen, tuned),
+            request=lambda: self._decode(merge(frozen, tuned)),
+        )
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A table of medians, with the 95th and 99th percentile of requests.
+
+    Args:
+      rows: of :func:`serving_latency`.
+
+    Returns:
+      Markdown.
+    """
+    lines = [
+        "| model | way | free parameters | load, ms | switch, ms | request, ms | p95 | p99 |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        load, switch = (f"{row[x]['p50']:.3g}" if x in row else "" for x in ("load", "switch"))
+        p50, p95, p99 = (f"{row['request'][f'p{p}']:.3g}" for p in PERCENTILES)
+        head = f"| {row['model']} | {row['way']} | {row['entries']:,}"
+        lines.append(f"{head} | {load} | {switch} | {p50} | {p95} | {p99} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,126 @@
+"""How a subset settles: churn, overlap with itself later and with other runs, and where it lies.
+
+Needs runs with snapshots (``trainer.Recipe.snapshot_every``):
+
+    <run_dir>/rng_*/snapshots/<step>/subset    read
+    <run_dir>/rng_*/metrics.jsonl              read
+    <run_dir>/subset_convergence.json          the numbers
+    <run_dir>/subset_convergence.png           curves
+    <run_dir>/subset_places.png                layer x module at some steps
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dst_optax import subset
+from dst_optax.finetuning import storage
+from dst_optax.finetuning.experiments import figures
+
+LOGGED = ("churn", "free_params", "threshold_min", "threshold_median", "threshold_max")
+_LAYER = re.compile(r"^(encoder|decoder)/layers_(\d+)/(.*?)(/kernel|/scale)?$")
+
+
+def subset_convergence(run_dir: str, *, panels: int = 4, config: str = "") -> dict[str, Any]:
+    """Measures how the subsets of a method's runs settle.
+
+    Args:
+      run_dir: of one method: it holds ``rng_<n>``, one for each seed of randomness.
+      panels: steps that the map of places shows.
+      config: not used.
+
+    Returns:
+      ``rng`` with, for each seed of randomness, ``logged`` series of step and value, ``overlap_final`` and
+      ``overlap_previous``, by step; ``overlap_seeds`` by step, the mean over pairs of seeds; ``places``, by
+      step, the share of free entries of each layer and module of the first seed; ``share``, of the last
+      subset's entries, by kind of tensor. Overlaps are Jaccard indices.
+
+    Raises:
+      ValueError: there are no snapshots.
+    """
+    del config
+    root = Path(run_dir)
+    runs = {path.parent.name: _snapshots(path) for path in sorted(root.glob("rng_*/snapshots"))}
+    if not runs or not all(runs.values()):
+        raise ValueError(f"{root} has no rng_*/snapshots; train with Recipe.snapshot_every.")
+    first = next(iter(runs.values()))
+    common = sorted(set.intersection(*(set(run) for run in runs.values())))
+    pairs = list(combinations(runs.values(), 2))
+    found = {
+        "rng": {name: _curves(root / name, run) for name, run in runs.items()},
+        "overlap_seeds": {
+            step: float(np.mean([overlap(a[step], b[step]) for a, b in pairs])) for step in common if pairs
+        },
+        "places": {step: places(taken) for step, taken in first.items()},
+        "share": share_by_kind(first[max(first)]),
+    }
+    storage.write_text(root / "subset_convergence.json", json.dumps(found, indent=1))
+    figures.save(figures.convergence(found), root / "subset_convergence.png")
+    steps = sorted(first)
+    shown = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, panels).round().astype(int))]
+    figures.save(figures.places({s: found["places"][s] for s in shown}), root / "subset_places.png")
+    return found
+
+
+def _snapshots(directory: Path) -> dict[int, subset.Subset]:
+    return {int(p.name): subset.Subset.load(p / "subset") for p in sorted(directory.iterdir())}
+
+
+def _curves(run: Path, taken: Mapping[int, subset.Subset]) -> dict[str, Any]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = taken[max(taken)]
+    return {
+        "logged": {
+            name: [(line["step"], line[name]) for line in lines if name in line]
+            for name in LOGGED
+            if any(name in line for line in lines)
+        },
+        "overlap_final": {step: overlap(one, last) for step, one in taken.items()},
+        "overlap_previous": {b: overlap(taken[a], taken[b]) for a, b in pairwise(sorted(taken))},
+    }
+
+
+def overlap(a: subset.Subset, b: subset.Subset) -> float:
+    """The Jaccard index of two subsets of one model; 1 if both are empty.
+
+    Example:
+      >>> import numpy as np
+      >>> seed = {"w": np.zeros(4)}
+      >>> a, b = (subset.from_models(seed, {"w": np.array(w)}) for w in ([1.0, 1, 0, 0], [0.0, 1, 1, 0]))
+      >>> round(overlap(a, b), 3)
+      0.333
+    """
+    both = sum(len(np.intersect1d(a[path].positions, b[path].positions, assume_unique=True)) for path in a)
+    either = a.count + b.count - both
+    return both / either if either else 1.0
+
+
+def places(taken: subset.Subset) -> dict[str, dict[str, float]]:
+    """The share of free entries of every module of every layer.
+
+    Args:
+      taken: a subset of an unstacked T5.
+
+    Returns:
+      Module, e.g. "attention/query", to layer, e.g. "encoder 0", to the share of its entries.
+    """
+    out: dict[str, dict[str, float]] = {}
+    for path, entries in taken.items():
+        if found := _LAYER.match(path):
+            stack, layer, module, _ = found.groups()
+            out.setdefault(module, {})[f"{stack} {layer}"] = len(entries) / entries.size
+    return out
+
+
+def share_by_kind(taken: subset.Subset) -> dict[str, float]:
+    """The share of a subset's entries that lies in each kind of tensor; layers are drawn together."""
+    counts: dict[str, int] = {}
+    for path, entries in taken.items():
+        kind = re.sub(r"/layers_\d+", "", path)
+        counts[kind] = counts.get(kind, 0) + len(entries)
+    return {kind: count / max(taken.count, 1) for kind, count in counts.items()}

@@ -1,0 +1,476 @@
+"""One step of Dynamic Subset Tuning: which entries of the proposal stay within the budget.
+
+The step is a projection. Of all models in which at most m entries of each silo differ from the seed
+it takes the one that costs least, where the cost of an entry that returns to the seed is its
+distance ``d(seed, theta_hat, seed)``; so the entries with the largest distances are kept.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import checkify
+
+from dst_optax import budget, distances, rounding, selection
+from dst_optax.silos import LeafPlan, SiloPlan
+from dst_optax.state import FREE, DynamicSubsetTuningState
+
+BATCH = 2**22  # entries whose updates and keys are in memory at one time, on one device
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def project(
+    plan: SiloPlan,
+    distance: distances.Distance,
+    ties: str,
+    updates: list[jax.Array],
+    params: list[jax.Array],
+    seeds: list[jax.Array],
+    budgets: jax.Array,
+    state: DynamicSubsetTuningState,
+) -> tuple[list[jax.Array], dict[str, jax.Array]]:
+    """Updates that lead to the proposal inside the subset and to the seed elsewhere.
+
+    Args:
+      plan: the silos.
+      distance: d(theta, theta_hat, theta_seed).
+      ties: "strict" or "fill".
+      updates: proposed updates of all leaves.
+      params: all leaves.
+      seeds: seeds of the leaves ``plan.ranked``.
+      budgets: entries that each silo may free, (silos, 2) int32 limbs.
+      state: the last step's state; its thresholds say where to look first.
+
+    Returns:
+      The updates, and the fields of the state that change.
+    """
+    out = [
+        jnp.full_like(u, -0.0) if plan.is_frozen(leaf) else u
+        for u, leaf in zip(updates, plan.leaves, strict=True)
+    ]
+    ranked = plan.ranked
+    facts = dict(
+        budget=_total(budgets),
+        free=_total(budgets),
+        nonfinite=jnp.zeros((), jnp.int32),
+        unresolved=jnp.zeros((), jnp.int32),
+    )
+    if not ranked:
+        return out, facts
+    args = (
+        [updates[i] for i in ranked],
+        [params[i] for i in ranked],
+        seeds,
+        budgets,
+        state._replace(seed=None),
+    )
+    on = partial(_project_ranked, plan, distance, ties)
+    new, found = lax.platform_dependent(
+        *args, cpu=partial(on, jax.device_count() == 1), default=partial(on, False)
+    )
+    for i, u in zip(ranked, new, strict=True):
+        out[i] = u
+    if plan.budgets is not None:
+        contested = {silo for i in ranked for silo in plan.leaves[i].silos}
+        always = sum(m for silo, m in enumerate(plan.budgets) if silo not in contested)
+        found["free"] = budget.carry(found["free"] + budget.limbs([always])[0])
+    return out, facts | found
+
+
+class _Proposal(NamedTuple):
+    """What the inner optimizer proposes for one leaf whose entries compete."""
+
+    plan: LeafPlan
+    param: jax.Array
+    update: jax.Array
+    seed: jax.Array
+    zero: jax.Array
+
+    def theta_hat(self) -> jax.Array:
+        return rounding.settle_half(rounding.add(self.param, self.update), self.zero)
+
+    def keys(self, distance: distances.Distance, scale: "_Scale") -> jax.Array:
+        """Distances from the seed as integers that order alike; -1 where the proposal is not finite."""
+        theta_hat, wide = self.theta_hat(), rounding.wide(self.param.dtype)
+        # apart from later uses of the seed, or seed - param would stay in memory for them
+        own = rounding.settle(self.seed, self.zero)
+        seed = own.astype(wide)
+        delta = distance(seed, theta_hat.astype(wide), seed)
+        if jnp.shape(delta) != self.param.shape or delta.dtype != wide:
+            raise ValueError(
+                f"the distance of parameter {self.plan.path!r} has shape {jnp.shape(delta)} and dtype "
+                f"{delta.dtype}; it must be component-wise, so {self.param.shape} and {wide}."
+            )
+        checkify.debug_check(
+            ~jnp.any(delta < 0),
+            f"the distance of parameter {self.plan.path!r} is negative; it must be 0 or more.",
+        )
+        delta = jnp.where(jnp.isnan(delta), jnp.inf, delta)
+        same = rounding.bits(theta_hat) == rounding.bits(own)
+        same |= rounding.asks_for_seed(self.update, own, self.param)
+        same |= delta < jnp.finfo(wide).tiny
+        keys = scale.to_key(jnp.where(same, jnp.zeros_like(delta), delta))
+        return jnp.where(jnp.isfinite(theta_hat), keys, jnp.full_like(keys, -1))
+
+    def projected(self, keep: jax.Array, zero: jax.Array) -> jax.Array:
+        """The updates: unchanged where kept, back to the seed elsewhere; after ``zero`` is known."""
+        back = rounding.back(self.seed, self.param, self.update.dtype)
+        return rounding.settle(jnp.where(keep, self.update, back), zero)
+
+    def extent(self, keep: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Least and largest distance of kept entries from their seeds, in parameters' units."""
+        wide = rounding.wide(self.param.dtype)
+        far = jnp.abs(self.theta_hat().astype(wide) - self.seed.astype(wide))
+        return (
+            jnp.min(jnp.where(keep, far, jnp.inf), initial=jnp.inf),
+            jnp.max(jnp.where(keep, far, 0.0), initial=0.0),
+        )
+
+    @property
+    def precision(self) -> int:
+        """Bits of mantissa that a difference of parameters keeps on its way through the update."""
+        return min(jnp.finfo(self.param.dtype).nmant, jnp.finfo(self.update.dtype).nmant)
+
+    @property
+    def least(self) -> float:
+        """The smallest rounding error that is not 0."""
+        wide = rounding.wide(self.param.dtype)
+        return max(float(jnp.finfo(wide).tiny), float(jnp.finfo(self.update.dtype).smallest_subnormal))
+
+    def astray(self, keep: jax.Array, half: jax.Array, rowwise: bool) -> jax.Array:
+        """How many reverted entries a plain apply leaves ``half`` or more away from the seed."""
+        back = rounding.back(self.seed, self.param, self.update.dtype)
+        landed = rounding.settle_half(rounding.add(self.param, back), self.zero)
+        residue = jnp.abs(landed.astype(half.dtype) - self.seed.astype(half.dtype))
+        return selection.how_many(~keep & (residue > 0) & (residue >= half), rowwise)
+
+    def order(self) -> tuple[jax.Array, jax.Array]:
+        """Row-major index of each entry in its silo as (index // 2**31, mixed remainder), int32."""
+        shape, axis = self.param.shape, self.plan.axis
+        high = jnp.zeros(shape, jnp.int32)
+        low = jnp.zeros(shape, jnp.uint32)
+        offsets = np.array(self.plan.offsets, np.int64)
+        leaf = selection.Leaf(lambda: low, axis, tuple(range(len(offsets))))
+        start = jnp.asarray(offsets & 0x7FFFFFFF, jnp.uint32)
+        terms = [(selection.spread_to_leaf(start, leaf, len(shape)), 1)]
+        high += selection.spread_to_leaf(jnp.asarray(offsets >> 31, jnp.int32), leaf, len(shape))
+        stride = 1
+        for d in reversed(range(len(shape))):
+            if d != axis:
+                terms.append((lax.broadcasted_iota(jnp.uint32, shape, d), stride))
+                stride *= shape[d]
+        if stride >= 2**31:
+            raise ValueError(
+                f"parameter {self.plan.path!r}: ties='fill' takes tensors below 2**31 entries a silo, got "
+                f"{stride}; use ties='strict' or stacked silos."
+            )
+        for term, factor in terms:
+            low = low + term * jnp.uint32(factor)
+            high += (low >> 31).astype(jnp.int32)
+            low &= jnp.uint32(0x7FFFFFFF)
+        return high, _mix(low).astype(jnp.int32)
+
+
+def _mix(index: jax.Array) -> jax.Array:
+    """A bijection of [0, 2**31) that scatters neighbours, uint32 to uint32."""
+    mask = jnp.uint32(0x7FFFFFFF)
+    x = (index * jnp.uint32(0x9E3779B1)) & mask
+    x = ((x ^ (x >> 15)) * jnp.uint32(0x85EBCA6B)) & mask
+    x = ((x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)) & mask
+    return x ^ (x >> 16)
+
+
+class _Scale(NamedTuple):
+    """Distances as integers: the bits of floats that are not negative order as they do."""
+
+    key: Any  # dtype
+    real: Any  # dtype
+    infinity: int
+    octave: int
+    blur: int  # how far off a guess may be at least
+
+    @classmethod
+    def of(cls, proposals: Sequence[_Proposal]) -> "_Scale":
+        if any(x.param.dtype == jnp.float64 for x in proposals):
+            return cls(jnp.int64, jnp.float64, 0x7FF << 52, 1 << 52, 1 << 43)
+        return cls(jnp.int32, jnp.float32, 0xFF << 23, 1 << 23, 1 << 14)
+
+    def to_key(self, distance: jax.Array) -> jax.Array:
+        return lax.bitcast_convert_type(distance.astype(self.real), self.key)
+
+    def to_distance(self, key: jax.Array) -> jax.Array:
+        return lax.bitcast_convert_type(jnp.maximum(key, 0), self.real)
+
+    def guess(self, threshold: jax.Array, movement: jax.Array, precision: int) -> selection.Guess:
+        """Where the thresholds should be by now if they move on as they did."""
+        expected = threshold + movement
+        known = jnp.isfinite(expected) & (threshold > 0) & (expected > 0)
+        at = jnp.where(known, self.to_key(expected), -1)
+        moved = jnp.abs(self.to_key(jnp.maximum(expected, 0)) - self.to_key(jnp.maximum(threshold, 0)))
+        reach = (precision - 3) * self.octave
+        far = jnp.minimum(at, self.infinity - 1 - reach) + reach
+        return selection.Guess(
+            at, jnp.maximum(moved // 8, self.blur), jnp.where(known, far, self.infinity - 1)
+        )
+
+
+class _Projection(NamedTuple):
+    """What became of some silos, and of the leaves they lie in."""
+
+    updates: list[jax.Array]
+    gaps: list[jax.Array]  # apart, or the first update would wait for the last gap
+    reach: jax.Array  # (leaves,)
+    threshold: jax.Array  # (silos,)
+    passes: jax.Array
+    free: jax.Array  # (2,) limbs
+    nonfinite: jax.Array
+    unresolved: jax.Array
+
+
+def _project_ranked(
+    plan: SiloPlan,
+    distance: distances.Distance,
+    ties: str,
+    one_by_one: bool,
+    updates: list[jax.Array],
+    params: list[jax.Array],
+    seeds: list[jax.Array],
+    budgets: jax.Array,
+    state: DynamicSubsetTuningState,
+) -> tuple[list[jax.Array], dict[str, jax.Array]]:
+    """Thresholds and updates of the ranked leaves.
+
+    One device takes batch after batch of silos, so that the updates of only one batch are in memory;
+    a mesh takes all silos in one loop, so that a pass is one exchange.
+    """
+    leaves = [plan.leaves[i] for i in plan.ranked]
+    batches = _batches(leaves) if one_by_one else [list(range(len(leaves)))]
+    zero = state.step >> 31  # a zero that the compiler cannot know
+    done: list[_Projection] = []
+    threshold = state.threshold
+    for batch in batches:
+        ids = sorted({s for j in batch for s in leaves[j].silos})
+        local = {s: i for i, s in enumerate(ids)}
+        silos = np.array(ids, np.int32)
+        settled = [rounding.settle(updates[j], zero) for j in batch]
+        if one_by_one:
+            settled = rounding.in_memory(settled, zero)
+        found = _project_batch(
+            [_Proposal(leaves[j], params[j], u, seeds[j], zero) for j, u in zip(batch, settled, strict=True)],
+            [tuple(local[s] for s in leaves[j].silos) for j in batch],
+            budgets[silos],
+            [plan.sizes[s] for s in ids],
+            state.threshold[silos],
+            state.movement[silos],
+            state.reach[np.array(batch, np.int32)],
+            distance,
+            ties,
+            one_by_one,
+        )
+        threshold = threshold.at[silos].set(found.threshold)
+        zero = found.passes >> 31
+        done.append(found)
+    place = np.argsort([j for batch in batches for j in batch])
+    known = (state.movement != 0) | (state.threshold != 0)
+    known &= jnp.isfinite(threshold) & jnp.isfinite(state.threshold)
+    out = [u for found in done for u in found.updates]
+    gaps = [gap for found in done for gap in found.gaps]
+    return [out[i] for i in place], dict(
+        threshold=threshold,
+        movement=jnp.where(known, threshold - state.threshold, 0.0),
+        gap=jnp.stack([gaps[i] for i in place]),
+        reach=jnp.concatenate([found.reach for found in done])[place],
+        passes=jnp.max(jnp.stack([found.passes for found in done])),
+        free=_total(jnp.stack([found.free for found in done])),
+        nonfinite=jnp.sum(jnp.stack([found.nonfinite for found in done]), dtype=jnp.int32),
+        unresolved=jnp.sum(jnp.stack([found.unresolved for found in done]), dtype=jnp.int32),
+    )
+
+
+def _total(pairs: jax.Array) -> jax.Array:
+    return budget.carry(jnp.sum(pairs, axis=0, dtype=jnp.int32))
+
+
+def _batches(leaves: Sequence[LeafPlan]) -> list[list[int]]:
+    """Leaves in batches of at most ``BATCH`` entries; leaves that share a silo stay together."""
+    batches: list[list[int]] = []
+    room = 0
+    for group in _components(leaves):
+        size = sum(math.prod(leaves[j].shape) for j in group)
+        if size > room or not batches:
+            batches.append([])
+            room = BATCH
+        batches[-1] += group
+        room -= size
+    return [sorted(batch) for batch in batches]
+
+
+def _components(leaves: Sequence[LeafPlan]) -> list[list[int]]:
+    """Groups of leaves that share silos, in order of their first leaf."""
+    group_of: dict[int, int] = {}
+    groups: dict[int, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        old = sorted({group_of[s] for s in leaf.silos if s in group_of})
+        groups[i] = [*sorted(j for g in old for j in groups.pop(g)), i]
+        for j in groups[i]:
+            for s in leaves[j].silos:
+                group_of[s] = i
+    return sorted(groups.values())
+
+
+def _project_batch(
+    proposals: list[_Proposal],
+    where: list[tuple[int, ...]],
+    m: jax.Array,
+    sizes: Sequence[int],
+    threshold: jax.Array,
+    movement: jax.Array,
+    reach: jax.Array,
+    distance: distances.Distance,
+    ties: str,
+    rowwise: bool,
+) -> _Projection:
+    """Keeps the farthest ``m`` entries of each silo."""
+    scale = _Scale.of(proposals)
+
+    keys = [proposal.keys(distance, scale) for proposal in proposals]
+    leaves = [
+        selection.Leaf(lambda made=made: made, x.plan.axis, ids)
+        for made, x, ids in zip(keys, proposals, where, strict=True)
+    ]
+    total = jnp.asarray(budget.limbs(sizes))
+    all_free = budget.equal(m, total)
+    bracket = selection.thresholds(
+        leaves,
+        jnp.where(all_free[:, None], 0, m),
+        total,
+        scale.infinity,
+        scale.guess(threshold, movement, min(x.precision for x in proposals)),
+        scale.octave,
+        rowwise,
+    )
+    t = jnp.where(all_free, -1, bracket.hi)
+    above = jnp.where(all_free[:, None], total, bracket.above_hi)
+    passes = bracket.passes
+    filled: list[Any] = [None] * len(proposals)
+    if ties == "fill":
+        lacking = ~all_free & ~bracket.met(m) & (t > 0)
+        rest = jnp.where(lacking[:, None], budget.carry(m - above), 0)
+        tied = jnp.where(lacking[:, None], budget.carry(bracket.above_lo - bracket.above_hi), 0)
+        filled, more = _fill(proposals, leaves, t, lacking, rest, tied, max(sizes), rowwise)
+        above = jnp.where(lacking[:, None], m, above)
+        passes = passes + more
+    some = ~budget.equal(m, jnp.zeros_like(m))
+
+    def keep(i: int) -> jax.Array:
+        ndim = proposals[i].param.ndim
+        kept = keys[i] > selection.spread_to_leaf(t, leaves[i], ndim)
+        kept |= (keys[i] < 0) & selection.spread_to_leaf(some, leaves[i], ndim)
+        return kept if filled[i] is None else kept | filled[i]
+
+    every = range(len(proposals))
+    if distance is distances.absolute:
+        nothing = all_free | budget.equal(above, jnp.zeros_like(above))
+        nearest = jnp.where(nothing, jnp.inf, scale.to_distance(t if ties == "fill" else t + 1))
+        gap = selection.by_leaf(nearest, leaves).min(axis=1)
+        far = selection.by_leaf(scale.to_distance(bracket.most), leaves).max(axis=1)
+    else:
+        extents = [proposals[i].extent(keep(i)) for i in every]
+        gap, far = (jnp.stack([x[k].astype(scale.real) for x in extents]) for k in range(2))
+    gap = gap.astype(jnp.float32)
+    unresolved = _unresolved(proposals, keep, gap.astype(scale.real), reach.astype(scale.real), rowwise)
+    odd = budget.carry(total - bracket.counted)
+    shown_gap = jnp.where(selection.by_leaf(all_free, leaves).all(axis=1), FREE, gap)
+    shown = jnp.where(some, scale.to_distance(t).astype(jnp.float32), jnp.inf)
+    return _Projection(
+        updates=[proposals[i].projected(keep(i), unresolved >> 31) for i in every],
+        gaps=[selection.pick(shown_gap, (i,))[0] for i in every],
+        reach=far.astype(jnp.float32),
+        threshold=jnp.where(all_free, FREE, shown),
+        passes=passes,
+        free=_total(above),
+        nonfinite=jnp.sum(jnp.where(some, odd[:, 0] * 2**16 + odd[:, 1], 0), dtype=jnp.int32),
+        unresolved=unresolved,
+    )
+
+
+def _unresolved(
+    proposals: list[_Proposal],
+    keep: Callable[[int], jax.Array],
+    gap: jax.Array,
+    reach: jax.Array,
+    rowwise: bool,
+) -> jax.Array:
+    """Reverted entries whose rounding error under a plain apply may look like a kept distance.
+
+    The error of ``p + (s - p)`` is at most one unit in the last place of ``s - p``, and p lies
+    no farther from s than ``reach``; so mostly there is nothing to count. Accelerators
+    count all the same, in one pass with the updates: a branch would need these in memory.
+    """
+    half = 0.5 * gap
+
+    def count() -> jax.Array:
+        counts = [x.astray(keep(i), selection.pick(half, (i,))[0], rowwise) for i, x in enumerate(proposals)]
+        return jnp.sum(jnp.stack(counts), dtype=jnp.int32)
+
+    if not rowwise:
+        return count()
+    unit = jnp.asarray([2.0**-x.precision for x in proposals], gap.dtype)
+    error = jnp.maximum(reach * unit, jnp.asarray([x.least for x in proposals], gap.dtype))
+    return lax.cond((error < half).all(), lambda: jnp.zeros((), jnp.int32), count)
+
+
+def _fill(
+    proposals: list[_Proposal],
+    leaves: list[selection.Leaf],
+    t: jax.Array,
+    lacking: jax.Array,
+    rest: jax.Array,
+    tied: jax.Array,
+    largest: int,
+    rowwise: bool,
+) -> tuple[list[jax.Array], jax.Array]:
+    """Takes ``rest`` of the ``tied`` entries at ``t``, in the fixed order of their positions."""
+    top = 2**31 - 1
+    taken = [jnp.zeros(x.param.shape, bool) for x in proposals]
+    candidates = []
+    for x, leaf in zip(proposals, leaves, strict=True):
+        ndim = x.param.ndim
+
+        def tie(leaf: selection.Leaf = leaf, ndim: int = ndim) -> jax.Array:
+            at = leaf.keys() == selection.spread_to_leaf(t, leaf, ndim)
+            return at & selection.spread_to_leaf(lacking, leaf, ndim)
+
+        candidates.append(tie)
+    passes = jnp.int32(0)
+    levels = [1, 0] if largest > 2**31 else [1]
+    for level in levels:
+        positions = [
+            leaf._replace(keys=lambda x=x, tie=tie, level=level: jnp.where(tie(), x.order()[level], -1))
+            for x, leaf, tie in zip(proposals, leaves, candidates, strict=True)
+        ]
+        none = jnp.full(t.shape, -1, jnp.int32)
+        wanted = jnp.where(budget.equal(rest, tied)[:, None], 0, rest)
+        bracket = selection.thresholds(
+            positions,
+            wanted,
+            jnp.where(budget.equal(wanted, rest)[:, None], tied, 0),
+            top,
+            selection.Guess(none, jnp.ones_like(none), jnp.full_like(none, top)),
+            2**40,
+            rowwise,
+        )
+        cut = jnp.where(budget.equal(rest, tied), -1, bracket.hi)
+        for i, (x, leaf) in enumerate(zip(proposals, positions, strict=True)):
+            limit = selection.spread_to_leaf(cut, leaf, x.param.ndim)
+            taken[i] |= leaf.keys() > limit
+            candidates[i] = lambda leaf=leaf, limit=limit: leaf.keys() == limit
+        rest = jnp.where(budget.equal(rest, tied)[:, None], 0, budget.carry(rest - bracket.above_hi))
+        tied = budget.carry(bracket.above_lo - bracket.above_hi)
+        passes = passes + bracket.passes
+    return taken, passes

@@ -1,0 +1,127 @@
+#!/usr/bin/env bash
+# T5X with DST on a TPU VM or a pod slice, from creation to deletion.
+#
+#   scripts/launch_tpu.sh [--dry-run] all --name=dst --zone=us-west4-a --type=v5litepod-256 \
+#     --model_dir=gs://bucket/rte -- --gin_file=configs/t5x/t5_1_1_xxl.gin --gin_file=configs/t5x/dst.gin \
+#     --gin.TASKS='["rte"]'
+#
+# Commands: create, install, run, fetch, delete, or all of them in this order. `run` starts T5X on every
+# worker; where the TPU was preempted it is made anew, and T5X goes on from its last checkpoint in
+# --model_dir. `fetch` writes the subset to --out (default runs/<name>).
+# Options: --project=, --version= (runtime), --spot, --out=. --dry-run prints the commands and runs none.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+T5X=git+https://github.com/google-research/t5x@cc342d419ec3e3e9c4bf1df33c82330cafdc1e16
+
+fail() {
+  echo "launch_tpu.sh: $1" >&2
+  exit 2
+}
+
+dry_run=false spot=() project=() name='' zone='' type='' version=v2-alpha-tpuv5-lite model_dir='' out=''
+command='' gin=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --dry-run) dry_run=true ;;
+    --name=*) name=${1#*=} ;;
+    --zone=*) zone=${1#*=} ;;
+    --type=*) type=${1#*=} ;;
+    --version=*) version=${1#*=} ;;
+    --project=*) project=("--project=${1#*=}") ;;
+    --model_dir=*) model_dir=${1#*=} ;;
+    --out=*) out=${1#*=} ;;
+    --spot) spot=(--spot) ;;
+    --)
+      shift
+      gin=("$@")
+      break
+      ;;
+    create | install | run | fetch | delete | all) command=$1 ;;
+    *) fail "unknown argument '$1'; the head of this file says what there is." ;;
+  esac
+  shift
+done
+[ -n "$command" ] || fail "no command: create, install, run, fetch, delete or all."
+[ -n "$name" ] || fail "no --name."
+[ -n "$zone" ] || fail "no --zone."
+out=${out:-runs/$name}
+
+run() {
+  if $dry_run; then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+
+tpu() {
+  local verb=$1
+  shift
+  run gcloud compute tpus tpu-vm "$verb" "$@" "--zone=$zone" ${project[@]+"${project[@]}"}
+}
+
+on() {
+  tpu ssh "$name" "--worker=$1" "--command=$2"
+}
+
+create() {
+  [ -n "$type" ] || fail "no --type, for example v5litepod-8."
+  tpu create "$name" "--accelerator-type=$type" "--version=$version" ${spot[@]+"${spot[@]}"}
+}
+
+install() {
+  local archive=dst-optax.tar.gz
+  run git archive --format=tar.gz --output="/tmp/$archive" HEAD
+  tpu scp "/tmp/$archive" "$name:$archive" --worker=all
+  on all "rm -rf dst-optax && mkdir dst-optax && tar -xzf $archive -C dst-optax && cd dst-optax && \
+python3 -m venv .venv && .venv/bin/pip install -q -r configs/t5x/requirements.txt 'jax[tpu]==0.10.2' && \
+.venv/bin/pip install -q --no-deps $T5X && .venv/bin/pip install -q -e '.[finetuning]'"
+}
+
+preempted() {
+  $dry_run && return 1
+  local state
+  state=$(gcloud compute tpus tpu-vm describe "$name" "--zone=$zone" ${project[@]+"${project[@]}"} \
+    '--format=value(state)')
+  [ "$state" = PREEMPTED ] || [ "$state" = TERMINATED ]
+}
+
+train() {
+  [ -n "$model_dir" ] || fail "no --model_dir, where checkpoints outlive the TPU: gs://..."
+  [ ${#gin[@]} -gt 0 ] || fail "no gin flags after --."
+  local flags
+  printf -v flags '%q ' "${gin[@]}" "--gin.MODEL_DIR=\"$model_dir\""
+  until on all "cd dst-optax && .venv/bin/python -m t5x_integration.train $flags"; do
+    preempted || fail "training failed; its output is above."
+    echo "launch_tpu.sh: $name was preempted; making it anew."
+    delete
+    create
+    install
+  done
+}
+
+fetch() {
+  [ -n "$model_dir" ] || fail "no --model_dir."
+  on 0 "cd dst-optax && rm -rf subset && \
+JAX_PLATFORMS=cpu .venv/bin/python -m t5x_integration.export $model_dir subset"
+  run mkdir -p "$(dirname "$out")"
+  tpu scp "$name:dst-optax/subset" "$out" --recurse --worker=0
+}
+
+delete() {
+  tpu delete "$name" --quiet
+}
+
+case "$command" in
+  run) train ;;
+  all)
+    create
+    install
+    train
+    fetch
+    delete
+    ;;
+  *) "$command" ;;
+esac

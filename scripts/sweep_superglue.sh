@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Tunes a T5 with T5X on every task, with every fraction of free parameters and every seed of randomness.
+#
+#   scripts/sweep_superglue.sh [--dry-run] --model=t5_1_1_small --out=gs://bucket/sweep \
+#     [--tasks=cb,rte] [--fractions=0.1,0.01,full] [--seeds=0,1,2] [-- --gin.TRAIN_STEPS=1005000 ...]
+#
+# The fraction "full" tunes all parameters. Each run lies in <out>/<task>/<fraction>/<seed>; what was
+# started goes on, what is done is passed over quickly. --dry-run prints the commands and runs none.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+fail() {
+  echo "sweep_superglue.sh: $1" >&2
+  exit 2
+}
+
+dry_run=false model='' out='' more=()
+tasks=boolq,cb,copa,multirc,record,rte,wic,wsc fractions=0.1,0.01,0.001,full seeds=0
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --dry-run) dry_run=true ;;
+    --model=*) model=${1#*=} ;;
+    --out=*) out=${1#*=} ;;
+    --tasks=*) tasks=${1#*=} ;;
+    --fractions=*) fractions=${1#*=} ;;
+    --seeds=*) seeds=${1#*=} ;;
+    --)
+      shift
+      more=("$@")
+      break
+      ;;
+    *) fail "unknown argument '$1'; the head of this file says what there is." ;;
+  esac
+  shift
+done
+[ -f "configs/t5x/$model.gin" ] || fail "--model='$model' has no file configs/t5x/<model>.gin."
+[ -n "$out" ] || fail "no --out."
+
+python=.venv/bin/python
+[ -x "$python" ] || python=python3
+for task in ${tasks//,/ }; do
+  for fraction in ${fractions//,/ }; do
+    for seed in ${seeds//,/ }; do
+      flags=("--gin_file=configs/t5x/$model.gin")
+      [ "$fraction" = full ] || flags+=(--gin_file=configs/t5x/dst.gin "--gin.FRACTION=$fraction")
+      flags+=(
+        "--gin.TASKS=[\"$task\"]" "--gin.RANDOM_SEED=$seed" "--gin.train/utils.DatasetConfig.seed=$seed"
+        "--gin.MODEL_DIR=\"$out/$task/$fraction/$seed\"" ${more[@]+"${more[@]}"}
+      )
+      if $dry_run; then
+        printf '%q ' "$python" -m t5x_integration.train "${flags[@]}"
+        echo
+      else
+        "$python" -m t5x_integration.train "${flags[@]}"
+      fi
+    done
+  done
+done

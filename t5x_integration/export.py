@@ -1,0 +1,150 @@
+"""Turns a checkpoint of T5X into a subset file.
+
+python -m t5x_integration.export MODEL_DIR runs/cb [--seed=.../checkpoint_1000000]
+"""
+
+import argparse
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from t5x import checkpoints, state_utils  # pyright: ignore[reportMissingImports]
+
+from dst_optax import subset
+from dst_optax.silos import leaf_path
+
+STATE = re.compile(r"(state/(?:dst|param_states/.+?))/captured")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An array on disk, read when numpy asks for its values, and again when it asks again.
+
+    Attributes:
+      shape: its shape.
+      dtype: its dtype.
+      read: reads the values.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], Any]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.read(), dtype)
+
+
+def export(
+    checkpoint: str | os.PathLike[str], out: str | os.PathLike[str], seed: Any = None
+) -> subset.Subset:
+    """Writes what differs from the seed; one tensor at a time is in memory.
+
+    Args:
+      checkpoint: directory ``checkpoint_<step>`` of a run with DST, T5X's legacy format or Orbax; or
+        MODEL_DIR, for its last checkpoint.
+      out: directory to make, see :meth:`dst_optax.subset.Subset.save`.
+      seed: the checkpoint that the run started from; None takes the seed that DST keeps in the optimizer's
+        state.
+
+    Returns:
+      The subset.
+
+    Raises:
+      ValueError: no such checkpoint, another model's seed, or no seed for a tensor.
+    """
+    tuned = tensors(checkpoint)
+    model = _model(tuned)
+    seeds = _kept_seed(tuned) if seed is None else _model(tensors(seed))
+    lacking = [path for path in model if path not in seeds]
+    if lacking:
+        raise ValueError(
+            f"{checkpoint} keeps no seed of {lacking[0]!r} (none is captured before the first step); give "
+            "the checkpoint that the run started from as the seed."
+        )
+    found = subset.from_models({path: seeds[path] for path in model}, model)
+    found.save(out)
+    return found
+
+
+def tensors(checkpoint: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The arrays of a checkpoint by the names that T5X gives them, "target/..." and "state/...".
+
+    Args:
+      checkpoint: directory ``checkpoint_<step>``, T5X's legacy format or Orbax, local or ``gs://``; or a
+        directory of such, of which the last is taken.
+
+    Returns:
+      Arrays, none read yet.
+
+    Raises:
+      ValueError: there is none.
+    """
+    path = epath.Path(os.fspath(checkpoint))
+    if steps := checkpoints.all_steps(os.fspath(path)):
+        path = path / f"checkpoint_{steps[-1]}"
+    if (path / "checkpoint").exists():
+        return _legacy(path)
+    state = path / "state" if (path / "state").exists() else path
+    if not (state / "_METADATA").exists():
+        raise ValueError(f"{path} is no checkpoint of T5X; give a directory checkpoint_<step>.")
+    return _orbax(state)
+
+
+def _legacy(path: epath.Path) -> dict[str, Tensor]:
+    state = checkpoints.load_t5x_checkpoint(os.fspath(path), lazy_parameters=True)
+    leaves = state_utils.flatten_state_dict(state)
+    return {name: Tensor(tuple(x.shape), np.dtype(x.dtype), x.get) for name, x in leaves.items()}
+
+
+def _orbax(path: epath.Path) -> dict[str, Tensor]:
+    checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    tree: Any = checkpointer.metadata(path).item_metadata
+    leaves = jax.tree_util.tree_flatten_with_path(tree.tree)[0]
+
+    def read(key_path: Any) -> Any:
+        item: Any = 0
+        for key in reversed(key_path):
+            item = {key.key: item}
+        wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+        args = ocp.args.PyTreeRestore(item=item, restore_args=wanted, partial_restore=True)
+        return jax.tree.leaves(checkpointer.restore(path, args=args))[0]
+
+    return {
+        leaf_path(key_path): Tensor(tuple(x.shape), np.dtype(x.dtype), lambda k=key_path: read(k))
+        for key_path, x in leaves
+    }
+
+
+def _model(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("target/"): x for name, x in found.items() if name.startswith("target/")}
+
+
+def _kept_seed(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The seed in the state of DST, under the wrapper or in a chain."""
+    prefixes = [x[1] + "/seed/" for name in found if (x := STATE.fullmatch(name)) and np.asarray(found[name])]
+    return {
+        name.removeprefix(prefix): x
+        for prefix in prefixes
+        for name, x in found.items()
+        if name.startswith(prefix)
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m t5x_integration.export", description=export.__doc__)
+    parser.add_argument("checkpoint")
+    parser.add_argument("out")
+    parser.add_argument("--seed")
+    given = parser.parse_args(arguments)
+    print(export(given.checkpoint, given.out, given.seed))
+
+
+if __name__ == "__main__":
+    main()

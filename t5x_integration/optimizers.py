@@ -1,0 +1,253 @@
+"""Dynamic Subset Tuning as a T5X optimizer.
+
+:func:`dynamic_subset_tuning` goes around any T5X optimizer. :func:`chain` is T5X's chain of optax
+transforms for which ``dst_optax.dynamic_subset_tuning`` is the last link. Importing this module
+teaches T5X how the states of DST, ``optax.adafactor`` and ``optax.inject_hyperparams`` are sharded.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct, traverse_util
+from flax.serialization import from_state_dict, to_state_dict
+from jax.sharding import PartitionSpec
+from t5x import optimizers  # pyright: ignore[reportMissingImports]
+
+import dst_optax
+from dst_optax import distances, silos
+from dst_optax.silos import leaf_path
+
+LAYERS = "layers"  # T5X's name of the axis that nn.scan stacks layers along
+
+
+@struct.dataclass
+class DynamicSubsetTuningState:
+    """State of :class:`DynamicSubsetTuning`, with the inner optimizer's where T5X keeps it."""
+
+    step: jax.Array  # (), int32
+    param_states: Any
+    dst: Any  # dst_optax.DynamicSubsetTuningState
+
+
+class DynamicSubsetTuning(optimizers.OptimizerDef):
+    """A T5X optimizer whose result may differ from the seed in a small subset only.
+
+    Attributes:
+      inner: any T5X optimizer.
+    """
+
+    def __init__(self, inner: Any, fraction_of_free_params: Any, **kwargs: Any):
+        self.inner = inner
+        self._fraction = fraction_of_free_params
+        self._kwargs = kwargs
+
+    @property
+    def hyper_params(self) -> Any:
+        """Those of the inner optimizer."""
+        return self.inner.hyper_params
+
+    def update_hyper_params(self, **overrides: Any) -> Any:
+        """See the inner optimizer."""
+        return self.inner.update_hyper_params(**overrides)
+
+    @property
+    def transform(self) -> optax.GradientTransformation:
+        """What is done to the inner optimizer's updates."""
+        return dst_optax.dynamic_subset_tuning(self._fraction, **self._kwargs)
+
+    def plan(self, params: Any) -> silos.SiloPlan:
+        """The silos, for metrics of each."""
+        total = self._kwargs.get("num_free_params")
+        fraction = None if callable(self._fraction) or total is not None else self._fraction
+        return silos.make_plan(params, self._kwargs.get("silos"), fraction, total)
+
+    def init_state(self, params: Any) -> DynamicSubsetTuningState:
+        """States of both; the seed is captured at the first step, after weights were restored."""
+        inner = self.inner.init_state(params)
+        return DynamicSubsetTuningState(inner.step, inner.param_states, self.transform.init(params))
+
+    def apply_gradient(
+        self, hyper_params: Any, params: Any, state: DynamicSubsetTuningState, grads: Any
+    ) -> tuple[Any, DynamicSubsetTuningState]:
+        """Free entries get exactly what the inner optimizer sets, all others exactly the seed."""
+        proposed, inner = self.inner.apply_gradient(hyper_params, params, state, grads)
+        updates = jax.tree.map(jnp.subtract, proposed, params)
+        updates, dst = self.transform.update(updates, state.dst, params)
+        tuned = dst_optax.apply_updates(params, updates, dst)
+        tuned = jax.tree.map(jnp.where, dst_optax.subset_mask(tuned, dst), proposed, tuned)
+        return tuned, DynamicSubsetTuningState(inner.step, inner.param_states, dst)
+
+    def set_param_axes(self, param_logical_axes: Any) -> None:
+        """Tells the inner optimizer the axes; unless silos are given, each scanned layer is one."""
+        if hasattr(self.inner, "set_param_axes"):
+            self.inner.set_param_axes(param_logical_axes)
+        if self._kwargs.get("silos") is None:
+            self._kwargs["silos"] = silos.per_tensor(stacked=stacked_layers(param_logical_axes))
+
+    def derive_logical_axes(self, optimizer: Any, param_logical_axes: Any) -> Any:
+        """The seed is sharded as its parameter, what is kept of silos lies on every device."""
+        state = optimizer.state
+        inner = optimizers.Optimizer(self.inner, _inner(state), optimizer.target)
+        inner = self.inner.derive_logical_axes(inner, param_logical_axes).state
+        dst = partition(state.dst, param_logical_axes)
+        param_states = _specified(state.param_states, inner.param_states)
+        state = DynamicSubsetTuningState(inner.step, param_states, dst)
+        return optimizers.Optimizer(self, state, param_logical_axes)
+
+    def state_dict(self, target: Any, state: DynamicSubsetTuningState) -> Any:
+        """Without empty nodes, which T5X cannot save."""
+        found = self.inner.state_dict(target, _inner(state))
+        flat = traverse_util.flatten_dict(to_state_dict(state.dst))
+        found["state"]["dst"] = traverse_util.unflatten_dict(flat)
+        return found
+
+    def restore_state(self, opt_target: Any, opt_state: Any, state_dict: Mapping[str, Any]) -> Any:
+        """Puts the empty nodes back."""
+        state = dict(state_dict["state"])
+        flat = traverse_util.flatten_dict(state.pop("dst"))
+        known = traverse_util.flatten_dict(to_state_dict(opt_state.dst), keep_empty_nodes=True)
+        flat |= {path: x for path, x in known.items() if x is traverse_util.empty_node}
+        dst = from_state_dict(opt_state.dst, traverse_util.unflatten_dict(flat))
+        inner = {**state_dict, "state": state}
+        target, inner = self.inner.restore_state(opt_target, _inner(opt_state), inner)
+        return target, DynamicSubsetTuningState(inner.step, inner.param_states, dst)
+
+
+def dynamic_subset_tuning(
+    inner: Any,
+    fraction_of_free_params: Any = 0.1,
+    *,
+    num_free_params: int | None = None,
+    silos: silos.Silos | None = None,
+    distance: distances.Distance = distances.absolute,
+    ties: str = "strict",
+) -> DynamicSubsetTuning:
+    """Wraps a T5X optimizer, so that only a small, moving subset may differ from the seed.
+
+    The inner optimizer keeps its state under the names that it has without the wrapper, so a
+    pre-trained checkpoint's slots fit.
+
+    Args:
+      inner: T5X's Adafactor, MultiOptimizer, OptaxWrapper or another ``OptimizerDef``.
+      fraction_of_free_params: see :func:`dst_optax.dynamic_subset_tuning`.
+      num_free_params: see there.
+      silos: see there; None makes every tensor a silo and, of tensors with an axis named "layers",
+        every slice.
+      distance: see there.
+      ties: see there.
+
+    Returns:
+      The optimizer.
+    """
+    return DynamicSubsetTuning(
+        inner,
+        fraction_of_free_params,
+        num_free_params=num_free_params,
+        silos=silos,
+        distance=distance,
+        ties=ties,
+    )
+
+
+class OptaxWrapper(optimizers.OptaxWrapper):
+    """T5X's wrapper of optax transforms, for chains that end in DST: it sets the seed exactly."""
+
+    def apply_gradient(self, hyper_params: Any, params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        """T5X's, but for the last addition."""
+        updates, new = self.optax_optimizer.update(grads, state.param_states, params)
+        params = dst_optax.apply_updates(params, updates, new)
+        return params, optimizers.OptimizerState(step=state.step + 1, param_states=new)
+
+    def derive_logical_axes(self, optimizer: Any, param_logical_axes: Any) -> Any:
+        """T5X's, but that nothing is without a spec."""
+        found = super().derive_logical_axes(optimizer, param_logical_axes)
+        states = _specified(optimizer.state.param_states, found.state.param_states)
+        return found.replace(state=found.state.replace(param_states=states))
+
+
+def chain(transformations: Sequence[optax.GradientTransformation]) -> OptaxWrapper:
+    """``optax.chain`` as a T5X optimizer; ``dst_optax.dynamic_subset_tuning`` goes last.
+
+    Args:
+      transformations: optax transforms.
+
+    Returns:
+      The optimizer. Learning rates are the transforms' own; T5X's schedule is only logged.
+    """
+    return OptaxWrapper(optax.chain(*transformations))
+
+
+def stacked_layers(param_logical_axes: Any) -> list[tuple[str, int]]:
+    """Which axis of which parameter stacks layers, for ``silos.per_tensor(stacked=...)``.
+
+    Args:
+      param_logical_axes: pytree of PartitionSpecs of axis names.
+
+    Returns:
+      ``(regex, axis)`` pairs.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(
+        param_logical_axes, is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )[0]
+    return [
+        (f"^{re.escape(leaf_path(path))}$", tuple(axes).index(LAYERS))
+        for path, axes in leaves
+        if LAYERS in axes
+    ]
+
+
+def partition(state: dst_optax.DynamicSubsetTuningState, params_axes: Any) -> Any:
+    """Partition rule of DST's state.
+
+    What is kept of silos lies everywhere.
+    """
+    everywhere = {name: PartitionSpec() for name in state._fields}
+    return state._replace(**everywhere | {"seed": _like_params(state.seed, params_axes)})
+
+
+def partition_factored(state: optax.FactoredState, params_axes: Any) -> Any:
+    """Partition rule of ``optax.adafactor``: means of rows and columns lie on every device."""
+
+    def full(axes: PartitionSpec, v: Any) -> PartitionSpec:
+        return axes if len(axes) == v.ndim and v.shape != (1,) else PartitionSpec()
+
+    return optax.FactoredState(
+        count=PartitionSpec(),  # type: ignore[arg-type]
+        v_row=_everywhere(state.v_row),
+        v_col=_everywhere(state.v_col),
+        v=jax.tree.map(full, params_axes, state.v),
+    )
+
+
+def partition_injected(state: optax.InjectStatefulHyperparamsState, params_axes: Any) -> Any:
+    """Partition rule of ``optax.inject_hyperparams``."""
+    inner = optimizers.OptaxStatePartitionRules.derive_optax_logical_axes(state.inner_state, params_axes)
+    return _everywhere(state)._replace(inner_state=inner)
+
+
+def _like_params(tree: Any, params_axes: Any) -> Any:
+    return optimizers.OptaxStatePartitionRules.derive_params_axes(tree, params_axes)
+
+
+def _specified(states: Any, axes: Any) -> Any:
+    """``PartitionSpec()`` instead of None: T5X restores an array that has no spec as float32."""
+    return jax.tree.map(lambda _, a: PartitionSpec() if a is None else a, states, axes)
+
+
+def _everywhere(tree: Any) -> Any:
+    return jax.tree.map(lambda _: PartitionSpec(), tree)
+
+
+def _inner(state: DynamicSubsetTuningState) -> Any:
+    return optimizers.OptimizerState(step=state.step, param_states=state.param_states)
+
+
+optimizers.OptaxStatePartitionRules._RULES |= {
+    dst_optax.DynamicSubsetTuningState: partition,
+    optax.FactoredState: partition_factored,
+    optax.InjectStatefulHyperparamsState: partition_injected,
+}

