@@ -129,14 +129,16 @@ def _decode_segment(reader: _Reader, count: int) -> np.ndarray:
     ones = np.flatnonzero(np.unpackbits(reader.take(unary_bytes), bitorder="little").view(bool))
     if len(ones) != count or ones[-1] // 8 != unary_bytes - 1:
         raise SubsetError(f"the stream has {len(ones)} positions in a segment of {count}.")
-    widths = np.diff(ones, prepend=-1)
-    widths += r - 1
+    widths = ones + r
+    widths[1:] -= ones[:-1] + 1
     if widths.max() > MAX_WIDTH:
         raise SubsetError(f"the stream has a gap of {widths.max()} bits; at most {MAX_WIDTH} are allowed.")
-    ends = np.cumsum(widths)
-    low = np.append(reader.take(-(-int(ends[-1]) // 8)), np.zeros(8, np.uint8))
-    steps = _unpack(low, ends - widths, widths)
-    steps += np.left_shift(1, widths, out=widths)
+    starts = np.cumsum(widths)
+    low = np.append(reader.take(-(-int(starts[-1]) // 8)), np.zeros(8, np.uint8))
+    starts -= widths
+    highest = np.left_shift(1, widths, out=widths)
+    steps = _unpack(low, starts, highest - 1)
+    steps += highest
     steps -= 2**r - 1
     return steps
 
@@ -169,10 +171,10 @@ def _pack(values: np.ndarray, widths: np.ndarray) -> bytes:
     return out.tobytes()[: -(-int(ends[-1]) // 8)]
 
 
-def _unpack(packed: np.ndarray, starts: np.ndarray, widths: np.ndarray) -> np.ndarray:
+def _unpack(packed: np.ndarray, starts: np.ndarray, masks: np.ndarray) -> np.ndarray:
     """Reads values of up to 57 bits, (k,) int64; eight bytes must follow the start of the last."""
     words = np.ndarray(len(packed) - 7, "<i8", packed, strides=(1,))  # one from every byte on
     out = words.take(starts >> 3)
     out >>= starts & 7
-    out &= (1 << widths) - 1
+    out &= masks
     return out
