@@ -117,8 +117,10 @@ def report(kind):
     checks["served seed"] = same(store.deactivate(), seed)
     checks["served shardings"] = all(store.params[p].sharding == s for p, s in shardings.items())
     if jax.process_count() > 1:
-        local = {**put(seed), "scalar": jnp.array(seed["scalar"])}, {**put(tuned), "scalar": tuned["scalar"]}
+        one = ("replicated", "scalar")
+        local = ({**put(m), **{p: jnp.array(m[p]) for p in one}} for m in (seed, tuned))
         checks["arrays of one process"] = equal(subset.from_models(*local, with_seed_values=True), expected)
+        checks["arrays of one process"] &= len(expected["replicated"]) > 0
     return {name: bool(held) for name, held in checks.items()}
 
 

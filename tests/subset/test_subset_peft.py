@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from typer.testing import CliRunner
 
 from dst_optax import subset
@@ -36,6 +37,22 @@ def test_what_cannot_be_expressed_is_refused_by_name(found, message, tmp_path):
     with pytest.raises(SubsetError, match=message):
         save_shira(found(), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("share", [0.002, 0.1, 0.4])
+def test_the_adapter_holds_the_differences(tmp_path, share):
+    seed, tuned, found = pair(share=share)
+    save_shira(found, tmp_path)
+    tensors = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
+    rank = json.loads((tmp_path / "adapter_config.json").read_text())["r"]
+    filled = [path for path, e in found.items() if len(e)]
+    assert len(tensors) == 2 * len(filled) > 0
+    for path in filled:
+        name = f"base_model.model.{path.removesuffix('.weight')}"
+        delta = np.zeros(SHAPES[path], np.float32)
+        np.add.at(delta, tuple(tensors[f"{name}.shira_indices"]), tensors[f"{name}.shira_weight"])
+        assert (delta == tuned[path] - seed[path]).all()
+        assert tensors[f"{name}.shira_weight"].shape == (rank * sum(SHAPES[path]),)
 
 
 def test_the_command_line_exports(tmp_path):
