@@ -112,19 +112,13 @@ def swapping(shapes: dict[str, tuple[int, ...]], share: float, directory: pathli
     for name in names:
         store.load(name, directory / name)
 
-    def activate() -> float:
-        jax.block_until_ready(store.deactivate())
-        start = time.perf_counter()
+    def activate() -> None:
         jax.block_until_ready(store.activate("a"))
-        return time.perf_counter() - start
 
-    def switch() -> float:
-        jax.block_until_ready(store.activate("a"))
-        start = time.perf_counter()
+    def switch() -> None:
         jax.block_until_ready(store.activate("b"))
-        return time.perf_counter() - start
 
-    def bare() -> Callable[[], float]:
+    def bare() -> Callable[[], None]:
         x = [jnp.array(v) for v in seed.values()]
         where = [jnp.asarray(e.positions) for e in leaves.values()]
         values = [jnp.asarray(e.values) for e in leaves.values()]
@@ -136,30 +130,26 @@ def swapping(shapes: dict[str, tuple[int, ...]], share: float, directory: pathli
                 for a, i, v in zip(x, where, values, strict=True)
             ]
 
-        def run() -> float:
+        def run() -> None:
             nonlocal x
-            start = time.perf_counter()
             x = jax.block_until_ready(write(x, where, values))
-            return time.perf_counter() - start
 
         return run
 
-    scatter_once = bare()
-    for f in (read_full, load, activate, switch, scatter_once):
-        f()
-    times: dict[str, list[float]] = {k: [] for k in ("read_full", "load", "activate", "switch", "scatter")}
-    for _ in range(9):  # interleaved, so that all see the same machine
-        for name, f in (("read_full", read_full), ("load", load)):
-            start = time.perf_counter()
-            f()
-            times[name].append(time.perf_counter() - start)
-        for name, timed in (("activate", activate), ("switch", switch), ("scatter", scatter_once)):
-            times[name].append(timed())
-    middle = {k: statistics.median(v) for k, v in times.items()}
-    out["seconds"] = middle
-    out["load_over_read"] = middle["load"] / middle["read_full"]
-    out["activate_over_read"] = middle["activate"] / middle["read_full"]
-    out["activate_over_scatter"] = middle["activate"] / middle["scatter"]
+    steps = {"read_full": read_full, "load": load, "activate": activate, "switch": switch, "scatter": bare()}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    for _ in range(10):  # interleaved, so that all see the same machine
+        for name, step in steps.items():
+            start = time.perf_counter(), time.process_time()
+            step()
+            times[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+        jax.block_until_ready(store.deactivate())
+    for i, clock in enumerate(("seconds", "cpu_seconds")):
+        middle = {k: statistics.median(x[i] for x in v[1:]) for k, v in times.items()}
+        out[clock] = middle
+        out[f"load_over_read_{clock}"] = middle["load"] / middle["read_full"]
+        out[f"activate_over_read_{clock}"] = middle["activate"] / middle["read_full"]
+        out[f"activate_over_scatter_{clock}"] = middle["activate"] / middle["scatter"]
     entries = out["entries"]
     out["resident_over_values_and_positions"] = store.list()[0].nbytes / (entries * 8)
     return out
