@@ -20,6 +20,7 @@ References:
   Floyd, Rivest, *Expected time bounds for selection*, CACM 18(3), 1975.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -224,9 +225,12 @@ def count(leaves: Sequence[Leaf], t: jax.Array, rowwise: bool, active: jax.Array
     for leaf in leaves:
         picked = pick(t, leaf.silos)
         if rowwise:
-            shapes = jax.eval_shape(partial(above, leaf), picked)
-            nothing = lambda _, shapes=shapes: [jnp.zeros_like(x) for x in shapes]  # noqa: E731
-            counts.append(lax.cond(pick(active, leaf.silos).any(), partial(above, leaf), nothing, picked))
+            limbed = (2,) if _are_many(jax.eval_shape(leaf.keys).shape, leaf.axis) else ()
+            none = jnp.zeros((len(leaf.silos), *limbed), jnp.int32)
+            awake = pick(active, leaf.silos).any()
+            counts.append(
+                lax.cond(awake, partial(above, leaf), lambda _, none=none: [none] * len(probes), picked)
+            )
         else:
             counts.append([_replicated(x) for x in above(leaf, picked)])
     huge = any(found[0].ndim == 2 for found in counts)
@@ -262,28 +266,34 @@ def _sums(masks: list[jax.Array], axis: int | None, rowwise: bool) -> list[jax.A
     """How many entries of each mask are set in each slice of ``axis``; as limbs where they may be many."""
     shape = masks[0].shape
     rest = tuple(i for i in range(len(shape)) if i != axis)
-    if int(np.prod([shape[i] for i in rest], dtype=object)) >= 2**31:
+    if _are_many(shape, axis):
         return [_huge_sum(mask, rest) for mask in masks]
     ones = [mask.astype(jnp.int32) for mask in masks]
-    if not rest or not rowwise:
-        return _reduce(ones, rest) if rest else ones
+    if not rest:
+        return ones
+    if not rowwise:
+        return lax.platform_dependent(
+            *ones, cpu=partial(_one_reduction, rest), default=partial(_fused_sums, rest)
+        )
     first, *others = rest
-    rows = _reduce(ones, tuple(others)) if others else ones
-    return _reduce(rows, (int(axis is not None and axis < first),))
+    rows = _one_reduction(tuple(others), *ones) if others else ones
+    return _one_reduction((int(axis is not None and axis < first),), *rows)
 
 
-def _reduce(ones: list[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
-    """Sums of several int32 arrays in one read."""
+def _are_many(shape: tuple[int, ...], axis: int | None) -> bool:
+    """Whether a slice of ``axis`` has more entries than an int32 counts."""
+    return math.prod(n for i, n in enumerate(shape) if i != axis) >= 2**31
 
-    def one_reduction(*arrays: jax.Array) -> list[jax.Array]:
-        zeros = tuple(jnp.int32(0) for _ in arrays)
-        add = lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True))  # noqa: E731
-        return list(lax.reduce(arrays, zeros, add, axes))
 
-    def fused_sums(*arrays: jax.Array) -> list[jax.Array]:
-        return [jnp.sum(x, axis=axes, dtype=jnp.int32) for x in arrays]
+def _one_reduction(axes: tuple[int, ...], *arrays: jax.Array) -> list[jax.Array]:
+    """Sums of several int32 arrays in one read, on CPU."""
+    zeros = tuple(jnp.int32(0) for _ in arrays)
+    return list(lax.reduce(arrays, zeros, lambda a, b: jax.tree.map(jnp.add, a, b), axes))
 
-    return lax.platform_dependent(*ones, cpu=one_reduction, default=fused_sums)
+
+def _fused_sums(axes: tuple[int, ...], *arrays: jax.Array) -> list[jax.Array]:
+    """Sums of several int32 arrays, which accelerators fuse into one read."""
+    return [jnp.sum(x, axis=axes, dtype=jnp.int32) for x in arrays]
 
 
 def _huge_sum(mask: jax.Array, axes: tuple[int, ...]) -> jax.Array:
