@@ -21,6 +21,7 @@ from dst_optax.silos import LeafPlan, SiloPlan
 from dst_optax.state import FREE, DynamicSubsetTuningState
 
 BATCH = 2**22  # entries whose updates and keys are in memory at one time, on one device
+INDEX_BITS = 31  # low bits of an entry's index that int32 holds
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
@@ -149,16 +150,14 @@ class _Proposal(NamedTuple):
         residue = jnp.abs(landed.astype(half.dtype) - self.seed.astype(half.dtype))
         return selection.how_many(~keep & (residue > 0) & (residue >= half), rowwise)
 
-    def order(self) -> tuple[jax.Array, jax.Array]:
-        """Row-major index of each entry in its silo as (index // 2**31, mixed remainder), int32."""
-        shape, axis = self.param.shape, self.plan.axis
-        high = jnp.zeros(shape, jnp.int32)
-        low = jnp.zeros(shape, jnp.uint32)
+    def order(self, leaf: selection.Leaf) -> tuple[jax.Array, jax.Array]:
+        """Row-major index of each entry in its silo, its low bits mixed, and what lies above them; int32."""
+        shape, axis, mask = self.param.shape, self.plan.axis, 2**INDEX_BITS - 1
         offsets = np.array(self.plan.offsets, np.int64)
-        leaf = selection.Leaf(lambda: low, axis, tuple(range(len(offsets))))
-        start = jnp.asarray(offsets & 0x7FFFFFFF, jnp.uint32)
-        terms = [(selection.spread_to_leaf(start, leaf, len(shape)), 1)]
-        high += selection.spread_to_leaf(jnp.asarray(offsets >> 31, jnp.int32), leaf, len(shape))
+        high = jnp.zeros(shape, jnp.int32)
+        high += selection.spread(jnp.asarray(offsets >> INDEX_BITS, jnp.int32), leaf)
+        low = jnp.zeros(shape, jnp.uint32)
+        terms = [(selection.spread(jnp.asarray(offsets & mask, jnp.uint32), leaf), 1)]
         stride = 1
         for d in reversed(range(len(shape))):
             if d != axis:
@@ -171,9 +170,9 @@ class _Proposal(NamedTuple):
             )
         for term, factor in terms:
             low = low + term * jnp.uint32(factor)
-            high += (low >> 31).astype(jnp.int32)
-            low &= jnp.uint32(0x7FFFFFFF)
-        return high, _mix(low).astype(jnp.int32)
+            high += (low >> INDEX_BITS).astype(jnp.int32)
+            low &= jnp.uint32(mask)
+        return _mix(low).astype(jnp.int32), high
 
 
 def _mix(index: jax.Array) -> jax.Array:
@@ -338,10 +337,9 @@ def _project_batch(
     """Keeps the farthest ``m`` entries of each silo."""
     scale = _Scale.of(proposals)
 
-    keys = [proposal.keys(distance, scale) for proposal in proposals]
     leaves = [
-        selection.Leaf(lambda made=made: made, x.plan.axis, ids)
-        for made, x, ids in zip(keys, proposals, where, strict=True)
+        selection.Leaf(x.keys(distance, scale), x.plan.axis, ids)
+        for x, ids in zip(proposals, where, strict=True)
     ]
     total = jnp.asarray(budget.limbs(sizes))
     all_free = budget.equal(m, total)
@@ -357,21 +355,23 @@ def _project_batch(
     t = jnp.where(all_free, -1, bracket.hi)
     above = jnp.where(all_free[:, None], total, bracket.above_hi)
     passes = bracket.passes
-    filled: list[Any] = [None] * len(proposals)
+    some = ~budget.equal(m, jnp.zeros_like(m))
+    lacking = ~all_free & ~bracket.met(m) & (t > 0)
+    cuts: list[jax.Array] = []
     if ties == "fill":
-        lacking = ~all_free & ~bracket.met(m) & (t > 0)
         rest = jnp.where(lacking[:, None], budget.carry(m - above), 0)
         tied = jnp.where(lacking[:, None], budget.carry(bracket.above_lo - bracket.above_hi), 0)
-        filled, more = _fill(proposals, leaves, t, lacking, rest, tied, max(sizes), rowwise)
+        cuts, more = _fill(proposals, leaves, t, lacking, rest, tied, max(sizes), rowwise)
         above = jnp.where(lacking[:, None], m, above)
         passes = passes + more
-    some = ~budget.equal(m, jnp.zeros_like(m))
 
     def keep(i: int) -> jax.Array:
-        ndim = proposals[i].param.ndim
-        kept = keys[i] > selection.spread_to_leaf(t, leaves[i], ndim)
-        kept |= (keys[i] < 0) & selection.spread_to_leaf(some, leaves[i], ndim)
-        return kept if filled[i] is None else kept | filled[i]
+        leaf = leaves[i]
+        kept = leaf.keys > selection.spread_to_leaf(t, leaf)
+        kept |= (leaf.keys < 0) & selection.spread_to_leaf(some, leaf)
+        if cuts:
+            kept |= _ties(leaf, t, lacking) & _beyond(proposals[i].order(leaf), cuts, leaf)
+        return kept
 
     every = range(len(proposals))
     if distance is distances.absolute:
@@ -425,6 +425,19 @@ def _unresolved(
     return lax.cond((error < half).all(), lambda: jnp.zeros((), jnp.int32), count)
 
 
+def _ties(leaf: selection.Leaf, t: jax.Array, lacking: jax.Array) -> jax.Array:
+    """Entries at the threshold of silos that have places left."""
+    return (leaf.keys == selection.spread_to_leaf(t, leaf)) & selection.spread_to_leaf(lacking, leaf)
+
+
+def _beyond(order: Sequence[jax.Array], cuts: Sequence[jax.Array], leaf: selection.Leaf) -> jax.Array:
+    """Entries whose place in the order is later than their silo's cut; compared digit by digit."""
+    first, *rest = cuts
+    cut = selection.spread_to_leaf(first, leaf)
+    later = order[0] > cut
+    return later | ((order[0] == cut) & _beyond(order[1:], rest, leaf)) if rest else later
+
+
 def _fill(
     proposals: list[_Proposal],
     leaves: list[selection.Leaf],
@@ -435,42 +448,29 @@ def _fill(
     largest: int,
     rowwise: bool,
 ) -> tuple[list[jax.Array], jax.Array]:
-    """Takes ``rest`` of the ``tied`` entries at ``t``, in the fixed order of their positions."""
+    """Where to cut the order of the ``tied`` entries at ``t``, so that ``rest`` of them lie beyond.
+
+    The order has a second digit in silos whose indices have more than ``INDEX_BITS`` bits.
+    """
     top = 2**31 - 1
-    taken = [jnp.zeros(x.param.shape, bool) for x in proposals]
-    candidates = []
-    for x, leaf in zip(proposals, leaves, strict=True):
-        ndim = x.param.ndim
+    none = jnp.full(t.shape, -1, jnp.int32)
+    digits = 2 if largest > 2**INDEX_BITS else 1
 
-        def tie(leaf: selection.Leaf = leaf, ndim: int = ndim) -> jax.Array:
-            at = leaf.keys() == selection.spread_to_leaf(t, leaf, ndim)
-            return at & selection.spread_to_leaf(lacking, leaf, ndim)
+    def search() -> tuple[list[jax.Array], jax.Array]:
+        candidates = [_ties(leaf, t, lacking) for leaf in leaves]
+        cuts, passes, wanted, total = [], jnp.int32(0), rest, tied
+        for digit in range(digits):
+            places = [
+                leaf._replace(keys=jnp.where(candidate, x.order(leaf)[digit], -1))
+                for x, leaf, candidate in zip(proposals, leaves, candidates, strict=True)
+            ]
+            guess = selection.Guess(none, jnp.ones_like(none), jnp.full_like(none, top))
+            found = selection.thresholds(places, wanted, total, top, guess, 2**40, rowwise)
+            candidates = [x.keys == selection.spread_to_leaf(found.hi, x) for x in places]
+            wanted = budget.carry(wanted - found.above_hi)
+            total = budget.carry(found.above_lo - found.above_hi)
+            cuts.append(found.hi)
+            passes = passes + found.passes
+        return cuts, passes
 
-        candidates.append(tie)
-    passes = jnp.int32(0)
-    levels = [1, 0] if largest > 2**31 else [1]
-    for level in levels:
-        positions = [
-            leaf._replace(keys=lambda x=x, tie=tie, level=level: jnp.where(tie(), x.order()[level], -1))
-            for x, leaf, tie in zip(proposals, leaves, candidates, strict=True)
-        ]
-        none = jnp.full(t.shape, -1, jnp.int32)
-        wanted = jnp.where(budget.equal(rest, tied)[:, None], 0, rest)
-        bracket = selection.thresholds(
-            positions,
-            wanted,
-            jnp.where(budget.equal(wanted, rest)[:, None], tied, 0),
-            top,
-            selection.Guess(none, jnp.ones_like(none), jnp.full_like(none, top)),
-            2**40,
-            rowwise,
-        )
-        cut = jnp.where(budget.equal(rest, tied), -1, bracket.hi)
-        for i, (x, leaf) in enumerate(zip(proposals, positions, strict=True)):
-            limit = selection.spread_to_leaf(cut, leaf, x.param.ndim)
-            taken[i] |= leaf.keys() > limit
-            candidates[i] = lambda leaf=leaf, limit=limit: leaf.keys() == limit
-        rest = jnp.where(budget.equal(rest, tied)[:, None], 0, budget.carry(rest - bracket.above_hi))
-        tied = budget.carry(bracket.above_lo - bracket.above_hi)
-        passes = passes + bracket.passes
-    return taken, passes
+    return lax.cond(lacking.any(), search, lambda: ([none] * digits, jnp.int32(0)))

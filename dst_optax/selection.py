@@ -21,7 +21,7 @@ References:
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -43,12 +43,12 @@ class Leaf(NamedTuple):
     """Keys of one tensor and the silos they compete in.
 
     Attributes:
-      keys: makes the keys, int32 or int64 of any shape; entries below 0 are never counted.
+      keys: int32 or int64 of any shape; entries below 0 are never counted.
       axis: axis whose slices are in different silos, or None.
       silos: indices of the silos, one or one per slice.
     """
 
-    keys: Callable[[], jax.Array]
+    keys: jax.Array
     axis: int | None
     silos: tuple[int, ...]
 
@@ -92,16 +92,16 @@ def pick(values: jax.Array, ids: tuple[int, ...]) -> jax.Array:
     return values[np.maximum(table, 0)][0]
 
 
-def spread_to_leaf(values: jax.Array, leaf: Leaf, ndim: int) -> jax.Array:
-    """Per-silo values shaped so that they broadcast against a tensor of rank ``ndim``."""
-    return spread(pick(values, leaf.silos), leaf, ndim)
+def spread_to_leaf(values: jax.Array, leaf: Leaf) -> jax.Array:
+    """Per-silo values shaped so that they broadcast against the leaf's keys."""
+    return spread(pick(values, leaf.silos), leaf)
 
 
-def spread(picked: jax.Array, leaf: Leaf, ndim: int) -> jax.Array:
-    """Values of the leaf's own silos, shaped so that they broadcast against a tensor of rank ``ndim``."""
+def spread(picked: jax.Array, leaf: Leaf) -> jax.Array:
+    """Values of the leaf's own silos, shaped so that they broadcast against its keys."""
     if leaf.axis is None:
-        return picked.reshape((1,) * ndim)
-    return picked.reshape((1,) * leaf.axis + (-1,) + (1,) * (ndim - leaf.axis - 1))
+        return picked.reshape((1,) * leaf.keys.ndim)
+    return picked.reshape((1,) * leaf.axis + (-1,) + (1,) * (leaf.keys.ndim - leaf.axis - 1))
 
 
 def thresholds(
@@ -216,8 +216,7 @@ def count(leaves: Sequence[Leaf], t: jax.Array, rowwise: bool, active: jax.Array
     probes = range(t.shape[1])
 
     def above(leaf: Leaf, picked: jax.Array) -> list[jax.Array]:
-        keys = leaf.keys()
-        masks = [keys > spread(picked[:, j], leaf, keys.ndim).astype(keys.dtype) for j in probes]
+        masks = [leaf.keys > spread(picked[:, j], leaf).astype(leaf.keys.dtype) for j in probes]
         sums = _sums(masks, leaf.axis, rowwise)
         return [x.reshape(len(leaf.silos), *x.shape[leaf.axis is not None :]) for x in sums]
 
@@ -225,7 +224,7 @@ def count(leaves: Sequence[Leaf], t: jax.Array, rowwise: bool, active: jax.Array
     for leaf in leaves:
         picked = pick(t, leaf.silos)
         if rowwise:
-            limbed = (2,) if _are_many(jax.eval_shape(leaf.keys).shape, leaf.axis) else ()
+            limbed = (2,) if _are_many(leaf.keys.shape, leaf.axis) else ()
             none = jnp.zeros((len(leaf.silos), *limbed), jnp.int32)
             awake = pick(active, leaf.silos).any()
             counts.append(

@@ -110,7 +110,7 @@ def counting(delta: jax.Array, guess: jax.Array, spread: jax.Array, m: int) -> s
     """The threshold as the transform finds it; a negative guess is a cold start."""
     side = 2 ** int(np.log2(delta.size) // 2)
     keys = key_of(delta).reshape(side, -1) if delta.size % side == 0 else key_of(delta)[None]
-    leaf = selection.Leaf(lambda: keys, None, (0,))
+    leaf = selection.Leaf(keys, None, (0,))
     total = jnp.asarray(budget.limbs([delta.size]))
     rowwise = jax.default_backend() == "cpu"
     return selection.thresholds(

@@ -17,7 +17,7 @@ TOP = 0x7F800000
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
 def search(keys, m, guess, spread, rowwise, top=TOP):
-    leaf = selection.Leaf(lambda: keys, 0, tuple(range(keys.shape[0])))
+    leaf = selection.Leaf(keys, 0, tuple(range(keys.shape[0])))
     total = jnp.asarray(budget.limbs([keys.shape[1]] * keys.shape[0]))
     first = selection.Guess(guess, spread, far=jnp.full_like(guess, top - 1))
     return selection.thresholds([leaf], m, total, top, first, 2**23, rowwise)

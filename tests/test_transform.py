@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from precision import x64
 
 import dst_optax
-from dst_optax import distances, silos
+from dst_optax import distances, projection, silos
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -338,6 +338,30 @@ def test_num_free_params_with_fill_meets_the_budget_exactly():
     u, state = tx.update(g, state, params)
     mask = dst_optax.subset_mask(dst_optax.apply_updates(params, u, state), state)
     assert sum(int(m.sum()) for m in jax.tree.leaves(mask)) == 77
+
+
+def test_fill_orders_silos_whose_indices_need_two_digits(monkeypatch):
+    """Silos of more than 2**31 entries, at a smaller scale; the shapes are of this test alone."""
+    monkeypatch.setattr(projection, "INDEX_BITS", 6)
+    rng = np.random.default_rng(8)
+    deltas = {
+        "tied": np.full((23, 29), 3.0),
+        "some_tied": np.where(rng.random((31, 19)) < 0.03, 9.0, 2.0),
+        "distinct": rng.permutation(37 * 17).reshape(37, 17) + 1.0,
+        "few": np.where(np.arange(41 * 13).reshape(41, 13) < 7, 1.0, 0.0),
+    }
+    seed = {k: jnp.zeros(v.shape) for k, v in deltas.items()}
+    tx = dst_optax.wrap(given_updates(), 0.1, ties="fill")
+    updates, state = tx.update(
+        {k: jnp.asarray(v, jnp.float32) for k, v in deltas.items()}, tx.init(seed), seed
+    )
+    after = dst_optax.apply_updates(seed, updates, state)
+    for k, delta in deltas.items():
+        kept, m = np.asarray(after[k]) != 0, oracle.rank(0.1, delta.size)
+        assert kept.sum() == min(m, (delta > 0).sum()), k
+        assert not (~kept & (delta > delta[kept].min())).any(), k
+    spread = np.flatnonzero(np.asarray(after["tied"]) != 0)
+    assert spread.max() > 23 * 29 * 3 // 4 and spread.min() < 23 * 29 // 4
 
 
 @pytest.mark.parametrize("distance", [distances.relative, distances.squared])
