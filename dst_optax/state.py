@@ -68,6 +68,11 @@ def states(state: Any) -> list[DynamicSubsetTuningState]:
     return found
 
 
+def map_states(change: Callable[[DynamicSubsetTuningState], Any], state: Any) -> Any:
+    """The pytree with each of its DST states changed."""
+    return jax.tree.map(lambda x: change(x) if is_state(x) else x, state, is_leaf=is_state)
+
+
 def paths(params: Any) -> list[tuple[str, Any]]:
     """Leaves with their paths, ``a/b/c``."""
     return [(leaf_path(k), x) for k, x in jax.tree_util.tree_flatten_with_path(params)[0]]

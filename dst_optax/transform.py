@@ -31,8 +31,8 @@ from dst_optax.state import (
     Frozen,
     Place,
     check_structure,
-    is_state,
     map_places,
+    map_states,
     paths,
     places_of,
     states,
@@ -274,7 +274,7 @@ def reseed(state: Any, params: Any) -> Any:
         )
 
     states(state)
-    return jax.tree.map(lambda x: renew(x) if is_state(x) else x, state, is_leaf=is_state)
+    return map_states(renew, state)
 
 
 def subset_mask(params: Any, state: Any) -> Any:

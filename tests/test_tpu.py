@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from dst_optax.tpu_plan import SILENT
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the extra 'tpu' (libtpu)"),
@@ -18,14 +20,6 @@ pytestmark = [
 
 WORKER = pathlib.Path(__file__).with_name("tpu_worker.py")
 TOPOLOGIES = ("v5e:2x4", "v5e:4x4")
-SILENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-}
 
 
 @functools.cache

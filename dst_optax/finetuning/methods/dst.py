@@ -15,7 +15,7 @@ from dst_optax import silos as silos_lib
 from dst_optax.finetuning import storage
 from dst_optax.finetuning.methods import Params
 from dst_optax.finetuning.methods.base import InPlace
-from dst_optax.state import DynamicSubsetTuningState, states
+from dst_optax.state import map_states, states
 
 
 @dataclass(frozen=True)
@@ -83,20 +83,13 @@ class DST(InPlace):
 
     def save(self, directory: Path, tuned: Params, state: Any) -> None:  # noqa: D102
         subset.extract(tuned, state).save(directory / "subset")
-        storage.save_tree(directory / "slots", _map_states(lambda s: s._replace(seed=None), state))
+        storage.save_tree(directory / "slots", map_states(lambda s: s._replace(seed=None), state))
 
     def load(self, directory: Path, seed: Params, tuned: Params, state: Any) -> tuple[Params, Any]:  # noqa: D102
         seeds = [s.seed for s in states(state)]
-        bare = _map_states(lambda s: s._replace(seed=None), state)
+        bare = map_states(lambda s: s._replace(seed=None), state)
         restored = storage.load_tree(directory / "slots", bare)
         known = iter(seeds)
-        filled = _map_states(lambda s: s._replace(seed=storage.pick(seed, next(known))), restored)
+        filled = map_states(lambda s: s._replace(seed=storage.pick(seed, next(known))), restored)
         patched = subset.Subset.load(directory / "subset").apply(seed)
         return storage.pick(patched, tuned), filled
-
-
-def _map_states(change: Callable[[Any], Any], state: Any) -> Any:
-    def is_state(x: Any) -> bool:
-        return isinstance(x, DynamicSubsetTuningState)
-
-    return jax.tree.map(lambda x: change(x) if is_state(x) else x, state, is_leaf=is_state)
