@@ -6,38 +6,17 @@ python -m t5x_integration.export MODEL_DIR runs/cb [--seed=.../checkpoint_100000
 import argparse
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
-from t5x import checkpoints, state_utils  # pyright: ignore[reportMissingImports]
+from t5x import checkpoints  # pyright: ignore[reportMissingImports]
 
 from dst_optax import subset
-from dst_optax.silos import leaf_path
+from dst_optax.subset import checkpoints as stored
 
 STATE = re.compile(r"(state/(?:dst|param_states/.+?))/captured")
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """An array on disk, read when numpy asks for its values, and again when it asks again.
-
-    Attributes:
-      shape: its shape.
-      dtype: its dtype.
-      read: reads the values.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[], Any]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self.read(), dtype)
 
 
 def export(
@@ -72,7 +51,7 @@ def export(
     return found
 
 
-def tensors(checkpoint: str | os.PathLike[str]) -> dict[str, Tensor]:
+def tensors(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
     """The arrays of a checkpoint by the names that T5X gives them, "target/..." and "state/...".
 
     Args:
@@ -88,44 +67,17 @@ def tensors(checkpoint: str | os.PathLike[str]) -> dict[str, Tensor]:
     path = epath.Path(os.fspath(checkpoint))
     if steps := checkpoints.all_steps(os.fspath(path)):
         path = path / f"checkpoint_{steps[-1]}"
-    if (path / "checkpoint").exists():
-        return _legacy(path)
-    state = path / "state" if (path / "state").exists() else path
-    if not (state / "_METADATA").exists():
+    found = stored.open_state(path)  # pyright: ignore[reportArgumentType]
+    if found is None:
         raise ValueError(f"{path} is no checkpoint of T5X; give a directory checkpoint_<step>.")
-    return _orbax(state)
+    return found
 
 
-def _legacy(path: epath.Path) -> dict[str, Tensor]:
-    state = checkpoints.load_t5x_checkpoint(os.fspath(path), lazy_parameters=True)
-    leaves = state_utils.flatten_state_dict(state)
-    return {name: Tensor(tuple(x.shape), np.dtype(x.dtype), x.get) for name, x in leaves.items()}
-
-
-def _orbax(path: epath.Path) -> dict[str, Tensor]:
-    checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-    tree: Any = checkpointer.metadata(path).item_metadata
-    leaves = jax.tree_util.tree_flatten_with_path(tree.tree)[0]
-
-    def read(key_path: Any) -> Any:
-        item: Any = 0
-        for key in reversed(key_path):
-            item = {key.key: item}
-        wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-        args = ocp.args.PyTreeRestore(item=item, restore_args=wanted, partial_restore=True)
-        return jax.tree.leaves(checkpointer.restore(path, args=args))[0]
-
-    return {
-        leaf_path(key_path): Tensor(tuple(x.shape), np.dtype(x.dtype), lambda k=key_path: read(k))
-        for key_path, x in leaves
-    }
-
-
-def _model(found: dict[str, Tensor]) -> dict[str, Tensor]:
+def _model(found: dict[str, Any]) -> dict[str, Any]:
     return {name.removeprefix("target/"): x for name, x in found.items() if name.startswith("target/")}
 
 
-def _kept_seed(found: dict[str, Tensor]) -> dict[str, Tensor]:
+def _kept_seed(found: dict[str, Any]) -> dict[str, Any]:
     """The seed in the state of DST, under the wrapper or in a chain."""
     prefixes = [x[1] + "/seed/" for name in found if (x := STATE.fullmatch(name)) and np.asarray(found[name])]
     return {

@@ -1,8 +1,9 @@
 """T5X and Orbax checkpoints as mappings from a path to an array that is read when it is used."""
 
 import dataclasses
+import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -34,29 +35,60 @@ class StoredArray:
         return np.asarray(self.read(), dtype)
 
 
-def open_orbax(path: pathlib.Path) -> dict[str, Any]:
-    """The parameters of an Orbax checkpoint: what lies under ``target`` or ``params``, or all.
+def open_parameters(path: pathlib.Path) -> dict[str, Any] | None:
+    """The parameters of a checkpoint: what lies under ``target`` or ``params``, or all.
+
+    Args:
+      path: an Orbax checkpoint; T5X's, of Orbax or of the time before (a msgpack file and zarr
+        directories); or such a file. Anything that has pathlib's methods.
+
+    Returns:
+      Arrays by path, :class:`StoredArray` but for those within the msgpack file; None where no checkpoint
+      lies.
 
     Raises:
-      SubsetError: Orbax cannot read it.
+      SubsetError: it is missing, truncated or of another kind.
     """
+    return _open(path, ("optimizer", "target", "params"))
+
+
+def open_state(path: pathlib.Path) -> dict[str, Any] | None:
+    """All arrays of a checkpoint, the optimizer's too; see :func:`open_parameters`."""
+    return _open(path, ("optimizer",))
+
+
+def _open(path: pathlib.Path, above: Sequence[str]) -> dict[str, Any] | None:
+    for directory in (path, path / "state"):  # T5X's is in ``state``
+        if (directory / "_METADATA").exists():
+            return _open_orbax(directory, above)
+    for file in (path, path / "checkpoint"):
+        if file.is_file():
+            return _open_legacy(file, above)
+    return None
+
+
+def _open_orbax(path: pathlib.Path, above: Sequence[str]) -> dict[str, Any]:
     import orbax.checkpoint as ocp
 
     checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    where = path if "://" in os.fspath(path) else path.absolute()
 
     def metadata() -> Any:
-        found: Any = checkpointer.metadata(path.absolute()).item_metadata
+        found: Any = checkpointer.metadata(where).item_metadata
+        if found is None:
+            raise ValueError("its _METADATA is damaged")
         return found.tree
 
-    everything = _tried(path, metadata)
-    above, tree = _parameters(everything)
+    everything = _tried(f"{path} cannot be read as a checkpoint", metadata)
+    keys, tree = _under(everything, above)
 
     def read(key_path: Any) -> np.ndarray:
-        item = _pruned(everything, [*above, *(getattr(k, "key", None) for k in key_path)])
+        item = _pruned(everything, [*keys, *(getattr(k, "key", None) for k in key_path)])
         wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         args = ocp.args.PyTreeRestore(item=item, restore_args=wanted, partial_restore=True)
-        restored = _tried(path, lambda: checkpointer.restore(path.absolute(), args=args))
-        return trees.named_leaves(_parameters(restored)[1])[leaf_path(key_path)]
+        name = leaf_path(key_path)
+        restored = _tried(f"{path}: {name} cannot be read", lambda: checkpointer.restore(where, args=args))
+        return trees.named_leaves(_under(restored, above)[1])[name]
 
     def stored(key_path: Any, x: Any) -> StoredArray:
         return StoredArray(tuple(x.shape), np.dtype(x.dtype), lambda: read(key_path))
@@ -64,29 +96,29 @@ def open_orbax(path: pathlib.Path) -> dict[str, Any]:
     return trees.named_leaves(jax.tree_util.tree_map_with_path(stored, tree), str(path))
 
 
-def open_legacy(path: pathlib.Path) -> dict[str, Any]:
-    """The parameters of a T5X checkpoint of the time before Orbax: a msgpack file and zarr directories.
-
-    Raises:
-      SubsetError: it is missing, truncated or of another kind.
-    """
+def _open_legacy(path: pathlib.Path, above: Sequence[str]) -> dict[str, Any]:
     import msgpack
 
-    content = _tried(path, lambda: msgpack.unpackb(path.read_bytes(), ext_hook=_array, strict_map_key=False))
-    _, tree = _parameters(content)
+    content = _tried(
+        f"{path} cannot be read as a checkpoint",
+        lambda: msgpack.unpackb(path.read_bytes(), ext_hook=_array, strict_map_key=False),
+    )
+    _, tree = _under(content, above)
     is_spec = lambda x: isinstance(x, dict) and "kvstore" in x  # noqa: E731
-    arrays = jax.tree.map(lambda x: _legacy_array(path, x), tree, is_leaf=is_spec)
+    arrays = jax.tree_util.tree_map_with_path(
+        lambda k, x: _legacy_array(path, leaf_path(k), x), tree, is_leaf=is_spec
+    )
     return trees.named_leaves(arrays, str(path))
 
 
-def _parameters(tree: Any) -> tuple[list[str], Any]:
-    """The keys under which the parameters lie, and they."""
-    above = []
-    for key in ("optimizer", "target", "params"):
+def _under(tree: Any, above: Sequence[str]) -> tuple[list[str], Any]:
+    """Those of the keys that there are, and what lies under them."""
+    keys = []
+    for key in above:
         if isinstance(tree, dict) and key in tree:
-            above.append(key)
+            keys.append(key)
             tree = tree[key]
-    return above, tree
+    return keys, tree
 
 
 def _pruned(tree: Any, keys: list[Any]) -> Any:
@@ -94,7 +126,7 @@ def _pruned(tree: Any, keys: list[Any]) -> Any:
     return {keys[0]: _pruned(tree[keys[0]], keys[1:])} if isinstance(tree, dict) else tree
 
 
-def _legacy_array(path: pathlib.Path, leaf: Any) -> Any:
+def _legacy_array(path: pathlib.Path, name: str, leaf: Any) -> Any:
     """An array in the file as it is; one that the file only names as the zarr directory beside it."""
     if isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER):
         leaf = {"driver": "zarr", "kvstore": {"path": leaf.removeprefix(_PLACEHOLDER)}}
@@ -102,14 +134,16 @@ def _legacy_array(path: pathlib.Path, leaf: Any) -> Any:
         return leaf
     import tensorstore as ts
 
-    name = leaf["kvstore"].get("path") or leaf["path"]
-    directory = path.parent / pathlib.PurePath(name).name
-    spec = {"driver": leaf["driver"], "kvstore": {"driver": "file", "path": f"{directory.absolute()}/"}}
-    stored = _tried(directory, lambda: ts.open(spec, open=True, read=True).result())
+    directory = path.parent / pathlib.PurePath(leaf["kvstore"].get("path") or leaf["path"]).name
+    where = os.fspath(directory)
+    store = f"{where}/" if "://" in where else {"driver": "file", "path": f"{os.path.abspath(where)}/"}
+    spec = {"driver": leaf["driver"], "kvstore": store}
+    failed = f"{path}: {name} cannot be read from {directory}"
+    stored = _tried(failed, lambda: ts.open(spec, open=True, read=True).result())
     halves = stored.dtype.numpy_dtype == np.uint16  # T5X's bfloat16 until June 2021
     dtype = np.dtype(ml_dtypes.bfloat16) if halves else stored.dtype.numpy_dtype
     return StoredArray(
-        tuple(stored.shape), dtype, lambda: _tried(directory, lambda: stored.read().result().view(dtype))
+        tuple(stored.shape), dtype, lambda: _tried(failed, lambda: stored.read().result().view(dtype))
     )
 
 
@@ -123,8 +157,8 @@ def _array(code: int, data: bytes) -> np.ndarray:
     return np.frombuffer(content, np.dtype(getattr(ml_dtypes, dtype, dtype))).reshape(shape)
 
 
-def _tried(path: pathlib.Path, f: Callable[[], Any]) -> Any:
+def _tried(failed: str, f: Callable[[], Any]) -> Any:
     try:
         return f()
     except Exception as e:  # msgpack, orbax and tensorstore raise what comes their way
-        raise SubsetError(f"{path} cannot be read as a checkpoint: {type(e).__name__}: {str(e)[:300]}") from e
+        raise SubsetError(f"{failed}: {type(e).__name__}: {str(e)[:300]}") from e

@@ -37,20 +37,16 @@ def open_model(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     source = pathlib.Path(path)
     if shards := shard_files(source):
-        found: dict[str, Any] = {}
+        tensors: dict[str, Any] = {}
         for file in shards:
             for name, x in _open_safetensors(file)[1].items():
-                if name in found:
+                if name in tensors:
                     raise SubsetError(f"{source}: two files hold the tensor {name!r}.")
-                found[name] = x
-        return found
+                tensors[name] = x
+        return tensors
     try:
-        for directory in (source, source / "state"):  # T5X's is in ``state``
-            if (directory / "_METADATA").exists():
-                return checkpoints.open_orbax(directory)
-        for file in (source, source / "checkpoint"):
-            if file.is_file():
-                return checkpoints.open_legacy(file)
+        if (found := checkpoints.open_parameters(source)) is not None:
+            return found
     except ModuleNotFoundError as e:
         raise SubsetError(f"{source} is a checkpoint; to read it, pip install {e.name}.") from e
     raise SubsetError(f"{source} is no safetensors file or directory, and no T5X or Orbax checkpoint.")

@@ -153,12 +153,12 @@ def test_damaged_checkpoints_are_refused(tmp_path):
             models.open_model(tmp_path / "legacy")
     (tmp_path / "legacy" / "checkpoint").write_bytes(content)
     shutil.rmtree(tmp_path / "legacy" / "target.half")
-    with pytest.raises(SubsetError, match=r"target\.half cannot be read"):
+    with pytest.raises(SubsetError, match="half cannot be read from"):
         models.open_model(tmp_path / "legacy")
     opened = models.open_model(tmp_path / "orbax")
     shutil.rmtree(tmp_path / "orbax" / "d")
     shutil.rmtree(tmp_path / "orbax" / "ocdbt.process_0")
-    with pytest.raises(SubsetError, match="orbax cannot be read"):
+    with pytest.raises(SubsetError, match="orbax: half cannot be read"):
         np.asarray(opened["half"])
     (tmp_path / "orbax" / "_METADATA").write_text("{")
     with pytest.raises(SubsetError, match="orbax cannot be read"):
