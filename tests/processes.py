@@ -34,9 +34,13 @@ def finish(*processes):
     return [json.loads(out.splitlines()[-1]) for out, _ in results]
 
 
-def run_two(worker, devices, *arguments):
-    """Runs two processes of one program; they get a port and their number as further arguments."""
+def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
+        return str(s.getsockname()[1])
+
+
+def run_two(worker, devices, *arguments):
+    """Runs two processes of one program; they get a port and their number as further arguments."""
+    port = free_port()
     return finish(*(start(worker, devices, *arguments, port, str(i)) for i in range(2)))

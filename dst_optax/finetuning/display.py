@@ -4,15 +4,17 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from dst_optax.finetuning import processes
+
 
 class Log:
-    """Writes metrics to ``metrics.jsonl`` and TensorBoard and shows them.
+    """Writes metrics to ``metrics.jsonl`` and TensorBoard and shows them; in one of several processes.
 
     Args:
       directory: of the run.
@@ -23,12 +25,13 @@ class Log:
     def __init__(self, directory: Path, title: str, start: int):
         from clu import metric_writers
 
-        self._file = directory / "metrics.jsonl"
         self._title = title
-        _forget_after(self._file, start)
-        self._stream = self._file.open("a")
-        self._board = metric_writers.SummaryWriter(str(directory / "tensorboard"))
-        self.console = Console()
+        self._writers: tuple[TextIO, Any] | None = None
+        if processes.writes():
+            file = directory / "metrics.jsonl"
+            _forget_after(file, start)
+            self._writers = file.open("a"), metric_writers.SummaryWriter(str(directory / "tensorboard"))
+        self.console = Console(quiet=self._writers is None)
         self._shown: dict[str, str] = {}
         self._live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
 
@@ -40,8 +43,8 @@ class Log:
     def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._live.stop()
-        self._stream.close()
-        self._board.close()
+        for writer in self._writers or ():
+            writer.close()
 
     def write(self, step: int, values: Mapping[str, Any], shown: Mapping[str, str]) -> None:
         """Records scalars of a step.
@@ -51,10 +54,13 @@ class Log:
           values: what to record.
           shown: what to show, worded.
         """
-        self._stream.write(json.dumps({"step": step, **values}) + "\n")
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._board.write_scalars(step, {k: v for k, v in values.items() if v is not None})
+        if self._writers is None:
+            return
+        stream, board = self._writers
+        stream.write(json.dumps({"step": step, **values}) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+        board.write_scalars(step, {k: v for k, v in values.items() if v is not None})
         self._shown.update(shown)
         if self._live is None:
             self.console.print(f"{self._title}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from dst_optax import subset
+from dst_optax.finetuning import processes
 from dst_optax.silos import leaf_path
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -23,7 +24,7 @@ _FULL_WORDS = ("No space left", "Disk quota exceeded", "File too large")
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Makes a directory that is there with all its files or not at all.
+    """Makes a directory that is there with all its files or not at all; all processes take part.
 
     Args:
       path: the directory; must not exist.
@@ -43,14 +44,19 @@ def whole(path: Path) -> Iterator[Path]:
       ['a', 'a/x']
     """
     temporary = path.parent / f".tmp-{path.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    if processes.writes():
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    processes.wait(f"{path} is begun")
     try:
         yield temporary
-        for file in [*temporary.rglob("*"), temporary]:
-            _sync(file)
-        temporary.rename(path)
-        _sync(path.parent)
+        processes.wait(f"{path} is filled")
+        if processes.writes():
+            for file in [*temporary.rglob("*"), temporary]:
+                _sync(file)
+            temporary.rename(path)
+            _sync(path.parent)
+        processes.wait(f"{path} is whole")
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if _is_full(error):
@@ -63,18 +69,20 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all.
+    """Writes a text file, whole or not at all; all processes take part.
 
     Args:
       path: the file.
       text: what it shall hold.
     """
-    temporary = path.with_name(f".tmp-{path.name}")
-    with temporary.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    if processes.writes():
+        temporary = path.with_name(f".tmp-{path.name}")
+        with temporary.open("w") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    processes.wait(f"{path} is written")
 
 
 def _sync(path: Path) -> None:
@@ -153,7 +161,7 @@ def _numbered(tree: Any) -> dict[str, Any]:
 
 
 def save_model(path: Path, params: Any) -> None:
-    """Writes parameters as one safetensors file, by path.
+    """Writes parameters as one safetensors file, by path; all processes take part.
 
     Args:
       path: the file.
@@ -161,8 +169,9 @@ def save_model(path: Path, params: Any) -> None:
     """
     from safetensors.numpy import save_file
 
-    leaves = {name: np.asarray(x) for name, x in named_leaves(params).items()}
-    save_file({name: np.ascontiguousarray(x).reshape(x.shape) for name, x in leaves.items()}, path)
+    leaves = named_leaves(processes.on_host(params))
+    if processes.writes():
+        save_file({name: np.ascontiguousarray(x).reshape(x.shape) for name, x in leaves.items()}, path)
 
 
 def load_model(path: Path, like: Any) -> Any:
@@ -235,8 +244,9 @@ class Checkpoints:
         """Steps of the checkpoints, in order; clears what a killed run left unfinished."""
         if not self.directory.is_dir():
             return []
-        for left in self.directory.glob(".tmp-*"):
-            shutil.rmtree(left, ignore_errors=True)
+        if processes.writes():
+            for left in self.directory.glob(".tmp-*"):
+                shutil.rmtree(left, ignore_errors=True)
         return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdigit())
 
     def save(self, step: int, write: Callable[[Path], None], progress: dict[str, Any]) -> None:
@@ -254,11 +264,14 @@ class Checkpoints:
         if not path.exists():
             with whole(path) as there:
                 write(there)
-                text = json.dumps({"seed": self.seed, "step": step, **progress})
-                (there / "progress.json").write_text(text)
-        for old in self.steps():
-            if old not in (step, progress.get("best_step")):
-                shutil.rmtree(self.directory / f"{old:08d}")
+                if processes.writes():
+                    text = json.dumps({"seed": self.seed, "step": step, **progress})
+                    (there / "progress.json").write_text(text)
+        if processes.writes():
+            for old in self.steps():
+                if old not in (step, progress.get("best_step")):
+                    shutil.rmtree(self.directory / f"{old:08d}")
+        processes.wait(f"{path} stays")
 
     def path(self, step: int) -> Path:
         """Directory of a checkpoint."""

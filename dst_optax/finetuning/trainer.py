@@ -30,7 +30,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
 from dst_optax import subset
-from dst_optax.finetuning import inputs, storage, t5
+from dst_optax.finetuning import inputs, processes, storage, t5
 from dst_optax.finetuning.display import Log, results_table
 from dst_optax.finetuning.methods import Method, Params
 from dst_optax.finetuning.plots import plot_scores
@@ -149,7 +149,8 @@ def finetune(
             rows.append(bench.run(name, method, rng_seed))
     bench.console.print(results_table(rows, bench.size))
     storage.write_text(bench.root / "results.json", json.dumps(rows, indent=1))
-    plot_scores(rows, bench.root / "scores.png", title=", ".join(data.names))
+    if processes.writes():
+        plot_scores(rows, bench.root / "scores.png", title=", ".join(data.names))
     return rows
 
 
@@ -184,7 +185,7 @@ class Bench:
         config: str = "",
     ):
         self.root, self.data, self.recipe = Path(run_dir), data, recipe
-        self.mesh, self.console = _mesh(mesh_shape), Console()
+        self.mesh, self.console = _mesh(mesh_shape), Console(quiet=not processes.writes())
         if recipe.batch_size % (self.mesh.shape["data"] * recipe.accumulate):
             raise ValueError(
                 f"recipe: batch_size {recipe.batch_size} must be a multiple of accumulate "
@@ -209,6 +210,7 @@ class Bench:
             "config": config,
         }
         _check_claim(self.root, identity)
+        processes.wait(f"{self.root} is free or ours")
         self.seed = _seed(self.root, model, self.network, checkpoint)
         self.start = self.seed if subset_dir is None else subset.Subset.load(subset_dir).apply(self.seed)
         _claim(self.root, identity, None if reference_seed else self.seed)
@@ -343,7 +345,7 @@ class Run:
                         "eta": f"{eta:.0f}s",
                     }
                     log.write(step, {**values, "tokens_per_second": speed}, shown)
-                stopping, at_end = stop_requested(), step == recipe.steps
+                stopping, at_end = processes.anyone(stop_requested()), step == recipe.steps
                 if (step % recipe.eval_every == 0 and not stopping) or at_end:
                     jax.block_until_ready(state.tuned)
                     params = self.method.merge(state.frozen, state.tuned)
@@ -380,7 +382,9 @@ class Run:
         params = self.method.merge(state.frozen, state.tuned)
         for task in (*data.names, *data.diagnostics):
             split = evaluator.split(task, "test")
-            data.write(self.directory / "predictions", task, split.examples, evaluator.predict(params, split))
+            predicted = evaluator.predict(params, split)
+            if processes.writes():
+                data.write(self.directory / "predictions", task, split.examples, predicted)
         labelled = all(evaluator.split(task, "test").labelled for task in data.names)
         self._export(self.directory / "tuned", state)
         measured, score = evaluator.score(params)
@@ -416,7 +420,8 @@ class Evaluator:
         self._decode = jax.jit(
             lambda params, tokens: t5.decode(
                 network, params, tokens, recipe.lengths["targets"], num_beams=recipe.num_beams
-            )
+            ),
+            out_shardings=NamedSharding(mesh, PartitionSpec()),
         )
 
     def split(self, task: str, split: str) -> inputs.EvalSplit:
@@ -464,7 +469,9 @@ class Evaluator:
 
     def save_model(self, directory: Path, params: Params) -> None:
         """Writes a whole model that ``checkpoint=`` can name."""
-        t5.save_hf(params, self._network.config, directory)
+        params = processes.on_host(params)
+        if processes.writes():
+            t5.save_hf(params, self._network.config, directory)
 
 
 class _Pace:
@@ -550,9 +557,11 @@ def _check_claim(root: Path, identity: dict[str, Any]) -> None:
 def _claim(root: Path, identity: dict[str, Any], seed: Params | None) -> None:
     """Makes the run directory ours, and keeps the seed model there unless it is None."""
     root.mkdir(parents=True, exist_ok=True)
-    if not (root / "run.json").exists():
+    claimed, kept = (root / "run.json").exists(), (root / "seed").exists()
+    processes.wait(f"{root} is looked at")
+    if not claimed:
         storage.write_text(root / "run.json", json.dumps(identity, indent=1))
-    if seed is not None and not (root / "seed").exists():
+    if seed is not None and not kept:
         with storage.whole(root / "seed") as there:
             storage.save_model(there / "model.safetensors", seed)
 
@@ -574,7 +583,9 @@ def _seed(root: Path, model: t5.T5Config, network: Any, checkpoint: str | None) 
 def _baseline(root: Path, data: SuperGlue, evaluator: "Evaluator", seed: Params) -> dict[str, Any]:
     """Scores of the most common answer and of the model before tuning."""
     file = root / "baseline.json"
-    if not file.exists():
+    known = file.exists()
+    processes.wait(f"{file} is looked for")
+    if not known:
         majority = data.majority()
         found: dict[str, Any] = {} if majority is None else {"majority": {"score": majority}}
         metrics, score = evaluator.score(seed)

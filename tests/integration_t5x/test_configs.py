@@ -56,14 +56,14 @@ def parse(*files, **macros):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_every_size_starts_from_its_own_checkpoint(size):
-    parse(f"t5_1_1_{size}", "dst")
+    parse(f"t5_1_1_{size}", "dst", MODEL_DIR="run")
     assert f"/t5_1_1_{size}/" in gin.query_parameter("%INITIAL_CHECKPOINT_PATH")
     assert gin.query_parameter("%TRAIN_STEPS") == 1_020_000
     assert "dynamic_subset_tuning" in str(gin.query_parameter("%OPTIMIZER"))
 
 
 def test_without_dst_everything_is_tuned():
-    parse("t5_1_1_small")
+    parse("t5_1_1_small", MODEL_DIR="run")
     if not STUB:
         assert "Adafactor" in str(gin.query_parameter("%OPTIMIZER"))
     assert gin.query_parameter("SaveCheckpointConfig.save_dataset") is True

@@ -12,7 +12,7 @@ import optax
 import dst_optax
 from dst_optax import diagnostics, distances, subset
 from dst_optax import silos as silos_lib
-from dst_optax.finetuning import storage
+from dst_optax.finetuning import processes, storage
 from dst_optax.finetuning.methods import Params
 from dst_optax.finetuning.methods.base import InPlace
 from dst_optax.state import map_states, states
@@ -79,10 +79,10 @@ class DST(InPlace):
         self, directory: Path, tuned: Params, state: Any, save_model: Callable[[Path, Params], None]
     ) -> None:
         del save_model
-        subset.extract(tuned, state).save(directory / "subset")
+        _save_subset(tuned, state, directory)
 
     def save(self, directory: Path, tuned: Params, state: Any) -> None:  # noqa: D102
-        subset.extract(tuned, state).save(directory / "subset")
+        _save_subset(tuned, state, directory)
         storage.save_tree(directory / "slots", map_states(lambda s: s._replace(seed=None), state))
 
     def load(self, directory: Path, seed: Params, tuned: Params, state: Any) -> tuple[Params, Any]:  # noqa: D102
@@ -93,3 +93,9 @@ class DST(InPlace):
         filled = map_states(lambda s: s._replace(seed=storage.pick(seed, next(known))), restored)
         patched = subset.Subset.load(directory / "subset").apply(seed)
         return storage.pick(patched, tuned), filled
+
+
+def _save_subset(tuned: Params, state: Any, directory: Path) -> None:
+    found = subset.extract(tuned, state)
+    if processes.writes():
+        found.save(directory / "subset")

@@ -265,7 +265,7 @@ def test_a_damaged_orbax_checkpoint_is_named(tmp_path):
     path = write_orbax(tmp_path / "c", PARAMS)
     for file in (path / "state").rglob("d/*"):
         file.write_bytes(file.read_bytes()[:40])
-    with pytest.raises(ValueError, match="/state.* cannot be read"):
+    with pytest.raises(ValueError, match=r"/state.* cannot be read"):
         t5.load(path, CONFIG)
     (path / "state" / "_METADATA").write_text("{")
     with pytest.raises(
