@@ -138,6 +138,13 @@ def test_rates_are_chosen_on_validation_and_reported_on_test():
     assert found["majority", None]["mean"] == 50.0
 
 
+def test_a_method_works_where_it_goes_half_the_way():
+    found = score_vs_budget.summarise(ROWS)
+    assert score_vs_budget.operational_ranges(found, "rte") == {"dst": (64, 256)}  # from 50 to 78: 64
+    assert score_vs_budget.operational_ranges(found[1:], "rte") == {}
+    assert "| dst | 64 | 256 |" in score_vs_budget.markdown(ROWS).splitlines()
+
+
 def test_tables_mark_the_best_of_a_budget():
     lines = score_vs_budget.markdown(ROWS).splitlines()
     assert "| dst | 64 | 64 | 1 | **71.0 ± 2.8** | 10 |" in lines
@@ -146,9 +153,12 @@ def test_tables_mark_the_best_of_a_budget():
 
 
 def test_the_figure_has_a_line_with_a_band_a_method():
-    figure = figures.score_vs_budget(score_vs_budget.summarise(ROWS), "rte")
-    (axes,) = figure.axes
-    assert (axes.get_xscale(), axes.get_xlabel(), axes.get_ylabel()) == ("log", "free parameters", "score")
+    found = score_vs_budget.summarise(ROWS)
+    axes, bars = figures.score_vs_budget(found, "rte", {"dst": (64, 256)}).axes
+    assert (axes.get_xscale(), bars.get_xlabel(), axes.get_ylabel()) == ("log", "free parameters", "score")
+    assert bars.get_shared_x_axes().joined(axes, bars)
+    assert [list(line.get_xdata()) for line in bars.get_lines()] == [[64, 256]]
+    assert [t.get_text() for t in bars.get_yticklabels()] == ["dst"]
     lines = {line.get_label(): line for line in axes.get_lines()}
     assert list(lines) == ["majority", "full", "dst", "lora"]
     assert list(lines["dst"].get_xdata()) == [64, 256]
@@ -312,13 +322,13 @@ def test_reports_are_whole_and_need_no_network(tmp_path, capsys):
     (run / "results.md").write_text(score_vs_budget.markdown(ROWS))
     (run / "results.json").write_text(json.dumps([row("<b>", 5, 0.1, 0, 60.0, None)]))
     (run / "run.json").write_text(json.dumps({"config": "A = '<script>'", "tasks": ["rte"]}))
-    figures.save(figures.score_vs_budget(score_vs_budget.summarise(ROWS), "rte"), run / "score.png")
+    figures.save(figures.score_vs_budget(score_vs_budget.summarise(ROWS), "rte", {}), run / "score.png")
     out = tmp_path / "report.html"
     assert cli.main(["report", str(run), f"--out={out}"]) == 0
     text = out.read_text()
     page = Page(text)
     assert not page.open
-    assert page.seen.count("table") == 2
+    assert page.seen.count("table") == 3
     assert page.seen.count("img") == len(page.links) == 1
     assert all(link.startswith("data:image/png;base64,") for link in page.links)
     assert not re.search(r"https?:|url\(|@import|<script", text)

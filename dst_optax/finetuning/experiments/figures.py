@@ -35,18 +35,24 @@ def save(figure: Any, path: Path) -> None:
     temporary.replace(path)
 
 
-def score_vs_budget(summary: Sequence[Mapping[str, Any]], task: str) -> Any:
+def score_vs_budget(
+    summary: Sequence[Mapping[str, Any]], task: str, ranges: Mapping[str, tuple[float, float]]
+) -> Any:
     """Score against free parameters: a line with a band of one standard deviation for each method.
 
     Args:
       summary: of :func:`~dst_optax.finetuning.experiments.score_vs_budget.summarise`.
       task: whose rows are drawn.
+      ranges: of :func:`~dst_optax.finetuning.experiments.score_vs_budget.operational_ranges`.
 
     Returns:
-      The figure; methods without a budget (baselines, full fine-tuning) are horizontal lines.
+      The figure; methods without a budget (baselines, full fine-tuning) are horizontal lines. Bars below
+      are the ranges.
     """
-    figure = blank()
-    (axes,) = figure.axes
+    figure = blank(2, 1, (6.4, 3.2))
+    axes, bars = figure.axes
+    axes.get_gridspec().set_height_ratios((4, 1))
+    bars.sharex(axes)
     found = [s for s in summary if s["task"] == task]
     styles = iter(("dotted", "dashed", "dashdot", "solid"))
     for method in dict.fromkeys(s["method"] for s in found):
@@ -58,8 +64,13 @@ def score_vs_budget(summary: Sequence[Mapping[str, Any]], task: str) -> Any:
         free = [s["free_params"] for s in same]
         (line,) = axes.plot(free, mean, marker="o", label=method)
         axes.fill_between(free, mean - std, mean + std, alpha=0.15, color=line.get_color(), linewidth=0)
-    axes.set(xscale="log", xlabel="free parameters", ylabel="score", title=task, ylim=(0, 102))
-    axes.legend(frameon=False, fontsize="small")
+        if method in ranges:
+            bars.plot(ranges[method], [method, method], marker="|", linewidth=4, color=line.get_color())
+    axes.set(xscale="log", ylabel="score", title=task, ylim=(0, 102))
+    axes.legend(frameon=False, fontsize="x-small", ncols=2, loc="lower right")
+    bars.set(xlabel="free parameters", title="where a method works")
+    bars.tick_params(axis="y", labelsize="x-small")
+    bars.margins(y=0.3)
     return figure
 
 

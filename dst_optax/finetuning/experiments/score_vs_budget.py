@@ -122,7 +122,10 @@ def score_vs_budget(
                 run(opened, Cell(*group, best["learning_rate"]), rng_seed)
             storage.write_text(root / "results.md", markdown(sheet.rows))
         found = summarise(sheet.rows)
-        figures.save(figures.score_vs_budget(found, task), root / f"score_vs_budget_{task}.png")
+        figures.save(
+            figures.score_vs_budget(found, task, operational_ranges(found, task)),
+            root / f"score_vs_budget_{task}.png",
+        )
     return sheet.rows
 
 
@@ -184,8 +187,38 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
     return made
 
 
+def operational_ranges(found: Sequence[Row], task: str) -> dict[str, tuple[float, float]]:
+    """Budgets at which methods work: their means go at least half the way to full fine-tuning's.
+
+    The way starts at the better baseline. Only budgets that were tried are known, and none between the
+    ends is promised to work.
+
+    Args:
+      found: as :func:`summarise` returns it.
+      task: whose rows count.
+
+    Returns:
+      Method to the fewest and the most free parameters at which it works; nothing for methods that never
+      do, or where there are no baselines or no full fine-tuning to measure by.
+    """
+    same = [s for s in found if s["task"] == task]
+    baselines = [s["mean"] for s in same if s["learning_rate"] is None]
+    whole = [s["mean"] for s in same if s["budget"] is None and s["learning_rate"] is not None]
+    ranges: dict[str, tuple[float, float]] = {}
+    if baselines and whole:
+        halfway = (max(baselines) + max(whole)) / 2
+        for s in same:
+            if s["budget"] is not None and s["mean"] >= halfway:
+                free = s["free_params"]
+                low, high = ranges.get(s["method"], (free, free))
+                ranges[s["method"]] = min(low, free), max(high, free)
+    return ranges
+
+
 def markdown(rows: Sequence[Row]) -> str:
     """Tables, one a task: mean ± standard deviation; the best method of each budget is bold.
+
+    A second table has the :func:`operational_ranges`.
 
     Args:
       rows: as :func:`score_vs_budget` returns them.
@@ -198,6 +231,9 @@ def markdown(rows: Sequence[Row]) -> str:
     for task in dict.fromkeys(s["task"] for s in found):
         lines += [f"## {task}", "", "| method | budget | free parameters | learning rate | score | seconds |"]
         lines += ["|---|---:|---:|---:|---:|---:|", *_table([s for s in found if s["task"] == task]), ""]
+        if ranges := operational_ranges(found, task):
+            lines += ["| works with free parameters | from | to |", "|---|---:|---:|"]
+            lines += [*(f"| {method} | {a:,.0f} | {b:,.0f} |" for method, (a, b) in ranges.items()), ""]
     return "\n".join(lines)
 
 
