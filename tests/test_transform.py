@@ -177,6 +177,9 @@ def test_frozen_leaves_keep_their_bits():
     after = dst_optax.apply_updates(seed, updates, state)
     np.testing.assert_array_equal(oracle.bits(np.asarray(after["w"])), oracle.bits(np.asarray(seed["w"])))
     np.testing.assert_array_equal(after["free"], 0)
+    plain = np.asarray(optax.apply_updates(seed, updates)["w"])
+    normal = [0, 1, 3, 4]  # a sum may flush a subnormal number
+    np.testing.assert_array_equal(oracle.bits(plain)[normal], oracle.bits(np.asarray(seed["w"]))[normal])
 
 
 def test_updates_that_are_products_in_the_same_program():
