@@ -98,6 +98,7 @@ def gin_flags(arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]
             bindings.append(found[1])
         elif found := re.fullmatch(r"--free_params=(\d+)", argument):
             bindings += [f"NUM_FREE_PARAMS={found[1]}", "FRACTION=0.1"]  # the default: not given
+            bindings.append('TIES="fill"')
         elif found := re.fullmatch(r"--gin_search_paths=(.+)", argument):
             paths += found[1].split(",")
         else:

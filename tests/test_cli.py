@@ -20,7 +20,7 @@ def test_flags_in_any_order():
 
 def test_a_budget_is_a_binding():
     got = cli.gin_flags(["--gin_file=x.gin", "--free_params=1000"])
-    assert got[1] == ["NUM_FREE_PARAMS=1000", "FRACTION=0.1"]
+    assert got[1] == ["NUM_FREE_PARAMS=1000", "FRACTION=0.1", 'TIES="fill"']
 
 
 def test_a_resumed_command_may_ask_for_more_runs():

@@ -343,6 +343,16 @@ def test_num_free_params_with_fill_meets_the_budget_exactly():
     assert sum(int(m.sum()) for m in jax.tree.leaves(mask)) == 77
 
 
+def test_fill_orders_ties_over_all_tensors_of_a_silo():
+    params = {"a": jnp.zeros((7, 5)), "b": jnp.zeros(11), "c": jnp.zeros((5, 7))}
+    tx = dst_optax.wrap(given_updates(), 0.4, silos=silos.whole_model(), ties="fill")
+    updates, state = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    after = dst_optax.apply_updates(params, updates, state)
+    kept = oracle.keep(np.ones(81), oracle.rank(0.4, 81), "fill")
+    got = np.concatenate([np.asarray(after[k]).ravel() != 0 for k in "abc"])
+    np.testing.assert_array_equal(got, kept)
+
+
 def test_fill_orders_silos_whose_indices_need_two_digits(monkeypatch):
     """Silos of more than 2**31 entries, at a smaller scale; the shapes are of this test alone."""
     monkeypatch.setattr(projection, "INDEX_BITS", 6)
