@@ -115,3 +115,21 @@ def test_a_negative_distance_counts_as_none():
     params = jnp.arange(8.0)
     updates, state = tx.update(params, tx.init(params), params)
     assert (dst_optax.apply_updates(params, updates, state) == params).all()
+
+
+def test_a_distance_that_is_not_a_number_counts_as_infinite():
+    """A seed that is not a number, and a finite proposal for it."""
+    params = jnp.array([1.0, jnp.nan, 2.0, 3.0, 4.0])
+    tx = dst_optax.wrap(optax.set_to_zero(), 0.25)
+    state = dst_optax.reseed(tx.init(params), params)
+    repaired = params.at[1].set(7.0)
+    updates, state = tx.update(jnp.ones(5), state, repaired)
+    np.testing.assert_array_equal(dst_optax.apply_updates(repaired, updates, state), repaired)
+    moved = jnp.array([1.0, 7.0, 2.0, 3.5, 4.0])
+    updates, state = tx.update(jnp.ones(5), state, moved)
+    np.testing.assert_array_equal(dst_optax.apply_updates(moved, updates, state), repaired)
+    three = jnp.array([1.0, jnp.nan, jnp.nan, jnp.nan, 4.0])  # more than the budget, and alike
+    state = dst_optax.reseed(tx.init(three), three)
+    updates, state = tx.update(jnp.ones(5), state, jnp.arange(5.0))
+    after = dst_optax.apply_updates(jnp.arange(5.0), updates, state)
+    np.testing.assert_array_equal(after, three)
