@@ -125,6 +125,19 @@ def test_entries_that_are_not_finite_are_counted():
     assert int(got["nonfinite"]) == 3
     assert int(got["free"]) == 5
     assert int(got["subset_size"]) == 8
+    many = {"a": jnp.full(70_000, jnp.nan)}  # more than 16 bits hold
+    params = {"a": jnp.ones(70_000)}
+    _, state = tx.update(many, tx.init(params), params)
+    assert int(diagnostics.metrics(state)["nonfinite"]) == 70_000
+
+
+@pytest.mark.parametrize(("ties", "free"), [("strict", 3), ("fill", 10)])
+def test_ties_that_are_filled_are_counted_as_free(ties, free):
+    params = jnp.zeros(101)
+    tx = dst_optax.wrap(optax.identity(), 0.1, ties=ties)
+    u = jnp.ones(101).at[jnp.arange(3)].set(2.0)
+    _, state = tx.update(u, tx.init(params), params)
+    assert int(diagnostics.metrics(state)["free"]) == free
 
 
 @pytest.mark.parametrize(
