@@ -182,6 +182,13 @@ def test_frozen_leaves_keep_their_bits():
     np.testing.assert_array_equal(oracle.bits(plain)[normal], oracle.bits(np.asarray(seed["w"]))[normal])
 
 
+def test_a_budget_that_is_0_at_run_time_frees_nothing_not_even_what_is_not_finite():
+    seed = jnp.arange(6.0)
+    tx = dst_optax.wrap(given_updates(), optax.constant_schedule(0.0))
+    updates, state = tx.update(jnp.array([1.0, jnp.nan, jnp.inf, -jnp.inf, 0.0, 2.0]), tx.init(seed), seed)
+    np.testing.assert_array_equal(dst_optax.apply_updates(seed, updates, state), seed)
+
+
 def test_updates_that_are_products_in_the_same_program():
     """The proposal that is ranked and the one that is applied round alike (no fused multiply-add)."""
     tx = dst_optax.dynamic_subset_tuning(0.3)

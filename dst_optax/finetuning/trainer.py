@@ -109,7 +109,8 @@ def finetune(
 ) -> list[dict[str, Any]]:
     """Tunes a seed model with each method and each seed of randomness, and compares them.
 
-    What was started before goes on from its last checkpoint; what is done is not done again.
+    What was started before goes on from its last checkpoint; what is done is not done again. Several
+    processes train on one mesh after ``jax.distributed.initialize``; they share the file system.
 
     Args:
       run_dir: where everything goes.
