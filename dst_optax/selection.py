@@ -89,7 +89,12 @@ def pick(values: jax.Array, ids: tuple[int, ...]) -> jax.Array:
     """
     table = np.array([ids, ids[::-1]], np.int32)
     table[1] += np.where(table[1] == len(values) - 1, -1, 1)
-    return values[np.maximum(table, 0)][0]
+    return _first_row(values, np.maximum(table, 0))
+
+
+@partial(jax.jit, inline=True)  # traced once for all leaves of a shape, like what follows
+def _first_row(values: jax.Array, table: jax.Array) -> jax.Array:
+    return values[table][0]
 
 
 def spread_to_leaf(values: jax.Array, leaf: Leaf) -> jax.Array:
@@ -214,12 +219,6 @@ def count(leaves: Sequence[Leaf], t: jax.Array, rowwise: bool, active: jax.Array
       Limbs, (silos, probes, 2) int32; 0 or right for silos that are not active.
     """
     probes = range(t.shape[1])
-
-    def above(leaf: Leaf, picked: jax.Array) -> list[jax.Array]:
-        masks = [leaf.keys > spread(picked[:, j], leaf).astype(leaf.keys.dtype) for j in probes]
-        sums = _sums(masks, leaf.axis, rowwise)
-        return [x.reshape(len(leaf.silos), *x.shape[leaf.axis is not None :]) for x in sums]
-
     counts = []
     for leaf in leaves:
         picked = pick(t, leaf.silos)
@@ -227,11 +226,11 @@ def count(leaves: Sequence[Leaf], t: jax.Array, rowwise: bool, active: jax.Array
             limbed = (2,) if _are_many(leaf.keys.shape, leaf.axis) else ()
             none = jnp.zeros((len(leaf.silos), *limbed), jnp.int32)
             awake = pick(active, leaf.silos).any()
-            counts.append(
-                lax.cond(awake, partial(above, leaf), lambda _, none=none: [none] * len(probes), picked)
-            )
+            above = partial(_above, axis=leaf.axis, rowwise=True)
+            nothing = lambda *_, none=none: [none] * len(probes)  # noqa: E731
+            counts.append(lax.cond(awake, above, nothing, leaf.keys, picked))
         else:
-            counts.append([_replicated(x) for x in above(leaf, picked)])
+            counts.append([_replicated(x) for x in _above(leaf.keys, picked, leaf.axis, rowwise=False)])
     huge = any(found[0].ndim == 2 for found in counts)
     counts = [[_as_limbs(x) for x in found] for found in counts] if huge else counts
     table = jnp.stack([jnp.concatenate([found[j] for found in counts]) for j in probes], axis=1)
@@ -242,6 +241,15 @@ def count(leaves: Sequence[Leaf], t: jax.Array, rowwise: bool, active: jax.Array
     return budget.carry(jnp.zeros((*t.shape, 2), jnp.int32).at[ids].add(limbs))
 
 
+@partial(jax.jit, static_argnames=("axis", "rowwise"), inline=True)
+def _above(keys: jax.Array, t: jax.Array, axis: int | None, rowwise: bool) -> list[jax.Array]:
+    """How many keys of each slice exceed each of its thresholds, (slices, probes): a count a probe."""
+    leaf = Leaf(keys, axis, ())
+    masks = [keys > spread(t[:, j], leaf).astype(keys.dtype) for j in range(t.shape[1])]
+    return [x.reshape(len(t), *x.shape[axis is not None :]) for x in _sums(masks, axis, rowwise)]
+
+
+@partial(jax.jit, static_argnames="rowwise", inline=True)
 def how_many(mask: jax.Array, rowwise: bool) -> jax.Array:
     """How many entries are set, () int32."""
     # one array alone XLA CPU sums as a tree, for which it writes down the addends

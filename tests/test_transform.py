@@ -259,14 +259,15 @@ def test_unresolved_counts_what_finalize_may_take_for_kept(scale, dtype, update_
 def test_unresolved_knows_of_updates_that_underflow():
     """Half-precision updates cannot take 2.9e-8 back, which finalize then takes for the kept 3e-8."""
     tx = optax.chain(optax.sgd(0.0), dst_optax.dynamic_subset_tuning(0.25))
-    params = -jnp.array([3e-8, 2.9e-8, 2.9e-8, 2.9e-8])
-    state = dst_optax.reseed(tx.init(params), jnp.zeros(4))
+    params = {"a": -jnp.array([3e-8, 2.9e-8, 2.9e-8, 2.9e-8]), "quiet": jnp.zeros(4)}
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    state = dst_optax.reseed(tx.init(params), nothing)
     for _ in range(5):
-        updates, state = tx.update(jnp.zeros(4, jnp.float16), state, params)
+        updates, state = tx.update(jax.tree.map(lambda x: x.astype(jnp.float16), nothing), state, params)
         with jax.numpy_dtype_promotion("standard"):
             params = optax.apply_updates(params, updates)
         assert int(state[-1].unresolved) == 3
-    assert int((dst_optax.finalize(params, state) != 0).sum()) == 4
+    assert int((dst_optax.finalize(params, state)["a"] != 0).sum()) == 4
 
 
 def test_finalize_changes_nothing_after_an_exact_apply():
@@ -383,6 +384,39 @@ def test_fill_orders_silos_whose_indices_need_two_digits(monkeypatch):
     spread = np.flatnonzero(np.asarray(after["tied"]) != 0)
     assert spread.max() > 23 * 29 * 3 // 4
     assert spread.min() < 23 * 29 // 4
+
+
+@pytest.mark.parametrize("ties", ["strict", "fill"])
+def test_batches_of_silos_change_nothing(monkeypatch, ties):
+    """Silos that interleave, so that batches take the leaves out of their order."""
+    rng = np.random.default_rng(9)
+    seed = {
+        k: jnp.asarray(rng.normal(size=n), jnp.float32) for k, n in zip("abcd", (47, 53, 31, 43), strict=True)
+    }
+    u = {
+        k: jnp.asarray(rng.normal(size=x.shape) * i, jnp.float32) for i, (k, x) in enumerate(seed.items(), 1)
+    }
+    rule = silos.per_group(lambda path: "ac" if path in "ac" else "bd")
+    tx = dst_optax.wrap(given_updates(), 0.2, ties=ties, silos=rule)
+
+    def run(batch):
+        monkeypatch.setattr(projection, "BATCH", batch)
+        projection.project.clear_cache()
+        updates, state = tx.update(u, tx.init(seed), seed)
+        return dst_optax.apply_updates(seed, updates, state), state[-1]
+
+    (whole, expected), (parts, got) = run(2**22), run(100)
+    projection.project.clear_cache()
+    for group in ("ac", "bd"):
+        key = lambda k: oracle.distance_keys(*(np.asarray(x[k]) for x in (seed, seed, u)))[0]  # noqa: E731
+        delta = np.concatenate([key(k) for k in group])
+        kept = oracle.keep(delta, oracle.rank(0.2, delta.size), ties)
+        free = np.concatenate([np.asarray(parts[k] != seed[k]) for k in group])
+        np.testing.assert_array_equal(free, kept)
+    for name in ("gap", "reach", "threshold", "free"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(expected, name), err_msg=name)
+    assert len(set(got.reach.tolist())) == 2
+    jax.tree.map(np.testing.assert_array_equal, parts, whole)
 
 
 @pytest.mark.parametrize("distance", [distances.relative, distances.squared])
