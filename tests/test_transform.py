@@ -189,6 +189,19 @@ def test_a_budget_that_is_0_at_run_time_frees_nothing_not_even_what_is_not_finit
     np.testing.assert_array_equal(dst_optax.apply_updates(seed, updates, state), seed)
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0xFFC00000])
+def test_what_is_not_a_number_stays_visible(bits):
+    """Also where the update has the very bits of ``seed - p``, which would ask for the seed."""
+    seed, odd = jnp.arange(5.0), jnp.asarray(np.array([bits], np.uint32).view(np.float32))
+    tx = dst_optax.wrap(given_updates(), 0.25)
+    params, state = seed, tx.init(seed)
+    for _ in range(3):
+        updates, state = tx.update(jnp.zeros(5).at[0].set(odd[0]), state, params)
+        params = dst_optax.apply_updates(params, updates, state)
+        assert jnp.isnan(params[0])
+        np.testing.assert_array_equal(params[1:], seed[1:])
+
+
 def test_updates_that_are_products_in_the_same_program():
     """The proposal that is ranked and the one that is applied round alike (no fused multiply-add)."""
     tx = dst_optax.dynamic_subset_tuning(0.3)
