@@ -399,6 +399,23 @@ def test_fill_orders_silos_whose_indices_need_two_digits(monkeypatch):
     assert spread.min() < 23 * 29 // 4
 
 
+@pytest.mark.parametrize(("ties", "distinct"), [("strict", True), ("fill", True), ("fill", False)])
+def test_counts_of_several_tensors_carry(ties, distinct):
+    """Counts of each tensor fit in 16 bits, their sum does not."""
+    rng = np.random.default_rng(10)
+    order = rng.permutation(120_000) + 1.0 if distinct else rng.integers(1, 4, 120_000)
+    u = {"a": jnp.asarray(order[:60_000], jnp.float32), "b": jnp.asarray(order[60_000:], jnp.float32)}
+    params = jax.tree.map(jnp.zeros_like, u)
+    tx = dst_optax.wrap(given_updates(), 0.6, silos=silos.whole_model(), ties=ties)
+    updates, state = tx.update(u, tx.init(params), params)
+    after = dst_optax.apply_updates(params, updates, state)
+    m = oracle.rank(0.6, 120_000)
+    assert sum(int((x != 0).sum()) for x in jax.tree.leaves(after)) == m
+    kept = np.concatenate([np.asarray(x) for x in jax.tree.leaves(after)])
+    assert kept[kept != 0].min() >= np.sort(order)[-m]
+    assert int(dst_optax.diagnostics.metrics(state)["free"]) == m
+
+
 @pytest.mark.parametrize("ties", ["strict", "fill"])
 def test_batches_of_silos_change_nothing(monkeypatch, ties):
     """Silos that interleave, so that batches take the leaves out of their order."""
