@@ -1,6 +1,6 @@
 """Compiles an optimizer step ahead of time for a TPU topology and prints what it does as JSON.
 
-python tpu_worker.py <topology> (adamw | dst | naive) ...
+python tpu_worker.py <topology> (adamw | strict | fill | naive) ...
 """
 
 import json
@@ -48,8 +48,8 @@ def t5(embed, heads, mlp, layers):
 
 def transform(name):
     adamw = optax.adamw(1e-3)
-    if name == "dst":
-        return dst_optax.wrap(adamw, 0.1), dst_optax.apply_updates
+    if name in ("strict", "fill"):
+        return dst_optax.wrap(adamw, 0.1, ties=name), dst_optax.apply_updates
     if name == "naive":
         adamw = optax.chain(adamw, reference.dynamic_subset_tuning(0.1))
     return adamw, lambda params, updates, state: optax.apply_updates(params, updates)
