@@ -133,9 +133,9 @@ def _decode_segment(reader: _Reader, count: int) -> np.ndarray:
     widths[1:] -= ones[:-1] + 1
     if widths.max() > MAX_WIDTH:
         raise SubsetError(f"the stream has a gap of {widths.max()} bits; at most {MAX_WIDTH} are allowed.")
-    starts = np.cumsum(widths)
-    low = np.append(reader.take(-(-int(starts[-1]) // 8)), np.zeros(8, np.uint8))
-    starts -= widths
+    ends = np.add(ones, r + (r - 1) * np.arange(count), out=ones)  # what the widths add up to
+    low = np.append(reader.take(-(-int(ends[-1]) // 8)), np.zeros(8, np.uint8))
+    starts = np.subtract(ends, widths, out=ends)
     highest = np.left_shift(1, widths, out=widths)
     steps = _unpack(low, starts, highest - 1)
     steps += highest
