@@ -1,11 +1,13 @@
 """Models, inputs and weights that the tests of T5 share.
 
-Run as a script, it records what ``transformers`` makes of them in ``transformers.npz``.
+Run as a script, it records what ``transformers`` makes of them in ``transformers.npz``; with the
+argument ``t5x``, what T5X's own network makes of them in ``t5x.npz``.
 """
 
 import dataclasses
 import functools
 import pathlib
+import sys
 import zlib
 
 import jax
@@ -14,6 +16,7 @@ import numpy as np
 from dst_optax.finetuning import t5
 
 RECORD = pathlib.Path(__file__).with_name("transformers.npz")
+T5X_RECORD = pathlib.Path(__file__).with_name("t5x.npz")
 LENGTH = 8
 EOS = {"v1_0": 2, "v1_1": 14, "byt5": 127}  # tokens that these weights like to make
 
@@ -51,6 +54,15 @@ def batch(config, inputs=40, targets=7):
     x[2, 3:] = 0
     y = rng.integers(2, config.vocab_size, (3, targets)).astype(np.int32)
     return x, np.pad(y, ((0, 0), (1, 0)))[:, :-1], y
+
+
+def packed(config):
+    """The batch as if each row held two examples: tokens, segments and positions."""
+    tokens = batch(config)
+    ends = [np.arange(a.shape[1]) >= a.shape[1] // 2 for a in (tokens[0], tokens[2])]
+    segments = [np.where(a > 0, 1 + end, 0) for a, end in zip((tokens[0], tokens[2]), ends, strict=True)]
+    positions = [np.tile(np.arange(a.shape[1]), (len(a), 1)) for a in (tokens[0], tokens[2])]
+    return *tokens, *segments, *positions
 
 
 def logits(config, params, *tokens):
@@ -107,5 +119,24 @@ def record():
     np.savez_compressed(RECORD, **found)
 
 
+def record_t5x():
+    """Needs T5X, or of it only ``t5x/examples/t5`` on the path."""
+    from t5x.examples.t5 import network
+
+    found = {}
+    for name, config in CONFIGS.items():
+        known = {field.name for field in dataclasses.fields(network.T5Config)}
+        fields = {k: v for k, v in dataclasses.asdict(config).items() if k in known}
+        model = network.Transformer(network.T5Config(**fields | {"mlp_activations": config.mlp_activations}))
+        variables = {"params": weights(config)}
+        for kind, tokens in (("logits", batch(config)), ("packed", packed(config))):
+            found[f"{name}/{kind}"] = np.asarray(model.apply(variables, *tokens, enable_dropout=False))
+        shapes = jax.eval_shape(model.init, jax.random.key(0), *batch(config))["params"]
+        found[f"{name}/names"] = np.array(
+            [f"{p} {x.shape}" for p, x in t5.parameters.flatten(shapes).items()]
+        )
+    np.savez_compressed(T5X_RECORD, **found)
+
+
 if __name__ == "__main__":
-    record()
+    record_t5x() if sys.argv[1:] == ["t5x"] else record()

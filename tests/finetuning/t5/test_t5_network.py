@@ -1,4 +1,4 @@
-"""The network: transformers' logits, T5X's names, and what packing, padding and layouts must not change."""
+"""The network: logits of transformers and T5X, T5X's names; what packing, padding, layout must not change."""
 
 import dataclasses
 import functools
@@ -18,6 +18,7 @@ from dst_optax.finetuning import t5
 from dst_optax.finetuning.t5.network import relative_position_bucket
 
 RECORD = np.load(cases.RECORD)
+T5X_RECORD = np.load(cases.T5X_RECORD)
 V1_1 = cases.CONFIGS["v1_1"]
 SHALLOW = dataclasses.replace(V1_1, num_encoder_layers=1, num_decoder_layers=1)
 CONFIGS_DIR = pathlib.Path(__file__).parents[3] / "configs" / "models"
@@ -30,6 +31,19 @@ def test_logits_are_those_of_transformers(name, scan):
     found = cases.logits(config, cases.weights(config), *cases.batch(config))
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, RECORD[f"{name}/logits"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("name", cases.CONFIGS)
+def test_logits_names_and_shapes_are_those_of_t5x(name, scan):
+    config = dataclasses.replace(cases.CONFIGS[name], scan_layers=scan)
+    params = cases.weights(config)
+    for kind, tokens in (("logits", cases.batch(config)), ("packed", cases.packed(config))):
+        found = cases.logits(config, params, *tokens)
+        np.testing.assert_allclose(found, T5X_RECORD[f"{name}/{kind}"], atol=1e-5, rtol=0, err_msg=kind)
+    if not scan:
+        names = {f"{path} {shape}" for path, shape in t5.shapes(config).items()}
+        assert names == set(T5X_RECORD[f"{name}/names"].tolist())
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
