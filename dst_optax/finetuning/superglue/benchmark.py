@@ -23,6 +23,7 @@ class Spec:
     Attributes:
       directory: its name in the official data and in the submission, e.g. "BoolQ".
       fields: text fields of a flat row, in the order of T5's prompt.
+      spoken: their names in T5's prompt, where these are others.
       labels: T5's label words, in the order of label indices.
       official: the labels as the official files spell them, in the same order.
       submitted: the labels as the leaderboard wants them, in the same order.
@@ -37,6 +38,7 @@ class Spec:
     submitted: tuple[Any, ...] = ("false", "true")
     prompt: str = ""
     splits: tuple[str, ...] = SPLITS
+    spoken: tuple[str, ...] = ()
 
 
 _ENTAILMENT = ("entailment", "not_entailment")
@@ -62,7 +64,14 @@ TASKS: Mapping[str, Spec] = {
     "wic": Spec("WiC", ("sentence1", "sentence2", "word"), prompt="wic"),
     "wsc": Spec("WSC", ("text", "span1_text", "span2_text"), submitted=("False", "True"), prompt="wsc"),
     "axb": Spec(
-        "AX-b", ("sentence1", "sentence2"), _ENTAILMENT, _ENTAILMENT, _ENTAILMENT, "rte", splits=("test",)
+        "AX-b",
+        ("sentence2", "sentence1"),
+        _ENTAILMENT,
+        _ENTAILMENT,
+        _ENTAILMENT,
+        prompt="rte",
+        splits=("test",),
+        spoken=_PAIR,
     ),
     "axg": Spec("AX-g", _PAIR, _ENTAILMENT, _ENTAILMENT, _ENTAILMENT, "rte", splits=("test",)),
 }

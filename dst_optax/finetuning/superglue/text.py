@@ -42,7 +42,8 @@ def to_text(task: str, row: Mapping[str, Any]) -> tuple[str, str]:
     if task == "record":
         return _record_inputs(row), row["answers"][0] if row["answers"] else UNKNOWN
     known = spec(task)
-    inputs = " ".join([known.prompt, *(f"{name}: {row[name]}" for name in known.fields)])
+    names = zip(known.spoken or known.fields, known.fields, strict=True)
+    inputs = " ".join([known.prompt, *(f"{spoken}: {row[name]}" for spoken, name in names)])
     if task == "multirc":
         inputs = re.sub("</?b>", "", inputs.replace("<br>", " "))
     return inputs, UNKNOWN if row["label"] < 0 else known.labels[row["label"]]

@@ -9,7 +9,7 @@ import pytest
 
 from dst_optax.finetuning.superglue import synthetic
 from dst_optax.finetuning.superglue.benchmark import MAIN, TASKS, spec
-from dst_optax.finetuning.superglue.sources import JsonlSource, SyntheticSource
+from dst_optax.finetuning.superglue.sources import JsonlSource, SyntheticSource, TfdsSource
 from dst_optax.finetuning.superglue.text import to_text
 
 GOOD = {"premise": "P", "hypothesis": "H", "label": "entailment", "idx": 0}
@@ -69,6 +69,39 @@ def test_synthetic_rows_are_official_rows(task, tmp_path):
     name = f"{spec(task).directory}/{'test' if split == 'test' else split}.jsonl"
     source = write(tmp_path, name, *map(json.dumps, rows))
     assert source.rows(task, split) == SyntheticSource().rows(task, split)
+
+
+@pytest.mark.filterwarnings("default")  # TFDS and what it imports speak to other authors
+@pytest.mark.parametrize("task", TASKS)
+def test_tfds_makes_the_same_examples_of_the_same_files(task, tmp_path, monkeypatch):
+    """TFDS's own reader of the official files; only its download and its storage are left out."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    glue = pytest.importorskip("tensorflow_datasets.text.super_glue").SuperGlue
+    tasks = pytest.importorskip("dst_optax.finetuning.superglue.tasks")
+    split = "train" if task in MAIN else "test"
+    path = tmp_path / spec(task).directory / f"{split}.jsonl"
+    files = write(tmp_path, f"{path.parent.name}/{path.name}", *map(json.dumps, synthetic.rows(task, split)))
+
+    def stored(value):  # as TFDS gives it back
+        if isinstance(value, dict):
+            return {name: stored(x) for name, x in value.items()}
+        if isinstance(value, list):
+            return np.array([x.encode() for x in value], object)
+        return value.encode() if isinstance(value, str) else np.int32(value)
+
+    def read(name, **where):
+        assert where["split"] == split
+        builder = glue.__new__(glue)
+        config = {c.name: c for c in glue.BUILDER_CONFIGS}[name.partition("/")[2]]
+        builder.__dict__["_builder_config"] = config
+        for _, row in builder._generate_examples(str(path), split):
+            if row.get("label") in config.label_classes:
+                row["label"] = config.label_classes.index(row["label"])
+            yield stored(row)
+
+    monkeypatch.setattr(tfds, "data_source", read)
+    found = tasks.examples(task, split, TfdsSource())
+    assert found == tasks.examples(task, split, files)
 
 
 @pytest.mark.parametrize("task", MAIN)

@@ -67,7 +67,7 @@ WORDINGS = {
     ),
     "axb": (
         {"sentence1": "S", "sentence2": "T", "label": "entailment", "idx": "7", "logic": ""},
-        ("rte sentence1: S sentence2: T", "entailment"),
+        ("rte hypothesis: T premise: S", "entailment"),
     ),
     "axg": (
         {"premise": "P", "hypothesis": "H", "label": "entailment", "idx": 0},
@@ -94,8 +94,8 @@ def test_every_field_stands_once_in_order_and_the_label_comes_back(task, data):
     (flat,) = flatten(task, row, labelled=True)
     inputs, targets = to_text(task, flat)
     rest = inputs.removeprefix(known.prompt)
-    for name in known.fields:
-        head = f" {name}: {fields[name]}"
+    for spoken, name in zip(known.spoken or known.fields, known.fields, strict=True):
+        head = f" {spoken}: {fields[name]}"
         assert rest.startswith(head)
         rest = rest.removeprefix(head)
     assert rest == ""
