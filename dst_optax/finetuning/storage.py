@@ -122,8 +122,9 @@ def save_tree(path: Path, tree: Any) -> None:
     """
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), _numbered(tree))
+    if leaves := _numbered(tree):  # orbax refuses a tree without arrays, such as the slots of plain SGD
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path.absolute(), leaves)
 
 
 def load_tree(path: Path, like: Any) -> Any:
@@ -145,6 +146,8 @@ def load_tree(path: Path, like: Any) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
 
     leaves = _numbered(jax.tree.map(abstract, like))
+    if not leaves:
+        return like
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             found = checkpointer.restore(path.absolute(), leaves)

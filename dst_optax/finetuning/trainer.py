@@ -193,6 +193,7 @@ class Bench:
                 f"{recipe.accumulate} times the {self.mesh.shape['data']} devices along data."
             )
         self.train_name = data.register()
+        data.check()
         dropout = model.dropout_rate if recipe.dropout is None else recipe.dropout
         self.network = t5.Transformer(replace(model, dtype=recipe.dtype, dropout_rate=dropout))
         if data.vocabulary.vocab_size > model.vocab_size:

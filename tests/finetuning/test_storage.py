@@ -80,6 +80,12 @@ def test_trees_come_back_with_types_dtypes_and_values(tmp_path):
         np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
 
 
+def test_a_tree_without_arrays_comes_back(tmp_path):
+    tree = optax.sgd(0.1).init({"w": jnp.zeros(3)})
+    storage.save_tree(tmp_path / "t", tree)
+    assert storage.load_tree(tmp_path / "t", tree) == tree
+
+
 def test_a_damaged_tree_is_named(tmp_path):
     storage.save_tree(tmp_path / "t", {"a": jnp.zeros(3)})
     with pytest.raises(ValueError, match="cannot be read, or belongs to another model"):

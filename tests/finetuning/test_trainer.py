@@ -26,6 +26,7 @@ from dst_optax.finetuning import storage, t5, trainer  # noqa: E402
 from dst_optax.finetuning.methods.dst import DST  # noqa: E402
 from dst_optax.finetuning.methods.full import Full  # noqa: E402
 from dst_optax.finetuning.steps import TrainState, make_step  # noqa: E402
+from dst_optax.finetuning.superglue import tasks  # noqa: E402
 from dst_optax.finetuning.superglue.sources import JsonlSource, SyntheticSource  # noqa: E402
 from dst_optax.finetuning.superglue.suite import SuperGlue  # noqa: E402
 
@@ -77,6 +78,12 @@ def contents(run):
     for name, x in storage.named_leaves(restored(run)).items():
         out[name] = np.asarray(x).tobytes()
     return out
+
+
+def contents_of_subset(directory):
+    """The tuned subset, as bits."""
+    found = subset.Subset.load(directory / "dst/rng_0/tuned/subset").items()
+    return {path: (e.positions.tobytes(), e.values.tobytes()) for path, e in found}
 
 
 def shapes():
@@ -224,6 +231,33 @@ def test_bad_input_is_refused_before_training(changes, says, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_bad_rows_of_any_split_are_named_before_anything_is_written(split, tmp_path):
+    data = tmp_path / "data" / "RTE"
+    data.mkdir(parents=True)
+    row = {"premise": "P", "hypothesis": "H", "label": "entailment", "idx": 0}
+    for name in ("train", "val", "test"):
+        text = json.dumps(row) + ("\n{" if name == split else "")
+        (data / f"{name}.jsonl").write_text(text)
+    source = JsonlSource(str(tmp_path / "data"))
+    with pytest.raises(ValueError, match=rf"{split}\.jsonl:2: "):
+        tune(tmp_path / "run", data=SuperGlue(source, DATA.vocabulary, ("rte",)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_bfloat16_an_optimizer_without_slots_and_diagnostics(tmp_path):
+    data = SuperGlue(DATA.source, DATA.vocabulary, ("rte",), diagnostics=("axb",))
+    recipe = trainer.replace(RECIPE, steps=2, eval_every=2, dtype="bfloat16")
+    (row,) = tune(tmp_path, data=data, recipe=recipe, methods={"full": Full(optax.sgd(1e-2))})[2:]
+    assert row["best_step"] == 2
+    run = tmp_path / "full" / "rng_0"
+    tuned = storage.load_tree(run / "checkpoints" / "00000002" / "tuned", shapes())
+    assert {x.dtype for x in jax.tree.leaves(tuned)} == {jnp.dtype("float32")}
+    lines = [json.loads(x) for x in (run / "predictions" / "AX-b.jsonl").read_text().splitlines()]
+    assert [line["idx"] for line in lines] == list(range(len(data.source.rows("axb", "test"))))
+    assert {line["label"] for line in lines} <= {"entailment", "not_entailment"}
+
+
 def test_recipes_are_checked():
     with pytest.raises(ValueError, match="no multiple of accumulate 3"):
         trainer.Recipe(steps=1, batch_size=8, accumulate=3)
@@ -335,6 +369,53 @@ def test_training_goes_on_from_a_subset(whole, tmp_path):
     tuned = subset.Subset.load(tmp_path / "run/dst/rng_0/tuned/subset")
     assert 0 < tuned.count == rows[-1]["free_params"] <= 0.06 * bench.size
     tuned.apply(bench.seed)  # its fingerprints are the first seed's
+
+
+def test_runs_of_every_seed_stop_early_and_cut_examples_are_counted(tmp_path, capsys):
+    sizes = {
+        split: [len(e["inputs"].encode()) + 1 for e in tasks.examples("rte", split, DATA.source)]
+        for split in ("train", "validation")
+    }
+    short = min(max(known) for known in sizes.values()) - 1
+    recipe = trainer.replace(
+        RECIPE,
+        steps=9,
+        lengths={"inputs": short, "targets": 16},
+        accumulate=1,
+        eval_every=1,
+        log_every=9,
+        patience=2,
+    )
+    still = {"full": Full(optax.sgd(0.0, momentum=0.9))}  # no score is ever better than the first
+    rows = tune(tmp_path / "run", methods=still, recipe=recipe, rng_seeds=(0, 1))
+    assert [(r["rng_seed"], r["best_step"]) for r in rows if r["method"] == "full"] == [(0, 1), (1, 1)]
+    for run in (tmp_path / "run/full").iterdir():
+        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        assert [line["step"] for line in lines if "eval/score" in line] == [1, 2, 3]
+
+    printed = " ".join(capsys.readouterr().out.split())
+    for split, known in sizes.items():
+        cut = sum(n > short for n in known)
+        assert (
+            f"rte {split}: {cut} examples have inputs longer than {short} tokens and are cut; "
+            f"the longest has {max(known)}."
+        ) in printed
+
+
+def test_a_referenced_seed_that_has_changed_is_refused_with_both_named(whole, tmp_path):
+    known = trainer.Bench(str(whole[0]), DATA, MODEL, RECIPE).seed
+    seed, run = tmp_path / "seed", tmp_path / "run"
+    t5.save_hf(known, MODEL, seed)
+    tune(run, checkpoint=str(seed), reference_seed=True)
+    assert not (run / "seed").exists()
+    assert contents_of_subset(run) == contents_of_subset(whole[0])
+
+    other = jax.tree.map(lambda x: x + 1, known)
+    t5.save_hf(other, MODEL, seed)
+    (run / "dst/rng_0/result.json").unlink()
+    before, after = storage.fingerprint(known), storage.fingerprint(other)
+    with pytest.raises(ValueError, match=f"made from the seed model {before}, .* is {after}"):
+        tune(run, checkpoint=str(seed), reference_seed=True)
 
 
 @pytest.mark.skipif(not (REAL / "superglue" / "CB").is_dir(), reason=f"real SuperGLUE is not in {REAL}")

@@ -48,6 +48,16 @@ class SuperGlue:
         tasks.register(self.source, self.vocabulary, [*self.names, *self.diagnostics])
         return f"{tasks.PREFIX}_proportional"
 
+    def check(self) -> None:
+        """Reads every split, so that bad data is known before any work is done.
+
+        Raises:
+          ValueError: bad, empty or missing data.
+        """
+        for task in (*self.names, *self.diagnostics):
+            for split in spec(task).splits:
+                tasks.examples(task, split, self.source)
+
     def provider(self, task: str) -> str:
         """Name of the seqio task."""
         return f"{tasks.PREFIX}_{task}"
