@@ -32,6 +32,7 @@ from dst_optax import silos
 
 GIB = 2**30
 MEMORY = {"v4": 32 * GIB, "v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB}  # bytes a chip
+ONE_DEVICE = {"v4": {"chip_config_name": "megacore"}}  # a chip of two cores, as JAX runs it
 TOPOLOGY = re.compile(r"(v4|v5e|v5p|v6e):(\d+(?:x\d+){1,2})")
 OPTIMIZERS = ("adafactor", "adamw")
 PROGRAMS = ("full", "dst", "update")
@@ -269,7 +270,8 @@ def compile_program(job: Job, program: str) -> dict[str, Any]:
 
     from dst_optax.finetuning import t5
 
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=job.topology).devices
+    cores = ONE_DEVICE.get(job.topology.split(":")[0], {})
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=job.topology, **cores).devices
     mesh = Mesh(np.array(devices).reshape(job.mesh_shape), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     network = t5.Transformer(
         dataclasses.replace(t5.CONFIGS[job.model], dtype="bfloat16", scan_layers=True, remat=True)
