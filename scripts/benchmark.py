@@ -4,10 +4,12 @@
     python scripts/benchmark.py                       # everything
     python scripts/benchmark.py step --models small   # one part
     python scripts/benchmark.py training-step         # needs the extra finetuning
+    python scripts/benchmark.py kernels --models small  # where the bytes and the time of a step go
 
 selection: thresholds of one silo of n distances, against numpy's and jax's sorts.
 step: a whole training step's optimizer on T5-shaped trees, with compile time, memory and passes.
 training-step: forward, backward and update of T5 v1.1 small, 8 examples of 128 tokens.
+kernels: one profiled step of adamw+DST: time, bytes and bytes a parameter of each kind of kernel.
 A cell that would take more than a minute or the memory of the machine is skipped and says so.
 Figures are medians; `min` and `max` stand beside them in the JSON.
 """
@@ -15,9 +17,13 @@ Figures are medians; `min` and `max` stand beside them in the JSON.
 import argparse
 import functools
 import json
+import math
 import os
+import pathlib
 import platform
+import re
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -362,8 +368,74 @@ def training_step_cell(fraction: float, runs: int, tokens: int = 128) -> dict[st
     }
 
 
+# --- kernels -------------------------------------------------------------------------------------
+
+
+def array_bytes(shape: str) -> int:
+    """Bytes of the arrays that an HLO type names."""
+    found = re.findall(r"(f|bf|s|u|pred)(\d*)\[([\d,]*)\]", shape)
+    return sum(
+        (int(bits or 8) // 8) * math.prod(int(n) for n in dims.split(",") if n) for _, bits, dims in found
+    )
+
+
+def kernel_bytes(hlo: str) -> dict[str, int]:
+    """Bytes that each instruction reads and writes, by its name."""
+    hlo = re.sub(r"/\*.*?\*/", "", hlo)
+    instructions = re.findall(r"%([\w.-]+) = (\([^=]*?\)|\S+) [\w-]+\(([^)]*)\)", hlo)
+    size = {name: array_bytes(shape) for name, shape, _ in instructions}
+    return {
+        name: size[name] + sum(size.get(x, 0) for x in re.findall(r"%([\w.-]+)", operands))
+        for name, _, operands in instructions
+    }
+
+
+def kernels_cell(model: str, fraction: float) -> dict[str, Any]:
+    """A profiled step; a kernel's time is that of the thread that started it."""
+    params = random_tree(t5_shapes(model), 0, 0.02)
+    adamw = optax.adamw(optax.linear_schedule(1e-3, 1e-4, 1000))
+    drift = random_tree(t5_shapes(model), 1, 1e-3)
+    trainee = Trainee(dst_optax.wrap(adamw, fraction), True, params, drift)
+    for _ in range(5):
+        trainee.prepare()
+        jax.block_until_ready(trainee.step())
+    trainee.prepare()
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory, profiler_options=options):
+            seconds = timed(trainee.step)
+        (file,) = pathlib.Path(directory).glob("**/*.xplane.pb")
+        planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
+        events = [(e.name, e.duration_ns) for p in planes for line in p.lines for e in line.events]
+    moved = kernel_bytes(trainee.compiled.as_text())
+    kinds: dict[str, dict[str, float]] = {}
+    for name, ns in events:
+        if name in moved and "fusion" in name:
+            kind = kinds.setdefault(name.split(".")[0], {"runs": 0, "ms": 0.0, "bytes": 0})
+            kind["runs"] += 1
+            kind["ms"] += ns / 1e6
+            kind["bytes"] += moved[name]
+    return {
+        "part": "kernels",
+        "model": model,
+        "parameters": sum(p.size for p in params.values()),
+        "ms": 1e3 * seconds,
+        "kinds": dict(sorted(kinds.items(), key=lambda x: -x[1]["ms"])),
+        "skipped": {},
+    }
+
+
 def show(cell: dict[str, Any]) -> None:
-    if cell["part"] == "selection":
+    if cell["part"] == "kernels":
+        print(f"T5 v1.1 {cell['model']}: one step of adamw+dst, {cell['ms']:.0f} ms while it is profiled")
+        for name, kind in cell["kinds"].items():
+            if kind["bytes"] > cell["parameters"] / 10:
+                print(
+                    f"  {name:<36} {kind['runs']:5d} runs {kind['ms']:8.1f} ms over all threads "
+                    f"{kind['bytes'] / cell['parameters']:6.1f} B/parameter"
+                )
+    elif cell["part"] == "selection":
         times = "  ".join(
             f"{name} {t['ms']:.3g} ms (x{cell['x_warm'][name]:.3g})" for name, t in cell["times"].items()
         )
@@ -388,7 +460,7 @@ def show(cell: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
-        "part", nargs="?", choices=["all", "selection", "step", "training-step"], default="all"
+        "part", nargs="?", choices=["all", "selection", "step", "training-step", "kernels"], default="all"
     )
     parser.add_argument("--out", default="benchmark.json", help="where the figures go")
     parser.add_argument("--runs", type=int, default=9, help="timed runs of each cell")
@@ -414,6 +486,8 @@ def main() -> None:
         cells.append(selection_cells(int(args.largest), args.runs))
     if args.part in ("all", "step"):
         cells.append(step_cell(m, args.fraction, args.runs, not args.skip_naive) for m in args.models)
+    if args.part == "kernels":
+        cells.append(kernels_cell(m, args.fraction) for m in args.models)
     if args.part == "training-step":
         cells.append(iter([training_step_cell(args.fraction, args.runs)]))
     for part in cells:
