@@ -282,9 +282,16 @@ def _sums(masks: list[jax.Array], axis: int | None, rowwise: bool) -> list[jax.A
         return lax.platform_dependent(
             *ones, cpu=partial(_one_reduction, rest), default=partial(_fused_sums, rest)
         )
+    if len(shape) == 1 and (rows := _rows(shape[0])) > 1:
+        ones, rest = [x.reshape(rows, -1) for x in ones], (0, 1)
     first, *others = rest
-    rows = _one_reduction(tuple(others), *ones) if others else ones
-    return _one_reduction((int(axis is not None and axis < first),), *rows)
+    sums = _one_reduction(tuple(others), *ones) if others else ones
+    return _one_reduction((int(axis is not None and axis < first),), *sums)
+
+
+def _rows(size: int) -> int:
+    """How many rows a vector is counted in: if it is long, the largest divisor up to its square root."""
+    return next(n for n in range(math.isqrt(size), 0, -1) if size % n == 0) if size >= 2**16 else 1
 
 
 def _are_many(shape: tuple[int, ...], axis: int | None) -> bool:

@@ -114,9 +114,7 @@ def key_of(x: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=3)
 def counting(delta: jax.Array, guess: jax.Array, spread: jax.Array, m: int) -> selection.Bracket:
     """The threshold as the transform finds it; a negative guess is a cold start."""
-    side = 2 ** int(np.log2(delta.size) // 2)
-    keys = key_of(delta).reshape(side, -1) if delta.size % side == 0 else key_of(delta)[None]
-    leaf = selection.Leaf(keys, None, (0,))
+    leaf = selection.Leaf(key_of(delta), None, (0,))
     total = jnp.asarray(budget.limbs([delta.size]))
     rowwise = jax.default_backend() == "cpu"
     return selection.thresholds(

@@ -70,3 +70,11 @@ def test_huge_sum_equals_numpy(shape):
     mask = np.random.default_rng(0).random(shape) < 0.7
     hi, lo = np.asarray(selection._huge_sum(jnp.asarray(mask), tuple(range(len(shape)))))
     assert int(hi) * 2**16 + int(lo) == mask.sum()
+
+
+@pytest.mark.parametrize(("n", "rows"), [(300, 1), (65_537, 1), (65_536, 256), (70_000, 250)])
+def test_long_vectors_are_counted_in_rows(n, rows):
+    mask = np.random.default_rng(0).random(n) < 0.3
+    count = jax.jit(selection.how_many, static_argnums=1).lower(mask, True).compile()
+    assert int(count(mask)) == mask.sum()
+    assert (f"s32[{rows},{n // rows}]" in count.as_text()) == (rows > 1)

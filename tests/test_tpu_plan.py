@@ -122,7 +122,14 @@ def test_without_libtpu(monkeypatch, capsys):
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the extra 'tpu' (libtpu)")
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_a_tiny_model(topology, capsys):
-    flags = ["--model=tiny", f"--topology={topology}", "--batch_size=4", "--inputs=16", "--targets=8", "--json"]
+    flags = [
+        "--model=tiny",
+        f"--topology={topology}",
+        "--batch_size=4",
+        "--inputs=16",
+        "--targets=8",
+        "--json",
+    ]
     assert cli.main(["plan", *flags]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["verdict"]["fits"]
