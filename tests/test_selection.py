@@ -72,6 +72,17 @@ def test_huge_sum_equals_numpy(shape):
     assert int(hi) * 2**16 + int(lo) == mask.sum()
 
 
+@pytest.mark.parametrize("n", [65_537, 70_000])
+def test_thresholds_of_long_vectors(n):
+    keys = np.random.default_rng(n).integers(0, TOP, n).astype(np.int32)
+    m, none = n // 10, np.full(1, -1, np.int32)
+    guess = selection.Guess(none, np.ones_like(none), np.full_like(none, TOP - 1))
+    total, wanted = (jnp.asarray(budget.limbs([x])) for x in (n, m))
+    leaf = selection.Leaf(jnp.asarray(keys), None, (0,))
+    found = selection.thresholds([leaf], wanted, total, TOP, guess, 2**23, True)
+    np.testing.assert_array_equal(keys > np.asarray(found.hi), keys > np.sort(keys)[n - m - 1])
+
+
 @pytest.mark.parametrize(("n", "rows"), [(300, 1), (65_537, 1), (65_536, 256), (70_000, 250)])
 def test_long_vectors_are_counted_in_rows(n, rows):
     mask = np.random.default_rng(0).random(n) < 0.3
