@@ -7,7 +7,7 @@ distance ``d(seed, theta_hat, seed)``; so the entries with the largest distances
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -92,45 +92,28 @@ class _Proposal(NamedTuple):
     seed: jax.Array
     zero: jax.Array
 
-    def theta_hat(self) -> jax.Array:
-        return rounding.settle_half(rounding.add(self.param, self.update), self.zero)
-
     def keys(self, distance: distances.Distance, scale: "_Scale") -> jax.Array:
         """Distances from the seed as integers that order alike; -1 where the proposal is not finite."""
-        theta_hat, wide = self.theta_hat(), rounding.wide(self.param.dtype)
-        # apart from later uses of the seed, or seed - param would stay in memory for them
-        own = rounding.settle(self.seed, self.zero)
-        seed = own.astype(wide)
-        delta = distance(seed, theta_hat.astype(wide), seed)
-        if jnp.shape(delta) != self.param.shape or delta.dtype != wide:
+        shape, wide = self.param.shape, rounding.wide(self.param.dtype)
+        found = _distance_type(distance, shape, wide)
+        if found != (shape, wide):
             raise ValueError(
-                f"the distance of parameter {self.plan.path!r} has shape {jnp.shape(delta)} and dtype "
-                f"{delta.dtype}; it must be component-wise, so {self.param.shape} and {wide}."
+                f"the distance of parameter {self.plan.path!r} has shape {found[0]} and dtype "
+                f"{found[1]}; it must be component-wise, so {shape} and {wide}."
             )
+        keys, negative = _keys(distance, scale, self.param, self.update, self.seed, self.zero)
         checkify.debug_check(
-            ~jnp.any(delta < 0),
-            f"the distance of parameter {self.plan.path!r} is negative; it must be 0 or more.",
+            ~negative, f"the distance of parameter {self.plan.path!r} is negative; it must be 0 or more."
         )
-        delta = jnp.where(jnp.isnan(delta), jnp.inf, delta)
-        same = rounding.bits(theta_hat) == rounding.bits(own)
-        same |= rounding.asks_for_seed(self.update, own, self.param)
-        same |= delta < jnp.finfo(wide).tiny
-        keys = scale.to_key(jnp.where(same, jnp.zeros_like(delta), delta))
-        return jnp.where(jnp.isfinite(theta_hat), keys, jnp.full_like(keys, -1))
+        return keys
 
     def projected(self, keep: jax.Array, zero: jax.Array) -> jax.Array:
         """The updates: unchanged where kept, back to the seed elsewhere; after ``zero`` is known."""
-        back = rounding.back(self.seed, self.param, self.update.dtype)
-        return rounding.settle(jnp.where(keep, self.update, back), zero)
+        return _projected(self.param, self.update, self.seed, keep, zero)
 
     def extent(self, keep: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Least and largest distance of kept entries from their seeds, in parameters' units."""
-        wide = rounding.wide(self.param.dtype)
-        far = jnp.abs(self.theta_hat().astype(wide) - self.seed.astype(wide))
-        return (
-            jnp.min(jnp.where(keep, far, jnp.inf), initial=jnp.inf),
-            jnp.max(jnp.where(keep, far, 0.0), initial=0.0),
-        )
+        return _extent(self.param, self.update, self.seed, self.zero, keep)
 
     @property
     def precision(self) -> int:
@@ -145,34 +128,133 @@ class _Proposal(NamedTuple):
 
     def astray(self, keep: jax.Array, half: jax.Array, rowwise: bool) -> jax.Array:
         """How many reverted entries a plain apply leaves ``half`` or more away from the seed."""
-        back = rounding.back(self.seed, self.param, self.update.dtype)
-        landed = rounding.settle_half(rounding.add(self.param, back), self.zero)
-        residue = jnp.abs(landed.astype(half.dtype) - self.seed.astype(half.dtype))
-        return selection.how_many(~keep & (residue > 0) & (residue >= half), rowwise)
+        return _astray(self.param, self.update, self.seed, self.zero, keep, half, rowwise)
 
-    def order(self, leaf: selection.Leaf) -> tuple[jax.Array, jax.Array]:
+    def order(self) -> tuple[jax.Array, jax.Array]:
         """Row-major index of each entry in its silo, its low bits mixed, and what lies above them; int32."""
-        shape, axis, mask = self.param.shape, self.plan.axis, 2**INDEX_BITS - 1
-        offsets = np.array(self.plan.offsets, np.int64)
-        high = jnp.zeros(shape, jnp.int32)
-        high += selection.spread(jnp.asarray(offsets >> INDEX_BITS, jnp.int32), leaf)
-        low = jnp.zeros(shape, jnp.uint32)
-        terms = [(selection.spread(jnp.asarray(offsets & mask, jnp.uint32), leaf), 1)]
-        stride = 1
-        for d in reversed(range(len(shape))):
-            if d != axis:
-                terms.append((lax.broadcasted_iota(jnp.uint32, shape, d), stride))
-                stride *= shape[d]
-        if stride >= 2**31:
+        shape, axis = self.param.shape, self.plan.axis
+        apart = 1 if axis is None else shape[axis]
+        if (entries := math.prod(shape) // max(apart, 1)) >= 2**31:
             raise ValueError(
                 f"parameter {self.plan.path!r}: ties='fill' takes tensors below 2**31 entries a silo, got "
-                f"{stride}; use ties='strict' or stacked silos."
+                f"{entries}; use ties='strict' or stacked silos."
             )
-        for term, factor in terms:
-            low = low + term * jnp.uint32(factor)
-            high += (low >> INDEX_BITS).astype(jnp.int32)
-            low &= jnp.uint32(mask)
-        return _mix(low).astype(jnp.int32), high
+        offsets = np.array(self.plan.offsets, np.int64)
+        low, high = offsets & (2**INDEX_BITS - 1), offsets >> INDEX_BITS
+        return _order(shape, axis, low.astype(np.uint32), high.astype(np.int32))
+
+
+@cache
+def _distance_type(distance: distances.Distance, shape: tuple[int, ...], dtype: Any) -> tuple[Any, Any]:
+    """Shape and dtype of the distances of a tensor's entries."""
+    found = jax.eval_shape(distance, *[jax.ShapeDtypeStruct(shape, dtype)] * 3)
+    return found.shape, found.dtype
+
+
+# One leaf's arithmetic is traced once for all leaves of its shape and dtype.
+
+
+def _theta_hat(param: jax.Array, update: jax.Array, zero: jax.Array) -> jax.Array:
+    return rounding.settle_half(rounding.add(param, update), zero)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _keys(
+    distance: distances.Distance,
+    scale: "_Scale",
+    param: jax.Array,
+    update: jax.Array,
+    seed: jax.Array,
+    zero: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Keys of distances, and whether a distance is negative."""
+    theta_hat, wide = _theta_hat(param, update, zero), rounding.wide(param.dtype)
+    # apart from later uses of the seed, or seed - param would stay in memory for them
+    own = rounding.settle(seed, zero)
+    origin = own.astype(wide)
+    delta = distance(origin, theta_hat.astype(wide), origin)
+    negative = jnp.any(delta < 0)
+    delta = jnp.where(jnp.isnan(delta), jnp.inf, delta)
+    same = rounding.bits(theta_hat) == rounding.bits(own)
+    same |= rounding.asks_for_seed(update, own, param)
+    same |= delta < jnp.finfo(wide).tiny
+    keys = scale.to_key(jnp.where(same, jnp.zeros_like(delta), delta))
+    return jnp.where(jnp.isfinite(theta_hat), keys, jnp.full_like(keys, -1)), negative
+
+
+@jax.jit
+def _projected(
+    param: jax.Array, update: jax.Array, seed: jax.Array, keep: jax.Array, zero: jax.Array
+) -> jax.Array:
+    back = rounding.back(seed, param, update.dtype)
+    return rounding.settle(jnp.where(keep, update, back), zero)
+
+
+@jax.jit
+def _extent(
+    param: jax.Array, update: jax.Array, seed: jax.Array, zero: jax.Array, keep: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    wide = rounding.wide(param.dtype)
+    far = jnp.abs(_theta_hat(param, update, zero).astype(wide) - seed.astype(wide))
+    return (
+        jnp.min(jnp.where(keep, far, jnp.inf), initial=jnp.inf),
+        jnp.max(jnp.where(keep, far, 0.0), initial=0.0),
+    )
+
+
+@partial(jax.jit, static_argnums=6)
+def _astray(
+    param: jax.Array,
+    update: jax.Array,
+    seed: jax.Array,
+    zero: jax.Array,
+    keep: jax.Array,
+    half: jax.Array,
+    rowwise: bool,
+) -> jax.Array:
+    back = rounding.back(seed, param, update.dtype)
+    landed = rounding.settle_half(rounding.add(param, back), zero)
+    residue = jnp.abs(landed.astype(half.dtype) - seed.astype(half.dtype))
+    return selection.how_many(~keep & (residue > 0) & (residue >= half), rowwise)
+
+
+@partial(jax.jit, static_argnums=3)
+def _kept(keys: jax.Array, above: jax.Array, below: jax.Array, axis: int | None) -> jax.Array:
+    """Keys outside of the bounds of their slice, (slices,) each."""
+    above, below = (selection.spread(x, axis, keys.ndim) for x in (above, below))
+    return (keys > above) | (keys < below)
+
+
+@partial(jax.jit, static_argnames="axis")
+def _later_ties(keys: jax.Array, tie: jax.Array, *cuts_and_order: jax.Array, axis: int | None) -> jax.Array:
+    """Keys at ``tie`` whose place in the order is later than the cut; compared digit by digit."""
+    half = len(cuts_and_order) // 2
+    cuts, order = cuts_and_order[:half], cuts_and_order[half:]
+    spread = partial(selection.spread, axis=axis, ndim=keys.ndim)
+    later = jnp.zeros(keys.shape, bool)
+    for place, cut in reversed(list(zip(order, cuts, strict=True))):
+        later = (place > spread(cut)) | (place == spread(cut)) & later
+    return (keys == spread(tie)) & later
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _order(
+    shape: tuple[int, ...], axis: int | None, low: jax.Array, high: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Indices of a leaf's entries, from low and high bits of the index of the first entry of each slice."""
+    spread = partial(selection.spread, axis=axis, ndim=len(shape))
+    above = jnp.zeros(shape, jnp.int32) + spread(high)
+    index = jnp.zeros(shape, jnp.uint32)
+    terms, stride = [(spread(low), 1)], 1
+    for d in reversed(range(len(shape))):
+        if d != axis:
+            terms.append((lax.broadcasted_iota(jnp.uint32, shape, d), stride))
+            stride *= shape[d]
+    for term, factor in terms:
+        index = index + term * jnp.uint32(factor)
+        above += (index >> INDEX_BITS).astype(jnp.int32)
+        index &= jnp.uint32(2**INDEX_BITS - 1)
+    return _mix(index).astype(jnp.int32), above
 
 
 def _mix(index: jax.Array) -> jax.Array:
@@ -252,26 +334,29 @@ def _project_ranked(
     zero = state.step >> 31  # a zero that the compiler cannot know
     done: list[_Projection] = []
     threshold = state.threshold
-    for batch in batches:
-        ids = sorted({s for j in batch for s in leaves[j].silos})
+    silos_of = [sorted({s for j in batch for s in leaves[j].silos}) for batch in batches]
+    most = max(map(len, silos_of))
+    for batch, ids in zip(batches, silos_of, strict=True):
         local = {s: i for i, s in enumerate(ids)}
         silos = np.array(ids, np.int32)
+        # empty silos make batches alike, and XLA compiles what is alike once
+        pad = partial(_padded, to=most)
         settled = [rounding.settle(updates[j], zero) for j in batch]
         if one_by_one:
             settled = rounding.in_memory(settled, zero)
         found = _project_batch(
             [_Proposal(leaves[j], params[j], u, seeds[j], zero) for j, u in zip(batch, settled, strict=True)],
             [tuple(local[s] for s in leaves[j].silos) for j in batch],
-            budgets[silos],
-            [plan.sizes[s] for s in ids],
-            state.threshold[silos],
-            state.movement[silos],
+            pad(budgets[silos]),
+            [plan.sizes[s] for s in ids] + [0] * (most - len(ids)),
+            pad(state.threshold[silos]),
+            pad(state.movement[silos]),
             state.reach[np.array(batch, np.int32)],
             distance,
             ties,
             one_by_one,
         )
-        threshold = threshold.at[silos].set(found.threshold)
+        threshold = threshold.at[silos].set(found.threshold[: len(ids)])
         zero = found.passes >> 31
         done.append(found)
     place = np.argsort([j for batch in batches for j in batch])
@@ -289,6 +374,10 @@ def _project_ranked(
         nonfinite=jnp.sum(jnp.stack([found.nonfinite for found in done]), dtype=jnp.int32),
         unresolved=jnp.sum(jnp.stack([found.unresolved for found in done]), dtype=jnp.int32),
     )
+
+
+def _padded(values: jax.Array, to: int) -> jax.Array:
+    return jnp.pad(values, [(0, to - len(values)), *[(0, 0)] * (values.ndim - 1)])
 
 
 def _total(pairs: jax.Array) -> jax.Array:
@@ -358,19 +447,24 @@ def _project_batch(
     some = ~budget.equal(m, jnp.zeros_like(m))
     lacking = ~all_free & ~bracket.met(m) & (t > 0)
     cuts: list[jax.Array] = []
+    tie = jnp.where(lacking, t, -2)
     if ties == "fill":
         rest = jnp.where(lacking[:, None], budget.carry(m - above), 0)
         tied = jnp.where(lacking[:, None], budget.carry(bracket.above_lo - bracket.above_hi), 0)
-        cuts, more = _fill(proposals, leaves, t, lacking, rest, tied, max(sizes), rowwise)
+        cuts, more = _fill(proposals, leaves, tie, rest, tied, max(sizes), rowwise)
         above = jnp.where(lacking[:, None], m, above)
         passes = passes + more
 
+    # proposals that are not finite are kept, too, unless nothing may be kept
+    below = jnp.where(some, 0, -1).astype(t.dtype)
+    bounds = [[selection.pick(x, leaf.silos) for x in (t, below)] for leaf in leaves]
+
     def keep(i: int) -> jax.Array:
         leaf = leaves[i]
-        kept = leaf.keys > selection.spread_to_leaf(t, leaf)
-        kept |= (leaf.keys < 0) & selection.spread_to_leaf(some, leaf)
+        kept = _kept(leaf.keys, *bounds[i], leaf.axis)
         if cuts:
-            kept |= _ties(leaf, t, lacking) & _beyond(proposals[i].order(leaf), cuts, leaf)
+            at = [selection.pick(x, leaf.silos) for x in (tie, *cuts)]
+            kept |= _later_ties(leaf.keys, *at, *proposals[i].order()[: len(cuts)], axis=leaf.axis)
         return kept
 
     every = range(len(proposals))
@@ -425,43 +519,29 @@ def _unresolved(
     return lax.cond((error < half).all(), lambda: jnp.zeros((), jnp.int32), count)
 
 
-def _ties(leaf: selection.Leaf, t: jax.Array, lacking: jax.Array) -> jax.Array:
-    """Entries at the threshold of silos that have places left."""
-    return (leaf.keys == selection.spread_to_leaf(t, leaf)) & selection.spread_to_leaf(lacking, leaf)
-
-
-def _beyond(order: Sequence[jax.Array], cuts: Sequence[jax.Array], leaf: selection.Leaf) -> jax.Array:
-    """Entries whose place in the order is later than their silo's cut; compared digit by digit."""
-    first, *rest = cuts
-    cut = selection.spread_to_leaf(first, leaf)
-    later = order[0] > cut
-    return later | ((order[0] == cut) & _beyond(order[1:], rest, leaf)) if rest else later
-
-
 def _fill(
     proposals: list[_Proposal],
     leaves: list[selection.Leaf],
-    t: jax.Array,
-    lacking: jax.Array,
+    tie: jax.Array,
     rest: jax.Array,
     tied: jax.Array,
     largest: int,
     rowwise: bool,
 ) -> tuple[list[jax.Array], jax.Array]:
-    """Where to cut the order of the ``tied`` entries at ``t``, so that ``rest`` of them lie beyond.
+    """Where to cut the order of the ``tied`` entries at ``tie``, so that ``rest`` of them lie beyond.
 
     The order has a second digit in silos whose indices have more than ``INDEX_BITS`` bits.
     """
     top = 2**31 - 1
-    none = jnp.full(t.shape, -1, jnp.int32)
+    none = jnp.full(tie.shape, -1, jnp.int32)
     digits = 2 if largest > 2**INDEX_BITS else 1
 
     def search() -> tuple[list[jax.Array], jax.Array]:
-        candidates = [_ties(leaf, t, lacking) for leaf in leaves]
+        candidates = [leaf.keys == selection.spread_to_leaf(tie, leaf) for leaf in leaves]
         cuts, passes, wanted, total = [], jnp.int32(0), rest, tied
         for digit in range(digits):
             places = [
-                leaf._replace(keys=jnp.where(candidate, x.order(leaf)[digit], -1))
+                leaf._replace(keys=jnp.where(candidate, x.order()[digit], -1))
                 for x, leaf, candidate in zip(proposals, leaves, candidates, strict=True)
             ]
             guess = selection.Guess(none, jnp.ones_like(none), jnp.full_like(none, top))
@@ -473,4 +553,4 @@ def _fill(
             passes = passes + found.passes
         return cuts, passes
 
-    return lax.cond(lacking.any(), search, lambda: ([none] * digits, jnp.int32(0)))
+    return lax.cond((tie >= 0).any(), search, lambda: ([none] * digits, jnp.int32(0)))

@@ -89,24 +89,24 @@ def pick(values: jax.Array, ids: tuple[int, ...]) -> jax.Array:
     """
     table = np.array([ids, ids[::-1]], np.int32)
     table[1] += np.where(table[1] == len(values) - 1, -1, 1)
-    return _first_row(values, np.maximum(table, 0))
+    return _first_row(values, np.maximum(table, 0).astype(np.uint32))
 
 
-@partial(jax.jit, inline=True)  # traced once for all leaves of a shape, like what follows
+@jax.jit  # traced once for all leaves of a shape, like what follows
 def _first_row(values: jax.Array, table: jax.Array) -> jax.Array:
     return values[table][0]
 
 
 def spread_to_leaf(values: jax.Array, leaf: Leaf) -> jax.Array:
     """Per-silo values shaped so that they broadcast against the leaf's keys."""
-    return spread(pick(values, leaf.silos), leaf)
+    return spread(pick(values, leaf.silos), leaf.axis, leaf.keys.ndim)
 
 
-def spread(picked: jax.Array, leaf: Leaf) -> jax.Array:
-    """Values of the leaf's own silos, shaped so that they broadcast against its keys."""
-    if leaf.axis is None:
-        return picked.reshape((1,) * leaf.keys.ndim)
-    return picked.reshape((1,) * leaf.axis + (-1,) + (1,) * (leaf.keys.ndim - leaf.axis - 1))
+def spread(values: jax.Array, axis: int | None, ndim: int) -> jax.Array:
+    """Values of the slices of ``axis``, shaped so that they broadcast against a tensor."""
+    if axis is None:
+        return values.reshape((1,) * ndim)
+    return values.reshape((1,) * axis + (-1,) + (1,) * (ndim - axis - 1))
 
 
 def thresholds(
@@ -167,9 +167,10 @@ def thresholds(
         highest = jnp.where(first, guess.far[:, None], t[:, -1:])
         return jnp.concatenate([lowest, t[:, 1:-1], highest], axis=1)
 
-    def narrow(b: Bracket) -> Bracket:
-        t, active = probes(b), (b.passes == 0) | ~b.done(m)
-        above = count(leaves, t, rowwise, active)
+    def narrow(carry: tuple[Bracket, jax.Array]) -> tuple[Bracket, jax.Array]:
+        b, asked = carry
+        t, active = asked[:, :-1], asked[:, -1] != 0
+        above = count(leaves, asked, rowwise)
         fits = budget.less_equal(above, m[:, None]) & (t >= 0)
         ends = jnp.concatenate([b.lo[:, None], t, b.hi[:, None]], axis=1)
         counts = jnp.concatenate([b.above_lo[:, None], above, b.above_hi[:, None]], axis=1)
@@ -194,9 +195,15 @@ def thresholds(
             return jnp.where(active.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
         found = (lo, hi, above_lo, above_hi, counted, most)
-        return Bracket(*map(unless_done, found, b[:-1]), passes=b.passes + 1)
+        b = Bracket(*map(unless_done, found, b[:-1]), passes=b.passes + 1)
+        return b, questions(b)
 
-    return lax.while_loop(lambda b: (b.passes == 0) | ~jnp.all(b.done(m)), narrow, start)
+    def questions(b: Bracket) -> jax.Array:
+        """What the next pass shall count; carried by the loop, or XLA would compute it for every leaf."""
+        active = (b.passes == 0) | ~b.done(m)
+        return jnp.concatenate([probes(b), active[:, None].astype(dtype)], axis=1)
+
+    return lax.while_loop(lambda carry: (carry[1][:, -1] != 0).any(), narrow, (start, questions(start)))[0]
 
 
 def by_leaf(values: jax.Array, leaves: Sequence[Leaf]) -> jax.Array:
@@ -206,50 +213,46 @@ def by_leaf(values: jax.Array, leaves: Sequence[Leaf]) -> jax.Array:
     return values[np.array(at, np.int32)]
 
 
-def count(leaves: Sequence[Leaf], t: jax.Array, rowwise: bool, active: jax.Array) -> jax.Array:
+def count(leaves: Sequence[Leaf], asked: jax.Array, rowwise: bool) -> jax.Array:
     """Counts the keys above each threshold.
 
     Args:
       leaves: the keys.
-      t: thresholds, (silos, probes) key dtype.
-      rowwise: see :func:`thresholds`; then leaves without an active silo are passed over, too.
-      active: silos whose counts are asked for, (silos,) bool.
+      asked: thresholds, and 0 in a last column if a silo is done, (silos, probes + 1) key dtype.
+      rowwise: see :func:`thresholds`; then leaves all of whose silos are done are passed over, too.
 
     Returns:
-      Limbs, (silos, probes, 2) int32; 0 or right for silos that are not active.
+      Limbs, (silos, probes, 2) int32; 0 or right for silos that are done.
     """
-    probes = range(t.shape[1])
+    silos, probes = asked.shape[0], asked.shape[1] - 1
     counts = []
     for leaf in leaves:
-        picked = pick(t, leaf.silos)
+        row = pick(asked, leaf.silos)
+        above = partial(_above, axis=leaf.axis, rowwise=rowwise)
         if rowwise:
             limbed = (2,) if _are_many(leaf.keys.shape, leaf.axis) else ()
-            none = jnp.zeros((len(leaf.silos), *limbed), jnp.int32)
-            awake = pick(active, leaf.silos).any()
-            above = partial(_above, axis=leaf.axis, rowwise=True)
-            nothing = lambda *_, none=none: [none] * len(probes)  # noqa: E731
-            counts.append(lax.cond(awake, above, nothing, leaf.keys, picked))
+            none = jnp.zeros((len(leaf.silos), probes, *limbed), jnp.int32)
+            awake = (row[:, -1] != 0).any()
+            counts.append(lax.cond(awake, above, lambda *_, none=none: none, leaf.keys, row[:, :-1]))
         else:
-            counts.append([_replicated(x) for x in _above(leaf.keys, picked, leaf.axis, rowwise=False)])
-    huge = any(found[0].ndim == 2 for found in counts)
-    counts = [[_as_limbs(x) for x in found] for found in counts] if huge else counts
-    table = jnp.stack([jnp.concatenate([found[j] for found in counts]) for j in probes], axis=1)
-    limbs = table if huge else budget.split(table)
+            counts.append(_replicated(above(leaf.keys, row[:, :-1])))
+    huge = any(found.ndim == 3 for found in counts)
+    limbs = jnp.concatenate([_as_limbs(x) for x in counts]) if huge else budget.split(jnp.concatenate(counts))
     ids = np.array([s for leaf in leaves for s in leaf.silos], np.int32)
-    if np.array_equal(ids, np.arange(len(t))):
-        return limbs
-    return budget.carry(jnp.zeros((*t.shape, 2), jnp.int32).at[ids].add(limbs))
+    if np.array_equal(ids, np.arange(len(ids))):
+        return jnp.pad(limbs, ((0, silos - len(ids)), (0, 0), (0, 0)))
+    return budget.carry(jnp.zeros((silos, probes, 2), jnp.int32).at[ids].add(limbs))
 
 
-@partial(jax.jit, static_argnames=("axis", "rowwise"), inline=True)
-def _above(keys: jax.Array, t: jax.Array, axis: int | None, rowwise: bool) -> list[jax.Array]:
-    """How many keys of each slice exceed each of its thresholds, (slices, probes): a count a probe."""
-    leaf = Leaf(keys, axis, ())
-    masks = [keys > spread(t[:, j], leaf).astype(keys.dtype) for j in range(t.shape[1])]
-    return [x.reshape(len(t), *x.shape[axis is not None :]) for x in _sums(masks, axis, rowwise)]
+@partial(jax.jit, static_argnames=("axis", "rowwise"))
+def _above(keys: jax.Array, t: jax.Array, axis: int | None, rowwise: bool) -> jax.Array:
+    """How many keys of each slice exceed each of its thresholds, (slices, probes) or limbs of that."""
+    masks = [keys > spread(t[:, j], axis, keys.ndim).astype(keys.dtype) for j in range(t.shape[1])]
+    sums = [x.reshape(len(t), *x.shape[axis is not None :]) for x in _sums(masks, axis, rowwise)]
+    return jnp.stack(sums, axis=1)
 
 
-@partial(jax.jit, static_argnames="rowwise", inline=True)
+@partial(jax.jit, static_argnames="rowwise")
 def how_many(mask: jax.Array, rowwise: bool) -> jax.Array:
     """How many entries are set, () int32."""
     # one array alone XLA CPU sums as a tree, for which it writes down the addends
@@ -258,7 +261,7 @@ def how_many(mask: jax.Array, rowwise: bool) -> jax.Array:
 
 
 def _as_limbs(counts: jax.Array) -> jax.Array:
-    return counts if counts.ndim == 2 else budget.split(counts)
+    return counts if counts.ndim == 3 else budget.split(counts)
 
 
 def _replicated(counts: jax.Array) -> jax.Array:

@@ -194,11 +194,9 @@ def apply_updates(params: Any, updates: Any, state: Any) -> Any:
         if u is None or isinstance(place, Frozen):
             return p
         p = jnp.asarray(p)
-        added = rounding.add(p, u)
         if not isinstance(place, Place):
-            return added
-        asked = rounding.asks_for_seed(u, place.seed, p) & (place.gap != FREE) & place.captured
-        return jnp.where(asked, place.seed, added)
+            return rounding.add(p, u)
+        return _apply_exactly(p, u, place.seed, (place.gap != FREE) & place.captured)
 
     return map_places(apply, params, state, updates)
 
@@ -370,6 +368,12 @@ def _capture(state: DynamicSubsetTuningState, params: list[jax.Array]) -> list[j
         (state.captured, seeds),
     )
     return seeds
+
+
+@jax.jit
+def _apply_exactly(p: jax.Array, u: jax.Array, seed: jax.Array, may_ask: jax.Array) -> jax.Array:
+    asked = rounding.asks_for_seed(u, seed, p) & may_ask
+    return jnp.where(asked, seed, rounding.add(p, u))
 
 
 def _copy(x: Any) -> jax.Array:
