@@ -251,6 +251,15 @@ def test_latency_of_a_tiny_model(tmp_path, capsys):
     assert set(rows[2]) >= {"load", "switch"}
     table = (tmp_path / "serving_latency.md").read_text().splitlines()
     assert len(table) == 2 + len(rows)
+    rows[2] |= {"request": {"p50": 1.0, "p95": 2.0, "p99": 3.0}}
+    (tmp_path / "serving_latency.json").write_text(json.dumps([*rows[:1], *rows[2:]]))
+    again = serving_latency.serving_latency(
+        str(tmp_path), {"tiny": MODEL}, (0.1,), requests=2, input_length=4, target_length=2
+    )
+    assert [*again[:1], *again[2:]] == [*rows[:1], *rows[2:]]  # what was measured is not measured again
+    with pytest.raises(ValueError, match=r"'requests': 2.*another run_dir"):
+        serving_latency.serving_latency(str(tmp_path), {"tiny": MODEL}, (0.1,), requests=3)
+    assert json.loads((tmp_path / "serving_latency.json").read_text()) == again
     (axes,) = figures.latency(rows).axes
     assert [line.get_label() for line in axes.get_lines()] == ["subset", "lora", "full", "none"]
     assert (axes.get_xscale(), axes.get_yscale(), axes.get_title()) == ("log", "log", "tiny")

@@ -49,32 +49,66 @@ def serving_latency(
       config: not used.
 
     Returns:
-      Rows of ``model``, ``way``, ``fraction``, ``entries``, and milliseconds by percentile: ``load`` from
-      files, ``switch``, and ``request`` (switch and decode). The ways are "subset", "lora" of as many
-      parameters (merged into the seed anew), "full" (a checkpoint loaded for each request) and "none".
+      Rows of ``model``, ``parameters``, the three settings, ``way``, ``fraction``, ``entries``, and
+      milliseconds by percentile: ``load`` from files, ``switch``, and ``request`` (switch and decode). The
+      ways are "subset", "lora" of as many parameters (merged into the seed anew), "full" (a checkpoint
+      loaded for each request) and "none".
+
+    Raises:
+      ValueError: ``run_dir`` has rows of other models, fractions or settings.
     """
     del config
     root = Path(run_dir)
     root.mkdir(parents=True, exist_ok=True)
+    settings = {"requests": requests, "input_length": input_length, "target_length": target_length}
+    ways = [("none", None), ("full", 1.0), *((way, f) for f in fractions for way in ("subset", "lora"))]
+    cells = [
+        {"model": name, "parameters": t5.num_params(model), **settings, "way": way, "fraction": fraction}
+        for name, model in models.items()
+        for way, fraction in ways
+    ]
+    done = _measured(root / "serving_latency.json", cells)
     rows: list[Row] = []
-    for name, model in models.items():
-        bench = _Bench(root / "scratch" / name, model, requests, input_length, target_length)
-        ways: list[Callable[[], Row]] = [bench.none, bench.full]
-        for fraction in fractions:
-            ways += [lambda f=fraction: bench.swap(f), lambda f=fraction: bench.merge(f)]  # noqa: B023
-        for way in ways:
-            rows.append({"model": name, "parameters": bench.size, **way()})
-            print(markdown(rows[-1:]).splitlines()[-1], flush=True)
-            storage.write_text(root / "serving_latency.json", json.dumps(rows, indent=1))
+    bench = None
+    for cell in cells:
+        name = cell["model"]
+        found = next((row for row in done if cell.items() <= row.items()), None)
+        if found is None:
+            if bench is None or bench.name != name:
+                bench = _Bench(name, root / "scratch" / name, models[name], **settings)
+            found = {**cell, **bench.measure(cell["way"], cell["fraction"])}
+        rows.append(found)
+        print(markdown(rows[-1:]).splitlines()[-1], flush=True)
+        later = [row for row in done if row not in rows]
+        storage.write_text(root / "serving_latency.json", json.dumps(rows + later, indent=1))
     storage.write_text(root / "serving_latency.md", markdown(rows))
     figures.save(figures.latency(rows), root / "serving_latency.png")
+    return rows
+
+
+def _measured(file: Path, cells: Sequence[Row]) -> list[Row]:
+    """Rows of an earlier command."""
+    rows = json.loads(file.read_text()) if file.exists() else []
+    for row in rows:
+        if not any(cell.items() <= row.items() for cell in cells):
+            kind = {k: v for k, v in row.items() if not isinstance(v, dict)}
+            raise ValueError(f"{file} has the row {kind}, which is not asked for; give another run_dir.")
     return rows
 
 
 class _Bench:
     """One model, and requests for it."""
 
-    def __init__(self, scratch: Path, model: t5.T5Config, requests: int, inputs: int, targets: int):
+    def __init__(
+        self,
+        name: str,
+        scratch: Path,
+        model: t5.T5Config,
+        requests: int,
+        input_length: int,
+        target_length: int,
+    ):
+        self.name = name
         self._scratch, self._requests = scratch, requests
         random = np.random.default_rng(0)
         self._seed = {
@@ -82,17 +116,25 @@ class _Bench:
         }
         self.size = sum(x.size for x in self._seed.values())
         self._random = random
-        tokens = jnp.asarray(random.integers(2, model.vocab_size, (1, inputs)), jnp.int32)
+        tokens = jnp.asarray(random.integers(2, model.vocab_size, (1, input_length)), jnp.int32)
         network = t5.Transformer(model)
-        self._decode = lambda params: t5.decode(network, params, tokens, targets)
+        self._decode = lambda params: t5.decode(network, params, tokens, target_length)
         jax.block_until_ready(self._decode(self._placed()))
 
     def _placed(self) -> Any:
         return jax.tree.map(jnp.array, unflatten(self._seed))
 
-    def _row(self, way: str, fraction: float | None, entries: int, **calls: Callable[[], Any]) -> Row:
-        times = {name: self._time(call) for name, call in calls.items()}
-        return {"way": way, "fraction": fraction, "entries": entries, **times}
+    def measure(self, way: str, fraction: float | None) -> Row:
+        """``entries``, and milliseconds of what the way consists of."""
+        if way == "none":
+            return self._none()
+        if way == "full":
+            return self._full()
+        assert fraction is not None
+        return self._swap(fraction) if way == "subset" else self._merge(fraction)
+
+    def _row(self, entries: int, **calls: Callable[[], Any]) -> Row:
+        return {"entries": entries, **{name: self._time(call) for name, call in calls.items()}}
 
     def _time(self, call: Callable[[], Any]) -> dict[str, float]:
         jax.block_until_ready(call())
@@ -103,12 +145,12 @@ class _Bench:
             spent.append(1e3 * (time.perf_counter() - start))
         return {f"p{p}": float(np.percentile(spent, p)) for p in PERCENTILES}
 
-    def none(self) -> Row:
+    def _none(self) -> Row:
         """Requests for one resident model."""
         params = self._placed()
-        return self._row("none", None, 0, request=lambda: self._decode(params))
+        return self._row(0, request=lambda: self._decode(params))
 
-    def full(self) -> Row:
+    def _full(self) -> Row:
         """Requests that each load a whole checkpoint."""
         file = self._scratch / "model.safetensors"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -118,9 +160,9 @@ class _Bench:
         def load() -> Any:
             return jax.tree.map(jnp.asarray, storage.load_model(file, like))
 
-        return self._row("full", 1.0, self.size, load=load, request=lambda: self._decode(load()))
+        return self._row(self.size, load=load, request=lambda: self._decode(load()))
 
-    def swap(self, fraction: float) -> Row:
+    def _swap(self, fraction: float) -> Row:
         """Requests that each activate another subset."""
         store = serving.SubsetStore(self._placed())
         entries, names = 0, ("a", "b")
@@ -137,17 +179,14 @@ class _Bench:
         def switch() -> Any:
             return store.activate("b" if store.active == "a" else "a")
 
-        row = self._row(
-            "subset", fraction, entries, load=load, switch=switch, request=lambda: self._decode(switch())
-        )
-        return row
+        return self._row(entries, load=load, switch=switch, request=lambda: self._decode(switch()))
 
     def _entries(self, x: np.ndarray, fraction: float) -> subset.Entries:
         count = max(1, round(fraction * x.size))
         positions = np.unique(self._random.integers(0, x.size, count))
         return subset.Entries(x.shape, positions, self._random.standard_normal(len(positions), np.float32))
 
-    def merge(self, fraction: float) -> Row:
+    def _merge(self, fraction: float) -> Row:
         """Requests that each merge another LoRA of as many parameters into the seed."""
         method = LoRA(optax.identity(), num_free_params=round(fraction * self.size))
         frozen, tuned = method.split(self._placed(), jax.random.key(0))
@@ -156,8 +195,6 @@ class _Bench:
         merge = jax.jit(method.merge)
         entries = sum(x.size for x in jax.tree.leaves(tuned))
         return self._row(
-            "lora",
-            fraction,
             entries,
             load=lambda: jax.tree.map(jnp.asarray, storage.load_model(file, tuned)),
             switch=lambda: merge(frozen, tuned),
@@ -175,12 +212,13 @@ def markdown(rows: Sequence[Row]) -> str:
       Markdown.
     """
     lines = [
-        "| model | way | free parameters | load, ms | switch, ms | request, ms | p95 | p99 |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "| model | way | free parameters | load, ms | switch, ms | switches/s | request, ms | p95 | p99 |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         load, switch = (f"{row[x]['p50']:.3g}" if x in row else "" for x in ("load", "switch"))
+        rate = f"{1e3 / row['switch']['p50']:.3g}" if "switch" in row else ""
         p50, p95, p99 = (f"{row['request'][f'p{p}']:.3g}" for p in PERCENTILES)
         head = f"| {row['model']} | {row['way']} | {row['entries']:,}"
-        lines.append(f"{head} | {load} | {switch} | {p50} | {p95} | {p99} |")
+        lines.append(f"{head} | {load} | {switch} | {rate} | {p50} | {p95} | {p99} |")
     return "\n".join(lines) + "\n"
