@@ -44,7 +44,7 @@ RECIPE = trainer.Recipe(
 DATA = SuperGlue(SyntheticSource(train_size=20), seqio.ByteVocabulary(), ("rte",))
 
 
-def sweep(directory):
+def sweep(directory, rng_seeds=(0, 1), tuning_seeds=1):
     return score_vs_budget.score_vs_budget(
         str(directory),
         DATA,
@@ -54,7 +54,8 @@ def sweep(directory):
         [1e-2, 1e-1],
         functools.partial(optimizers.decayed_adam, steps=2, warmup=1),
         RECIPE,
-        rng_seeds=(0, 1),
+        rng_seeds=rng_seeds,
+        tuning_seeds=tuning_seeds,
     )
 
 
@@ -65,8 +66,22 @@ class Killed(BaseException):
     pass
 
 
-def test_a_killed_sweep_neither_loses_nor_repeats_runs(tmp_path, monkeypatch, capsys):
+def pretend(monkeypatch, train, scores):
+    """Runs that do not train: the trainer has tests of its own."""
+
+    def finish(self, *_):
+        free = getattr(self.method, "num_free_params", 999)
+        return {"method": self.name, "rng_seed": self.rng_seed, "free_params": free, **scores(self)}
+
     monkeypatch.setattr(score_vs_budget, "_seconds_a_run", lambda *_: 30.0)
+    for name, fake in (("_train", train), ("_finish", finish)):
+        monkeypatch.setattr(trainer.Run, name, fake)
+    for name in ("start", "_restore"):
+        monkeypatch.setattr(trainer.Run, name, lambda *_: None)
+    monkeypatch.setattr(trainer.storage.Checkpoints, "path", lambda *_: None)
+
+
+def test_a_killed_sweep_neither_loses_nor_repeats_runs(tmp_path, monkeypatch, capsys):
     trained = []
 
     def train(self, *_):
@@ -74,15 +89,7 @@ def test_a_killed_sweep_neither_loses_nor_repeats_runs(tmp_path, monkeypatch, ca
             raise Killed
         trained.append((self.name, self.rng_seed))
 
-    def finish(self, *_):
-        free = getattr(self.method, "num_free_params", 999)
-        return {"method": self.name, "rng_seed": self.rng_seed, "free_params": free, **SCORES}
-
-    for name, fake in (("_train", train), ("_finish", finish)):  # the trainer has tests of its own
-        monkeypatch.setattr(trainer.Run, name, fake)
-    for name in ("start", "_restore"):
-        monkeypatch.setattr(trainer.Run, name, lambda *_: None)
-    monkeypatch.setattr(trainer.storage.Checkpoints, "path", lambda *_: None)
+    pretend(monkeypatch, train, lambda run: SCORES)
     with pytest.raises(Killed):
         sweep(tmp_path / "sweep")
     assert "6 runs: 1 tasks x 2 methods" in (said := capsys.readouterr().out)
@@ -103,6 +110,28 @@ def test_a_killed_sweep_neither_loses_nor_repeats_runs(tmp_path, monkeypatch, ca
     ]  # fmt: skip
     assert tuned[0].items() >= SCORES.items()
     assert (tmp_path / "sweep" / "score_vs_budget_rte.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_rate_is_that_of_the_best_mean_over_the_tuning_seeds(tmp_path, monkeypatch, capsys):
+    trained = []
+
+    def scores(run):
+        high = "0.1" in run.name
+        return SCORES | {
+            "score": {0: 90.0 if high else 80.0, 1: 20.0 if high else 70.0, 2: 75.0}[run.rng_seed]
+        }
+
+    pretend(monkeypatch, lambda run, *_: trained.append((run.name, run.rng_seed)), scores)
+    rows = sweep(tmp_path / "sweep", (0, 1, 2), tuning_seeds=2)
+    assert "10 runs: 1 tasks x 2 methods with budgets x (2 learning rates 0.01, 0.1 x 2 seeds" in (
+        capsys.readouterr().out
+    )
+    assert len(trained) == len(set(trained)) == 10
+    last = [(r["method"], r["learning_rate"]) for r in rows if r.get("rng_seed") == 2]
+    assert last == [("full", 0.01), ("dst", 0.01)]
+    assert {s["learning_rate"] for s in score_vs_budget.summarise(rows)} == {None, 0.01}
+    with pytest.raises(ValueError, match=r"tuning_seeds: got 4; it must be from 1 to 2"):
+        sweep(tmp_path / "other", tuning_seeds=4)
 
 
 def row(method, budget, rate, rng_seed, score, test_score):

@@ -60,6 +60,7 @@ def score_vs_budget(
     *,
     checkpoint: str | None = None,
     rng_seeds: Sequence[int] = (0, 1, 2),
+    tuning_seeds: int = 1,
     config: str = "",
 ) -> list[Row]:
     """Runs the sweep, or what is left of it.
@@ -74,7 +75,8 @@ def score_vs_budget(
       optimizer: makes an optimizer from a learning rate.
       recipe: how to train; the same for all.
       checkpoint: the seed model.
-      rng_seeds: seeds of randomness; the first one tunes the learning rate.
+      rng_seeds: seeds of randomness.
+      tuning_seeds: how many of them choose the learning rate, that of the best mean score.
       config: text that a resumed command must repeat.
 
     Returns:
@@ -84,6 +86,8 @@ def score_vs_budget(
     Raises:
       ValueError: bad input, or ``run_dir`` belongs to another sweep.
     """
+    if not 1 <= tuning_seeds <= len(rng_seeds):
+        raise ValueError(f"tuning_seeds: got {tuning_seeds}; it must be from 1 to {len(rng_seeds)}.")
     if unknown := set(budgets) - set(methods):
         raise ValueError(f"budgets of unknown methods: {', '.join(sorted(unknown))}.")
     root, sheet = Path(run_dir), Sheet(Path(run_dir) / "results.jsonl")
@@ -103,12 +107,14 @@ def score_vs_budget(
     groups = [(name, budget) for name in budgets for budget in budgets[name]]
     first = Cell(*groups[0], learning_rates[0])
     each = _seconds_a_run(lambda *where: bench(data.names[0], *where), make(first), recipe)
-    runs = len(data.names) * len(groups) * (len(learning_rates) + len(rng_seeds) - 1)
+    more = len(rng_seeds) - tuning_seeds
+    runs = len(data.names) * len(groups) * (len(learning_rates) * tuning_seeds + more)
     done = sum(1 for _ in root.glob("*/*/rng_*/result.json"))
+    rates = ", ".join(f"{x:g}" for x in learning_rates)
     print(
         f"{runs} runs: {len(data.names)} tasks x {len(groups)} methods with budgets x ({len(learning_rates)} "
-        f"learning rates {', '.join(f'{x:g}' for x in learning_rates)} + {len(rng_seeds) - 1} more seeds of "
-        f"randomness); {done} are done, the others take about {(runs - done) * each / 60:.0f} minutes.",
+        f"learning rates {rates} x {tuning_seeds} seeds of randomness + {more} more seeds); {done} are done, "
+        f"the others take about {(runs - done) * each / 60:.0f} minutes.",
         flush=True,
     )
     for task in data.names:
@@ -116,10 +122,10 @@ def score_vs_budget(
         for row in opened.baselines():
             sheet.add({"task": task, **row})
         for group in groups:
-            grid = [run(opened, Cell(*group, rate), rng_seeds[0]) for rate in learning_rates]
-            best = max(grid, key=lambda row: row["score"])
-            for rng_seed in rng_seeds[1:]:
-                run(opened, Cell(*group, best["learning_rate"]), rng_seed)
+            cells = [Cell(*group, rate) for rate in learning_rates]
+            grid = [run(opened, cell, seed) for seed in rng_seeds[:tuning_seeds] for cell in cells]
+            for seed in rng_seeds[tuning_seeds:]:
+                run(opened, Cell(*group, best_rate(grid)), seed)
             storage.write_text(root / "results.md", markdown(sheet.rows))
         found = summarise(sheet.rows)
         figures.save(
@@ -148,6 +154,28 @@ class Sheet:
         return row
 
 
+def best_rate(rows: Sequence[Row]) -> Any:
+    """The learning rate of the best mean score over the seeds of randomness that all rates were tried with.
+
+    Args:
+      rows: of one task, method and budget.
+
+    Returns:
+      The rate; None for a baseline.
+
+    Example:
+      >>> runs = [(1e-3, 0, 50.0), (1e-3, 1, 90.0), (1e-2, 0, 60.0), (1e-2, 1, 65.0), (1e-2, 2, 99.0)]
+      >>> names = "learning_rate", "rng_seed", "score"
+      >>> best_rate([dict(zip(names, run)) for run in runs])
+      0.001
+    """
+    scores: dict[Any, dict[Any, float]] = {}
+    for row in rows:
+        scores.setdefault(row.get("learning_rate"), {})[row.get("rng_seed")] = row["score"]
+    common = set.intersection(*map(set, scores.values()))
+    return max(scores, key=lambda rate: sum(scores[rate][seed] for seed in common))
+
+
 def summarise(rows: Sequence[Row]) -> list[Row]:
     """One row for each task, method and budget: its best learning rate, mean and spread over seeds.
 
@@ -167,8 +195,7 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
     made = []
     for task, method, budget in dict.fromkeys((r["task"], r["method"], r.get("budget")) for r in rows):
         group = [r for r in rows if (r["task"], r["method"], r.get("budget")) == (task, method, budget)]
-        first = [r for r in group if r.get("rng_seed") == group[0].get("rng_seed")]
-        rate = max(first, key=lambda r: r["score"]).get("learning_rate")
+        rate = best_rate(group)
         same = [r for r in group if r.get("learning_rate") == rate]
         scores = [r["score"] if r.get("test_score") is None else r["test_score"] for r in same]
         made.append(

@@ -12,6 +12,7 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
@@ -344,3 +345,32 @@ def test_transformers_reads_what_is_saved_and_agrees(tmp_path, name):
     model.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
     assert (tmp_path / "theirs" / "model.safetensors.index.json").is_file()
     assert_same(t5.load(tmp_path / "theirs", config), params)
+
+
+def test_a_run_starts_from_a_t5x_checkpoint(tmp_path):
+    seqio = pytest.importorskip("seqio")
+    from dst_optax import subset
+    from dst_optax.finetuning import trainer
+    from dst_optax.finetuning.methods.dst import DST
+    from dst_optax.finetuning.superglue.sources import SyntheticSource
+    from dst_optax.finetuning.superglue.suite import SuperGlue
+
+    model = dataclasses.replace(CONFIG, vocab_size=384)
+    seed = jax.tree.map(np.asarray, cases.weights(model))
+    data = SuperGlue(SyntheticSource(train_size=8), seqio.ByteVocabulary(), ("rte",))
+    recipe = trainer.Recipe(
+        steps=2, batch_size=4, lengths={"inputs": 48, "targets": 16}, eval_every=2, eval_batch_size=256
+    )
+    trainer.finetune(
+        str(tmp_path / "run"),
+        data=data,
+        model=model,
+        methods={"dst": DST(optax.sgd(0.1), 0.1)},
+        recipe=recipe,
+        checkpoint=str(write_t5x(tmp_path / "pretrained", seed)),
+    )
+    found = subset.Subset.load(tmp_path / "run/dst/rng_0/tuned/subset")
+    tuned = t5.parameters.flatten(found.apply(seed))  # the fingerprints are those of the checkpoint
+    for path, x in t5.parameters.flatten(seed).items():
+        assert np.count_nonzero(tuned[path] != x) <= np.ceil(0.1 * x.size)
+    assert found.count > 1000
