@@ -209,6 +209,8 @@ def noisy(drift: dict[str, jax.Array], turn: int) -> dict[str, jax.Array]:
 class Trainee:
     """One optimizer on one tree: compiled, stepped, timed."""
 
+    gradient: Any = None  # that of the trainee which is prepared, the only one in memory
+
     def __init__(self, tx: optax.GradientTransformation, exact: bool, params: Any, drift: Any):
         self.drift, self.turn = drift, 0
         self.params = jax.tree.map(jnp.copy, params)
@@ -230,12 +232,19 @@ class Trainee:
     def prepare(self) -> None:
         """New gradients: as in training, a drift in three times as much noise."""
         self.turn += 1
-        self.gradient = jax.block_until_ready(noisy(self.drift, self.turn))
+        Trainee.gradient = None
+        Trainee.gradient = jax.block_until_ready(noisy(self.drift, self.turn))
 
     def step(self) -> Any:
         """One step; the new parameters."""
-        self.params, self.state = self.compiled(self.params, self.state, self.gradient)
+        self.params, self.state = self.compiled(self.params, self.state, Trainee.gradient)
         return self.params
+
+
+def memory() -> int:
+    """Bytes of the device's memory; of the host's if that is the device."""
+    stats = jax.devices()[0].memory_stats()
+    return stats["bytes_limit"] if stats else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def step_cell(model: str, fraction: float, runs: int, naive: bool) -> dict[str, Any]:
@@ -251,13 +260,21 @@ def step_cell(model: str, fraction: float, runs: int, naive: bool) -> dict[str, 
         "adamw+dst": (dst_optax.wrap(adamw, fraction), True),
         "adamw+dst fill": (dst_optax.wrap(adamw, fraction, ties="fill"), True),
     }
-    trainees = {name: Trainee(tx, exact, params, drift) for name, (tx, exact) in kinds.items()}
-    skipped = {}
-    if naive and size * 3.5e-7 < LIMIT:  # measured: 22.5 s for 77 million
+    trainees, skipped = {}, {}
+    room = memory() - 16 * size  # params, drift, one gradient, and temporary memory
+    for name, (tx, exact) in kinds.items():
+        held = 4 * size * (3 if name == "adamw" else 4)
+        if held > room:
+            skipped[name] = f"would take more than the {memory() / 1e9:.0f} GB that there are"
+            continue
+        room -= held
+        trainees[name] = Trainee(tx, exact, params, drift)
+    if naive and size * 3.5e-7 < LIMIT and 32 * size < room:  # measured: 22.5 s for 77 million
         naive_tx = optax.chain(adamw, reference.dynamic_subset_tuning(fraction))
         trainees["adamw+naive"] = Trainee(naive_tx, False, params, drift)
     else:
-        skipped["adamw+naive"] = f"would take more than {LIMIT:.0f} s a step" if naive else "not asked for"
+        why = f"would take more than {LIMIT:.0f} s a step, or too much memory" if naive else "not asked for"
+        skipped["adamw+naive"] = why
     for name, trainee in trainees.items():  # past the first, cold steps
         for _ in range(1 if name == "adamw+naive" else 4):
             trainee.prepare()

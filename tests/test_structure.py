@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import dst_optax
-from dst_optax import reference, silos
+from dst_optax import projection, reference, selection, silos
 
 PARAMS = {"a": jnp.ones((64, 48)), "b": jnp.ones(300, jnp.bfloat16), "stack": jnp.ones((3, 20, 9))}
 HEAVY = {"flax", "orbax", "seqio", "tensorflow", "gin", "torch", "transformers", "equinox", "rich", "pandas"}
@@ -93,6 +93,30 @@ def test_no_recompile_when_parameters_and_states_change():
         params, state = step(params, state, gradients)
     step(params, dst_optax.reseed(state, params), PARAMS)
     assert step._cache_size() == 1
+
+
+def test_batches_are_alike_so_that_xla_compiles_their_kernels_once(monkeypatch):
+    monkeypatch.setattr(projection, "BATCH", 4000)
+    params = {f"{i}": jnp.ones((50, 20)) for i in range(10)}  # batches of 4, 4 and 2 tensors
+    tx = dst_optax.dynamic_subset_tuning(0.1)
+    hlo = jax.jit(tx.update).lower(params, tx.init(params), params).compile().as_text()
+    assert set(re.findall(rf"s32\[(\d+),{selection.PROBES + 1}\]", hlo)) == {
+        "1",
+        "4",
+    }  # a tensor's row of a table
+
+
+def test_tensors_of_one_shape_are_traced_once():
+    traced = []
+
+    def distance(theta, theta_hat, seed):
+        traced.append(theta.shape)
+        return dst_optax.distances.absolute(theta, theta_hat, seed)
+
+    params = {f"{i}": jnp.ones((20, 30 + i % 2)) for i in range(10)}
+    tx = dst_optax.dynamic_subset_tuning(0.1, distance=distance)
+    jax.jit(tx.update).lower(params, tx.init(params), params)
+    assert {shape: traced.count(shape) for shape in set(traced)} == {(20, 30): 2, (20, 31): 2}
 
 
 def test_import_brings_no_heavy_package():
