@@ -188,5 +188,5 @@ def latency(rows: Sequence[Mapping[str, Any]]) -> Any:
                 if r["way"] == way:
                     axes.axhline(r["request"]["p50"], color="gray", linestyle=style, label=way)
         axes.set(xscale="log", yscale="log", xlabel="free parameters", ylabel="ms a request", title=model)
-        axes.legend(frameon=False, fontsize="small")
+        axes.legend(fontsize="small", framealpha=1.0)
     return figure
