@@ -242,9 +242,11 @@ class Trainee:
 
 
 def memory() -> int:
-    """Bytes of the device's memory; of the host's if that is the device."""
+    """Bytes that arrays may take: of the device, or three quarters of the host's if that is the device."""
     stats = jax.devices()[0].memory_stats()
-    return stats["bytes_limit"] if stats else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
 
 
 def step_cell(model: str, fraction: float, runs: int, naive: bool) -> dict[str, Any]:
@@ -265,7 +267,7 @@ def step_cell(model: str, fraction: float, runs: int, naive: bool) -> dict[str, 
     for name, (tx, exact) in kinds.items():
         held = 4 * size * (3 if name == "adamw" else 4)
         if held > room:
-            skipped[name] = f"would take more than the {memory() / 1e9:.0f} GB that there are"
+            skipped[name] = f"would take more than the {memory() / 1e9:.0f} GB that there are for it"
             continue
         room -= held
         trainees[name] = Trainee(tx, exact, params, drift)
