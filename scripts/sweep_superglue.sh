@@ -6,6 +6,7 @@
 #
 # The fraction "full" tunes all parameters. Each run lies in <out>/<task>/<fraction>/<seed>; what was
 # started goes on, what is done is passed over quickly. --dry-run prints the commands and runs none.
+# `python -m t5x_integration.collect gs://bucket/sweep runs/sweep` makes one table of them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,0 +1,111 @@
+"""Gathers the runs of scripts/sweep_superglue.sh, wherever they ran, into one table and a figure a task.
+
+python -m t5x_integration.collect gs://bucket/sweep runs/sweep
+"""
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from dst_optax.finetuning.experiments import figures, score_vs_budget
+from t5x_integration import export
+
+FREE = re.compile(r"state/(?:dst|param_states/.+?)/free")
+RATE = re.compile(r"^utils\.create_learning_rate_scheduler\.base_learning_rate = (\S+)$", re.MULTILINE)
+
+
+def collect(sweep: str | os.PathLike[str], out: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Reads ``<sweep>/<task>/<fraction>/<seed>``, one T5X run each.
+
+    A score is the mean of a task's metrics, of the best evaluation; the number of free parameters is what
+    the last checkpoint's state says, or the model's size where all were tuned. Runs that are not
+    evaluated yet are passed over and named.
+
+    Args:
+      sweep: directory, local or ``gs://``.
+      out: directory for ``results.jsonl``, ``results.md`` and a figure a task.
+
+    Returns:
+      Rows as :func:`dst_optax.finetuning.experiments.score_vs_budget.score_vs_budget` returns them;
+      ``seconds`` is NaN.
+
+    Raises:
+      ValueError: no run has been evaluated, or one does not say its learning rate.
+    """
+    sheet = score_vs_budget.Sheet(Path(out) / "results.jsonl")
+    for run in sorted(epath.Path(os.fspath(sweep)).glob("*/*/*")):
+        task, fraction, seed = run.parts[-3:]
+        score = _best_score(run / "inference_eval" / f"superglue_{task}-metrics.jsonl")
+        if score is None:
+            print(f"{task}/{fraction}/{seed} is not evaluated yet.")
+            continue
+        size, free = _counts(run)
+        whole = fraction == "full"
+        sheet.add(
+            {
+                "task": task,
+                "method": "full" if whole else "dst",
+                "budget": None if whole else round(float(fraction) * size),
+                "learning_rate": _learning_rate(run / "config.gin"),
+                "rng_seed": int(seed),
+                "free_params": size if whole else free,
+                "score": score,
+                "test_score": None,
+                "seconds": float("nan"),
+            }
+        )
+    if not sheet.rows:
+        raise ValueError(
+            f"{sweep} has no evaluated run <task>/<fraction>/<seed>; scripts/sweep_superglue.sh makes them."
+        )
+    (Path(out) / "results.md").write_text(score_vs_budget.markdown(sheet.rows))
+    found = score_vs_budget.summarise(sheet.rows)
+    for task in dict.fromkeys(row["task"] for row in sheet.rows):
+        ranges = score_vs_budget.operational_ranges(found, task)
+        figures.save(figures.score_vs_budget(found, task, ranges), Path(out) / f"score_vs_budget_{task}.png")
+    return sheet.rows
+
+
+def _best_score(file: Any) -> float | None:
+    if not file.exists():
+        return None
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return max(float(np.mean([v for k, v in line.items() if k != "step"])) for line in lines)
+
+
+def _counts(run: Any) -> tuple[int, int]:
+    """Parameters of the model, and how many of them are free."""
+    found = export.tensors(run)
+    size = sum(int(np.prod(x.shape)) for name, x in found.items() if name.startswith("target/"))
+    limbs = [np.asarray(x).astype(int) for name, x in found.items() if FREE.fullmatch(name)]
+    return size, sum(int(high) * 2**16 + int(low) for high, low in limbs)
+
+
+def _learning_rate(config: Any) -> float:
+    found = RATE.search(config.read_text()) if config.exists() else None
+    if found is None:
+        raise ValueError(
+            f"{config} names no utils.create_learning_rate_scheduler.base_learning_rate; T5X writes it into "
+            "the directory of every run that has its scheduler."
+        )
+    return float(found[1])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m t5x_integration.collect", description=__doc__)
+    parser.add_argument("sweep")
+    parser.add_argument("out")
+    given = parser.parse_args(arguments)
+    print(score_vs_budget.markdown(collect(given.sweep, given.out)))
+
+
+if __name__ == "__main__":
+    main()
