@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from dst_optax.finetuning import storage
 from dst_optax.finetuning.experiments import figures, score_vs_budget
 from t5x_integration import export
 
@@ -65,7 +66,7 @@ def collect(sweep: str | os.PathLike[str], out: str | os.PathLike[str]) -> list[
         raise ValueError(
             f"{sweep} has no evaluated run <task>/<fraction>/<seed>; scripts/sweep_superglue.sh makes them."
         )
-    (Path(out) / "results.md").write_text(score_vs_budget.markdown(sheet.rows))
+    storage.write_text(Path(out) / "results.md", score_vs_budget.markdown(sheet.rows))
     found = score_vs_budget.summarise(sheet.rows)
     for task in dict.fromkeys(row["task"] for row in sheet.rows):
         ranges = score_vs_budget.operational_ranges(found, task)
