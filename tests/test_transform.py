@@ -417,8 +417,9 @@ def test_counts_of_several_tensors_carry(ties, distinct):
 
 
 @pytest.mark.parametrize("ties", ["strict", "fill"])
-def test_batches_of_silos_change_nothing(monkeypatch, ties):
-    """Silos that interleave, so that batches take the leaves out of their order."""
+@pytest.mark.parametrize(("groups", "batch"), [(("ac", "bd"), 100), (("a", "b", "c", "d"), 90)])
+def test_batches_of_silos_change_nothing(monkeypatch, ties, groups, batch):
+    """Silos that interleave, so that leaves leave their order; and batches of one, two and one silo."""
     rng = np.random.default_rng(9)
     seed = {
         k: jnp.asarray(rng.normal(size=n), jnp.float32) for k, n in zip("abcd", (47, 53, 31, 43), strict=True)
@@ -426,7 +427,7 @@ def test_batches_of_silos_change_nothing(monkeypatch, ties):
     u = {
         k: jnp.asarray(rng.normal(size=x.shape) * i, jnp.float32) for i, (k, x) in enumerate(seed.items(), 1)
     }
-    rule = silos.per_group(lambda path: "ac" if path in "ac" else "bd")
+    rule = silos.per_group(lambda path: next(group for group in groups if path in group))
     tx = dst_optax.wrap(given_updates(), 0.2, ties=ties, silos=rule)
 
     def run(batch):
@@ -435,9 +436,9 @@ def test_batches_of_silos_change_nothing(monkeypatch, ties):
         updates, state = tx.update(u, tx.init(seed), seed)
         return dst_optax.apply_updates(seed, updates, state), state[-1]
 
-    (whole, expected), (parts, got) = run(2**22), run(100)
+    (whole, expected), (parts, got) = run(2**22), run(batch)
     projection.project.clear_cache()
-    for group in ("ac", "bd"):
+    for group in groups:
         key = lambda k: oracle.distance_keys(*(np.asarray(x[k]) for x in (seed, seed, u)))[0]  # noqa: E731
         delta = np.concatenate([key(k) for k in group])
         kept = oracle.keep(delta, oracle.rank(0.2, delta.size), ties)
@@ -445,7 +446,7 @@ def test_batches_of_silos_change_nothing(monkeypatch, ties):
         np.testing.assert_array_equal(free, kept)
     for name in ("gap", "reach", "threshold", "free"):
         np.testing.assert_array_equal(getattr(got, name), getattr(expected, name), err_msg=name)
-    assert len(set(got.reach.tolist())) == 2
+    assert len(set(got.reach.tolist())) == len(groups)
     jax.tree.map(np.testing.assert_array_equal, parts, whole)
 
 
