@@ -226,10 +226,10 @@ def _kept(keys: jax.Array, above: jax.Array, below: jax.Array, axis: int | None)
 
 
 @partial(jax.jit, static_argnames="axis")
-def _later_ties(keys: jax.Array, tie: jax.Array, *cuts_and_order: jax.Array, axis: int | None) -> jax.Array:
+def _later_ties(
+    keys: jax.Array, tie: jax.Array, cuts: list[jax.Array], order: list[jax.Array], axis: int | None
+) -> jax.Array:
     """Keys at ``tie`` whose place in the order is later than the cut; compared digit by digit."""
-    half = len(cuts_and_order) // 2
-    cuts, order = cuts_and_order[:half], cuts_and_order[half:]
     spread = partial(selection.spread, axis=axis, ndim=keys.ndim)
     later = jnp.zeros(keys.shape, bool)
     for place, cut in reversed(list(zip(order, cuts, strict=True))):
@@ -463,8 +463,8 @@ def _project_batch(
         leaf = leaves[i]
         kept = _kept(leaf.keys, *bounds[i], leaf.axis)
         if cuts:
-            at = [selection.pick(x, leaf.silos) for x in (tie, *cuts)]
-            kept |= _later_ties(leaf.keys, *at, *proposals[i].order()[: len(cuts)], axis=leaf.axis)
+            at, *ends = [selection.pick(x, leaf.silos) for x in (tie, *cuts)]
+            kept |= _later_ties(leaf.keys, at, ends, list(proposals[i].order()[: len(cuts)]), leaf.axis)
         return kept
 
     every = range(len(proposals))

@@ -40,7 +40,7 @@ def collect(sweep: str | os.PathLike[str], out: str | os.PathLike[str]) -> list[
     Raises:
       ValueError: no run has been evaluated, or one does not say its learning rate.
     """
-    sheet = score_vs_budget.Sheet(Path(out) / "results.jsonl")
+    rows: list[dict[str, Any]] = []
     for run in sorted(epath.Path(os.fspath(sweep)).glob("*/*/*")):
         task, fraction, seed = run.parts[-3:]
         score = _best_score(run / "inference_eval" / f"superglue_{task}-metrics.jsonl")
@@ -49,7 +49,7 @@ def collect(sweep: str | os.PathLike[str], out: str | os.PathLike[str]) -> list[
             continue
         size, free = _counts(run)
         whole = fraction == "full"
-        sheet.add(
+        rows.append(
             {
                 "task": task,
                 "method": "full" if whole else "dst",
@@ -62,16 +62,18 @@ def collect(sweep: str | os.PathLike[str], out: str | os.PathLike[str]) -> list[
                 "seconds": float("nan"),
             }
         )
-    if not sheet.rows:
+    if not rows:
         raise ValueError(
             f"{sweep} has no evaluated run <task>/<fraction>/<seed>; scripts/sweep_superglue.sh makes them."
         )
-    storage.write_text(Path(out) / "results.md", score_vs_budget.markdown(sheet.rows))
-    found = score_vs_budget.summarise(sheet.rows)
-    for task in dict.fromkeys(row["task"] for row in sheet.rows):
+    Path(out).mkdir(parents=True, exist_ok=True)
+    storage.write_text(Path(out) / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    storage.write_text(Path(out) / "results.md", score_vs_budget.markdown(rows))
+    found = score_vs_budget.summarise(rows)
+    for task in dict.fromkeys(row["task"] for row in rows):
         ranges = score_vs_budget.operational_ranges(found, task)
         figures.save(figures.score_vs_budget(found, task, ranges), Path(out) / f"score_vs_budget_{task}.png")
-    return sheet.rows
+    return rows
 
 
 def _best_score(file: Any) -> float | None:

@@ -68,5 +68,7 @@ def test_a_directory_without_runs_is_refused(tmp_path):
 def test_a_run_without_its_configuration_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "tensors", tensors)
     (add_run(tmp_path, "cb", "0.01", 0, {"accuracy": 1.0}) / "config.gin").unlink()
+    add_run(tmp_path, "cb", "0.001", 0, {"accuracy": 1.0})
     with pytest.raises(ValueError, match=rf"0\.01/0/config\.gin names no {RATE}"):
         collect.collect(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
