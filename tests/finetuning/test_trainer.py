@@ -157,10 +157,10 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_same_bit_for_bit(whole, tmp_pat
 
     interrupt.calls = 0
     monkeypatch.setattr(trainer.inputs, "count_tokens", interrupt)
-    handler = signal.getsignal(signal.SIGINT)  # a shell's background jobs ignore it
     with pytest.raises(trainer.Interrupted, match="stopped at step 4"):
         tune(tmp_path / "run")
-    assert signal.getsignal(signal.SIGINT) is handler
+    # what Python starts with; a shell's background jobs ignore the signal
+    assert signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_IGN)
     tune(tmp_path / "run")
     assert contents(tmp_path / "run" / "dst" / "rng_0") == contents(whole[0] / "dst" / "rng_0")
 
