@@ -22,7 +22,7 @@ EXPERIMENT_USAGE = f"""usage: dst-optax experiment NAME --gin_file=FILE [--gin.N
 Repeats an experiment of the paper: {", ".join(EXPERIMENTS)}. Each has a gin file under
 configs/experiments/ whose head says what it needs and how long it takes. A killed command goes on.
 """
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parent / "finetuning" / "configs"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -138,8 +138,8 @@ def _identity(config: str) -> str:
 
 
 def plan(arguments: Sequence[str]) -> int:
-    """Runs ``dst-optax plan``, see :mod:`dst_optax.tpu_plan`."""
-    from dst_optax import tpu_plan
+    """Runs ``dst-optax plan``, see :mod:`dst_optax.finetuning.tpu_plan`."""
+    from dst_optax.finetuning import tpu_plan
 
     try:
         return tpu_plan.main(arguments)

@@ -316,9 +316,9 @@ def step_cell(model: str, fraction: float, runs: int, naive: bool) -> dict[str, 
 
 def training_step_cell(fraction: float, runs: int, tokens: int = 128) -> dict[str, Any]:
     """A whole step of T5 v1.1 small with adamw, alone and with DST; 8 examples, inputs as long as targets."""
-    from dst_optax.finetuning import t5
     from dst_optax.finetuning.methods.dst import DST
     from dst_optax.finetuning.methods.full import Full
+    from dst_optax.finetuning.models import t5
     from dst_optax.finetuning.steps import TrainState, make_step
 
     network = t5.Transformer(t5.CONFIGS["t5_1_1_small"])

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import seqio
 
-from dst_optax.finetuning.superglue.benchmark import MAIN
-from dst_optax.finetuning.superglue.sources import Source
-from dst_optax.finetuning.superglue.suite import SuperGlue
+from dst_optax.finetuning.tasks.superglue.benchmark import MAIN
+from dst_optax.finetuning.tasks.superglue.sources import Source
+from dst_optax.finetuning.tasks.superglue.suite import SuperGlue
 
 
 def superglue(source: Source, vocabulary: seqio.Vocabulary, names: Sequence[str] = MAIN) -> str:

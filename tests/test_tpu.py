@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from dst_optax.tpu_plan import SILENT
+from dst_optax.finetuning.tpu_plan import SILENT
 
 pytestmark = [
     pytest.mark.slow,

@@ -30,12 +30,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
 from dst_optax import subset
-from dst_optax.finetuning import inputs, processes, storage, t5
+from dst_optax.finetuning import inputs, processes, storage
 from dst_optax.finetuning.display import Log, results_table
 from dst_optax.finetuning.methods import Method, Params
+from dst_optax.finetuning.models import t5
 from dst_optax.finetuning.plots import plot_scores
 from dst_optax.finetuning.steps import TrainState, make_step
-from dst_optax.finetuning.superglue.suite import SuperGlue
+from dst_optax.finetuning.tasks.superglue.suite import SuperGlue
 from dst_optax.silos import leaf_path
 
 

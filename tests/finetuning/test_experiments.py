@@ -15,7 +15,7 @@ for needed in ("seqio", "orbax.checkpoint", "clu", "rich", "tensorboard", "matpl
 import seqio  # noqa: E402
 
 from dst_optax import cli, subset  # noqa: E402
-from dst_optax.finetuning import optimizers, t5, trainer  # noqa: E402
+from dst_optax.finetuning import optimizers, trainer  # noqa: E402
 from dst_optax.finetuning.experiments import (  # noqa: E402
     figures,
     regularisation,
@@ -25,8 +25,9 @@ from dst_optax.finetuning.experiments import (  # noqa: E402
 )
 from dst_optax.finetuning.methods.dst import DST  # noqa: E402
 from dst_optax.finetuning.methods.full import Full  # noqa: E402
-from dst_optax.finetuning.superglue.sources import SyntheticSource  # noqa: E402
-from dst_optax.finetuning.superglue.suite import SuperGlue  # noqa: E402
+from dst_optax.finetuning.models import t5  # noqa: E402
+from dst_optax.finetuning.tasks.superglue.sources import SyntheticSource  # noqa: E402
+from dst_optax.finetuning.tasks.superglue.suite import SuperGlue  # noqa: E402
 
 MODEL = t5.T5Config(
     vocab_size=384,

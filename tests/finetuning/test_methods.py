@@ -14,7 +14,7 @@ pytest.importorskip("orbax.checkpoint")
 nn = pytest.importorskip("flax.linen")
 
 import dst_optax  # noqa: E402
-from dst_optax.finetuning import storage, t5  # noqa: E402
+from dst_optax.finetuning import storage  # noqa: E402
 from dst_optax.finetuning.methods import lora  # noqa: E402
 from dst_optax.finetuning.methods.dst import DST  # noqa: E402
 from dst_optax.finetuning.methods.fixed_subset import FixedSubset  # noqa: E402
@@ -22,6 +22,7 @@ from dst_optax.finetuning.methods.full import Full  # noqa: E402
 from dst_optax.finetuning.methods.lora import LoRA  # noqa: E402
 from dst_optax.finetuning.methods.prompt import Prompt  # noqa: E402
 from dst_optax.finetuning.methods.random_subset import RandomSubset  # noqa: E402
+from dst_optax.finetuning.models import t5  # noqa: E402
 
 MODEL = t5.T5Config(
     vocab_size=40,

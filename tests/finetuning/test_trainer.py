@@ -20,15 +20,18 @@ ocp = pytest.importorskip("orbax.checkpoint")
 for needed in ("clu", "rich", "tensorboard", "matplotlib"):
     pytest.importorskip(needed)
 
+from real_data import REAL_DATA, needs_data  # noqa: E402
+
 import dst_optax  # noqa: E402
 from dst_optax import subset  # noqa: E402
-from dst_optax.finetuning import storage, t5, trainer  # noqa: E402
+from dst_optax.finetuning import storage, trainer  # noqa: E402
 from dst_optax.finetuning.methods.dst import DST  # noqa: E402
 from dst_optax.finetuning.methods.full import Full  # noqa: E402
+from dst_optax.finetuning.models import t5  # noqa: E402
 from dst_optax.finetuning.steps import TrainState, make_step  # noqa: E402
-from dst_optax.finetuning.superglue import tasks  # noqa: E402
-from dst_optax.finetuning.superglue.sources import JsonlSource, SyntheticSource  # noqa: E402
-from dst_optax.finetuning.superglue.suite import SuperGlue  # noqa: E402
+from dst_optax.finetuning.tasks.superglue import tasks  # noqa: E402
+from dst_optax.finetuning.tasks.superglue.sources import JsonlSource, SyntheticSource  # noqa: E402
+from dst_optax.finetuning.tasks.superglue.suite import SuperGlue  # noqa: E402
 
 MODEL = t5.T5Config(
     vocab_size=384,
@@ -51,7 +54,6 @@ RECIPE = trainer.Recipe(
     eval_batch_size=96,
 )
 DATA = SuperGlue(SyntheticSource(train_size=40), seqio.ByteVocabulary(), ("rte",))
-REAL = Path(__file__).parents[2].parent / "shared" / "data"
 
 
 def dst():
@@ -419,10 +421,10 @@ def test_a_referenced_seed_that_has_changed_is_refused_with_both_named(whole, tm
         tune(run, checkpoint=str(seed), reference_seed=True)
 
 
-@pytest.mark.skipif(not (REAL / "superglue" / "CB").is_dir(), reason=f"real SuperGLUE is not in {REAL}")
+@needs_data
 def test_a_few_steps_of_the_real_cb(tmp_path):
-    vocabulary = seqio.SentencePieceVocabulary(str(REAL / "t5_vocab" / "spiece.model"))
-    data = SuperGlue(JsonlSource(str(REAL / "superglue")), vocabulary, ("cb",))
+    vocabulary = seqio.SentencePieceVocabulary(str(REAL_DATA / "t5_vocab" / "spiece.model"))
+    data = SuperGlue(JsonlSource(str(REAL_DATA / "superglue")), vocabulary, ("cb",))
     recipe = trainer.replace(RECIPE, steps=2, lengths={"inputs": 64, "targets": 8}, eval_every=2)
     rows = tune(tmp_path / "run", data=data, recipe=recipe, model=trainer.replace(MODEL, vocab_size=32128))
     assert rows[0]["score"] == pytest.approx(36.1, abs=0.1)  # always contradiction: 50% right, F1 22.2

@@ -12,10 +12,11 @@ import jax
 import optax
 import seqio
 
-from dst_optax.finetuning import inputs, t5, trainer
+from dst_optax.finetuning import inputs, trainer
 from dst_optax.finetuning.methods.dst import DST
-from dst_optax.finetuning.superglue.sources import SyntheticSource
-from dst_optax.finetuning.superglue.suite import SuperGlue
+from dst_optax.finetuning.models import t5
+from dst_optax.finetuning.tasks.superglue.sources import SyntheticSource
+from dst_optax.finetuning.tasks.superglue.suite import SuperGlue
 
 MODEL = t5.T5Config(
     vocab_size=384,

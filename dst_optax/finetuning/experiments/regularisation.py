@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import seqio
 
-from dst_optax.finetuning import storage, t5, trainer
+from dst_optax.finetuning import storage, trainer
 from dst_optax.finetuning.experiments import figures
 from dst_optax.finetuning.methods import Method
-from dst_optax.finetuning.superglue.sources import SyntheticSource
-from dst_optax.finetuning.superglue.suite import SuperGlue
+from dst_optax.finetuning.models import t5
+from dst_optax.finetuning.tasks.superglue.sources import SyntheticSource
+from dst_optax.finetuning.tasks.superglue.suite import SuperGlue
 
 Row = dict[str, Any]
 

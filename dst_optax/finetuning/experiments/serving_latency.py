@@ -18,10 +18,11 @@ import numpy as np
 import optax
 
 from dst_optax import serving, subset
-from dst_optax.finetuning import storage, t5
+from dst_optax.finetuning import storage
 from dst_optax.finetuning.experiments import figures
 from dst_optax.finetuning.methods.lora import LoRA
-from dst_optax.finetuning.t5.parameters import unflatten
+from dst_optax.finetuning.models import t5
+from dst_optax.finetuning.models.t5.parameters import unflatten
 
 Row = dict[str, Any]
 PERCENTILES = (50, 95, 99)

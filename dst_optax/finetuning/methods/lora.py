@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from dst_optax.finetuning import storage
 from dst_optax.finetuning.methods import Params
 from dst_optax.finetuning.methods.base import Plain
-from dst_optax.finetuning.t5.parameters import flatten, unflatten
+from dst_optax.finetuning.models.t5.parameters import flatten, unflatten
 
 ATTENTION_FIRST = (r"/(query|value)/kernel$", r"/(key|out|wi(_\d+)?|wo)/kernel$")
 

@@ -1,0 +1,69 @@
+"""Loading T5 from whichever kind of checkpoint lies at a path."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.typing import DTypeLike
+
+from dst_optax.finetuning.models.t5 import huggingface, parameters, t5x
+from dst_optax.finetuning.models.t5.config import T5Config
+
+
+def load(
+    path: str | os.PathLike[str], config: T5Config, dtype: DTypeLike | None = "float32"
+) -> dict[str, Any]:
+    """Loads parameters from a T5X or a Hugging Face checkpoint.
+
+    Names and shapes are checked, all of them, before any value is read.
+
+    Args:
+      path: a T5X checkpoint (``checkpoint_<step>``, legacy or Orbax), a directory of Hugging Face's
+        (``model.safetensors`` or an index of shards), or one ``.safetensors`` file.
+      config: the model's shape; with ``scan_layers`` its layers are stacked.
+      dtype: dtype of the parameters; None keeps the checkpoint's.
+
+    Returns:
+      Parameters as numpy arrays in the host's memory; ``jax.device_put(params, t5.shardings(params,
+      mesh))`` places them.
+
+    Raises:
+      ValueError: no such checkpoint, a damaged one, or one of another model.
+
+    Example:
+      >>> import dataclasses, tempfile, jax, jax.numpy as jnp
+      >>> from dst_optax.finetuning.models import t5
+      >>> config, tokens, path = t5.CONFIGS["tiny"], jnp.ones((1, 1), int), tempfile.mkdtemp()
+      >>> params = t5.Transformer(config).init(jax.random.key(0), tokens, tokens, tokens)["params"]
+      >>> t5.save_hf(params, config, path)
+      >>> stacked = t5.load(path, dataclasses.replace(config, scan_layers=True), dtype="bfloat16")
+      >>> stacked["encoder"]["encoder"]["mlp"]["wo"]["kernel"].shape
+      (128, 2, 64)
+    """
+    path = Path(path)
+    wanted = parameters.shapes(dataclasses.replace(config, scan_layers=False))
+    tensors = huggingface.read(path, wanted) if _is_huggingface(path) else t5x.read(path)
+    parameters.check(path, {name: tensor.shape for name, tensor in tensors.items()}, wanted)
+    params = parameters.unflatten({name: _values(path, name, tensors[name], dtype) for name in wanted})
+    return parameters.stack_layers(params) if config.scan_layers else params
+
+
+def _is_huggingface(path: Path) -> bool:
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; give a T5X or a Hugging Face checkpoint.")
+    if path.is_file():
+        return path.suffix == ".safetensors"
+    if (path / "pytorch_model.bin").is_file() and not list(path.glob("*.safetensors*")):
+        raise ValueError(
+            f"{path} holds pickled weights; load them in transformers and save_pretrained writes safetensors."
+        )
+    return bool(list(path.glob("model*.safetensors*")))
+
+
+def _values(path: Path, name: str, tensor: parameters.Tensor, dtype: DTypeLike | None) -> np.ndarray:
+    x = tensor.read()
+    if x.dtype.kind not in "fV":
+        raise ValueError(f"{path}: {name} has dtype {x.dtype}; parameters are floating-point numbers.")
+    return np.ascontiguousarray(x, dtype)

@@ -1,0 +1,134 @@
+"""Where SuperGLUE rows come from: the official files, TFDS, or the built-in synthetic stand-in.
+
+A source answers ``rows(task, split)`` with flat rows (:mod:`dst_optax.finetuning.tasks.superglue.benchmark`).
+"""
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+from dst_optax.finetuning.tasks.superglue import synthetic
+from dst_optax.finetuning.tasks.superglue.benchmark import flatten, spec
+from dst_optax.finetuning.tasks.superglue.text import to_text
+
+FILES = {"train": "train", "validation": "val", "test": "test"}
+SHOWN = 10  # bad rows that an error lists
+
+
+class Source(Protocol):
+    """Anything that has rows."""
+
+    def rows(self, task: str, split: str) -> list[dict[str, Any]]:
+        """All flat rows of a split, in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class JsonlSource:
+    """The directory that the official archives unpack to: ``<directory>/<TASK>/{train,val,test}.jsonl``.
+
+    Attributes:
+      directory: the directory that holds ``BoolQ``, ``CB``, and so on.
+    """
+
+    directory: str
+
+    def rows(self, task: str, split: str) -> list[dict[str, Any]]:
+        """Reads and checks a file.
+
+        Raises:
+          ValueError: the file is missing or empty, or rows are bad: each is named by file and line.
+        """
+        return _read(self._path(task, split), task, split)
+
+    def _path(self, task: str, split: str) -> Path:
+        known = spec(task)
+        if split not in known.splits:
+            raise ValueError(f"SuperGLUE's {task} has no split {split!r}, only {', '.join(known.splits)}.")
+        root = Path(self.directory) / known.directory
+        names = [f"{FILES[split]}.jsonl"] + [f"{known.directory}.jsonl"] * (known.splits == ("test",))
+        for name in names:
+            if (root / name).is_file():
+                return root / name
+        raise ValueError(
+            f"{root / names[-1]} does not exist; download the {known.directory} archive from "
+            f"https://super.gluebenchmark.com/tasks and unpack it into {self.directory}."
+        )
+
+
+@lru_cache(maxsize=64)
+def _read(path: Path, task: str, split: str) -> list[dict[str, Any]]:
+    found, bad = [], []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+                flat = flatten(task, row, labelled=split != "test")
+                for example in flat:
+                    to_text(task, example)
+                found += flat
+            except (ValueError, RecursionError) as error:
+                bad.append(f"{path}:{number}: {error}")
+    if bad:
+        more = f"\n  ... and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        listed = "\n  ".join(bad[:SHOWN])
+        raise ValueError(f"{len(bad)} bad rows; correct or remove them:\n  {listed}{more}")
+    if not found:
+        raise ValueError(f"{path} has no rows; download it again.")
+    return found
+
+
+@dataclass(frozen=True)
+class TfdsSource:
+    """The ``super_glue`` datasets of TensorFlow Datasets.
+
+    Attributes:
+      data_dir: where TFDS keeps its data; None for its default.
+      version: of the datasets; empty for the newest.
+    """
+
+    data_dir: str | None = None
+    version: str = ""
+
+    def rows(self, task: str, split: str) -> list[dict[str, Any]]:
+        """Downloads the data if need be and reads a split."""
+        import tensorflow_datasets as tfds
+
+        name = "wsc.fixed" if task == "wsc" else task
+        version = f":{self.version}" if self.version else ""
+        data = tfds.data_source(
+            f"super_glue/{name}{version}", split=split, data_dir=self.data_dir, try_gcs=False
+        )
+        return [_plain(row) for row in data]
+
+
+def _plain(value: Any) -> Any:
+    """TFDS's numpy values as Python values."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return value.decode("utf-8") if isinstance(value, bytes) else value
+
+
+@dataclass(frozen=True)
+class SyntheticSource:
+    """Made-up rows, see :mod:`dst_optax.finetuning.tasks.superglue.synthetic`.
+
+    Attributes:
+      seed: another seed makes other rows.
+      train_size: rows of each training split.
+    """
+
+    seed: int = 0
+    train_size: int = synthetic.SIZES["train"]
+
+    def rows(self, task: str, split: str) -> list[dict[str, Any]]:
+        """Makes a split."""
+        made = synthetic.rows(task, split, self.seed, self.train_size)
+        return [flat for row in made for flat in flatten(task, row, labelled=True)]

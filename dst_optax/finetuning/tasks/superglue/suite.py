@@ -1,0 +1,92 @@
+"""A choice of SuperGLUE tasks as the trainer takes it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import seqio
+
+from dst_optax.finetuning.tasks.superglue import metrics, submission, tasks
+from dst_optax.finetuning.tasks.superglue.benchmark import MAIN, spec
+from dst_optax.finetuning.tasks.superglue.sources import Source
+
+
+@dataclass(frozen=True)
+class SuperGlue:
+    """What to train on and how to score it.
+
+    Attributes:
+      source: where the rows come from.
+      vocabulary: of inputs and targets.
+      names: tasks to train and evaluate on; more than one are mixed in proportion to their sizes.
+      diagnostics: tasks without training data, "axb" and "axg", to predict at the end.
+
+    Example:
+      >>> from dst_optax.finetuning.tasks.superglue.sources import SyntheticSource
+      >>> suite = SuperGlue(SyntheticSource(), seqio.ByteVocabulary(), names=("rte",))
+      >>> suite.register(), suite.provider("rte")
+      ('superglue_proportional', 'superglue_rte')
+    """
+
+    source: Source
+    vocabulary: seqio.Vocabulary
+    names: Sequence[str] = MAIN
+    diagnostics: Sequence[str] = ()
+
+    def register(self) -> str:
+        """Reads and checks the training data, registers the tasks, names the mixture to train on.
+
+        Raises:
+          ValueError: unknown tasks, tasks without training data, bad or missing data.
+        """
+        for task in self.names:
+            if "train" not in spec(task).splits:
+                raise ValueError(f"{task} has no training data; put it under diagnostics, not names.")
+        if not self.names:
+            raise ValueError(f"no task to train on; name some of {', '.join(MAIN)}.")
+        tasks.register(self.source, self.vocabulary, [*self.names, *self.diagnostics])
+        return f"{tasks.PREFIX}_proportional"
+
+    def check(self) -> None:
+        """Reads every split, so that bad data is known before any work is done.
+
+        Raises:
+          ValueError: bad, empty or missing data.
+        """
+        for task in (*self.names, *self.diagnostics):
+            for split in spec(task).splits:
+                tasks.examples(task, split, self.source)
+
+    def provider(self, task: str) -> str:
+        """Name of the seqio task."""
+        return f"{tasks.PREFIX}_{task}"
+
+    def score(self, measured: Mapping[str, Mapping[str, float]]) -> float:
+        """One number: the mean of the tasks' scores; for all eight tasks the SuperGLUE average."""
+        return metrics.score({task: metrics.score(values) for task, values in measured.items()})
+
+    def majority(self, split: str = "validation") -> float | None:
+        """The score of always giving each task's most common answer; None where there are no labels."""
+        found = {}
+        for task in self.names:
+            provider = seqio.TaskRegistry.get(self.provider(task))
+            made = tasks.examples(task, split, self.source)
+            if task == "record":
+                return None
+            made = [{**e, "targets_pretokenized": e["targets"]} for e in made]
+            targets = [provider.postprocess_fn(e["targets"], example=e, is_target=True) for e in made]
+            scores = []
+            for label in range(len(spec(task).labels)):
+                values: dict[str, float] = {}
+                for metric in metrics.METRICS[task]:
+                    values |= metric(targets, [label] * len(targets))
+                scores.append(metrics.score(values))
+            found[task] = max(scores)
+        return metrics.score(found)
+
+    def write(
+        self, directory: str | Path, task: str, made: Sequence[Mapping[str, Any]], predictions: Sequence[Any]
+    ) -> Path:
+        """Writes predictions as the leaderboard takes them."""
+        return submission.write(directory, task, made, predictions)

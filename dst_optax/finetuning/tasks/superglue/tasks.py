@@ -1,0 +1,182 @@
+"""SuperGLUE as seqio tasks and their proportional mixture.
+
+Registered names are ``<prefix>_<task>`` and ``<prefix>_proportional``; any seqio user, T5X for one,
+can train and evaluate on them.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import seqio
+import tensorflow as tf
+
+from dst_optax.finetuning.tasks.superglue.benchmark import spec
+from dst_optax.finetuning.tasks.superglue.metrics import METRICS
+from dst_optax.finetuning.tasks.superglue.sources import Source
+from dst_optax.finetuning.tasks.superglue.text import label_of, names_referent, to_text
+
+PREFIX = "superglue"
+SHUFFLE = 50_000  # at most so many examples wait to be drawn
+
+
+def register(
+    source: Source, vocabulary: seqio.Vocabulary, tasks: Sequence[str], prefix: str = PREFIX
+) -> dict[str, str]:
+    """Registers tasks, and their mixture if any can be trained on, anew.
+
+    Args:
+      source: where the rows come from; training splits are read at once, others when wanted.
+      vocabulary: of inputs and targets, e.g. ``seqio.ByteVocabulary()`` or
+        ``seqio.SentencePieceVocabulary(path)``.
+      tasks: names of tasks, e.g. ``["rte", "cb"]``.
+      prefix: of the registered names.
+
+    Returns:
+      The registered name of each task; the mixture is ``<prefix>_proportional``.
+
+    Raises:
+      ValueError: unknown task, or bad data of a training split.
+
+    Example:
+      >>> from dst_optax.finetuning.tasks.superglue.sources import SyntheticSource
+      >>> names = register(SyntheticSource(), seqio.ByteVocabulary(), ["rte"])
+      >>> example = next(iter(seqio.get_mixture_or_task(names["rte"]).get_dataset(split="validation")))
+      >>> example["targets_pretokenized"].numpy() in (b"entailment", b"not_entailment")
+      True
+    """
+    feature = seqio.Feature(vocabulary, add_eos=True)
+    names = {task: f"{prefix}_{task}" for task in tasks}
+    for task, name in names.items():
+        _add(seqio.TaskRegistry, name, _task(task, name, source, feature))
+    rates = [(names[task], seqio.mixing_rate_num_examples) for task in tasks if "train" in spec(task).splits]
+    if rates:
+        mixture = f"{prefix}_proportional"
+        _add(seqio.MixtureRegistry, mixture, seqio.Mixture(mixture, rates))
+    return names
+
+
+def examples(task: str, split: str, source: Source) -> list[dict[str, Any]]:
+    """What the seqio task yields before tokenisation.
+
+    Training on WSC uses only the true candidates, as in T5; training on ReCoRD sees a query once for
+    each of its answers.
+
+    Args:
+      task: name of the task.
+      split: "train", "validation" or "test".
+      source: where the rows come from.
+
+    Returns:
+      Examples with ``inputs``, ``targets``, the parts of ``idx`` and ``label`` or ``answers``.
+
+    Raises:
+      ValueError: bad data, or no examples at all.
+
+    Example:
+      >>> from dst_optax.finetuning.tasks.superglue.sources import SyntheticSource
+      >>> examples("rte", "train", SyntheticSource())[0]["inputs"]
+      'rte hypothesis: b hit d premise: gg b hit d g'
+    """
+    rows = source.rows(task, split)
+    if split == "train" and task == "wsc":
+        rows = [row for row in rows if row["label"] == 1]
+    if split == "train" and task == "record":
+        rows = [{**row, "answers": [a, *row["answers"]]} for row in rows for a in row["answers"]]
+    if not rows:
+        raise ValueError(f"the {split} split of {task} is empty: nothing to train on or to evaluate.")
+    made = []
+    for row in rows:
+        inputs, targets = to_text(task, row)
+        index = row["idx"] if isinstance(row["idx"], dict) else {"idx": row["idx"]}
+        index = {name if name == "idx" else f"idx/{name}": i for name, i in index.items()}
+        answer = {"answers": row["answers"]} if task == "record" else {"label": row["label"]}
+        made.append({"inputs": inputs, "targets": targets, **index, **answer})
+    return made
+
+
+class _Rows(seqio.FunctionDataSource):
+    """A source that knows the sizes of its splits when they are asked for."""
+
+    def __init__(self, task: str, source: Source):
+        self._made = functools.cache(lambda split: examples(task, split, source))
+        super().__init__(self._dataset, splits=spec(task).splits)
+
+    def _dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+        del shuffle_files, seed  # the rows are in memory; seqio shuffles examples
+        return _tensors(self._made(split))
+
+    def num_input_examples(self, split: str) -> int:
+        """Examples of a split; ReCoRD's and WSC's training splits count what is trained on."""
+        return len(self._made(split))
+
+
+def _task(task: str, name: str, source: Source, feature: Any) -> seqio.Task:
+    rows = _Rows(task, source)
+    size = rows.num_input_examples("train") if "train" in rows.splits else 1
+    return seqio.Task(
+        name,
+        source=rows,
+        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
+        output_features={"inputs": feature, "targets": feature},
+        postprocess_fn=postprocessor(task),
+        metric_fns=list(METRICS[task]),
+        shuffle_buffer_size=min(size, SHUFFLE),  # seqio repeats first: more would wait for many epochs
+    )
+
+
+def _tensors(made: list[dict[str, Any]]) -> tf.data.Dataset:
+    columns: Any = {
+        name: tf.ragged.constant([e[name] for e in made], dtype=tf.string)
+        if name == "answers"
+        else tf.constant([e[name] for e in made])
+        for name in made[0]
+    }
+    return tf.data.Dataset.from_tensor_slices(columns)
+
+
+def postprocessor(task: str) -> Callable[..., Any]:
+    """What turns a decoded text into a prediction, and an example into its target.
+
+    Args:
+      task: name of the task.
+
+    Returns:
+      A seqio ``postprocess_fn``.
+
+    Example:
+      >>> postprocessor("rte")("entailment"), postprocessor("rte")("", example={"label": 1}, is_target=True)
+      (0, 1)
+    """
+
+    def postprocess(text: str, example: Mapping[str, Any] | None = None, is_target: bool = False) -> Any:
+        if is_target:
+            assert example is not None
+            return _target(task, example)
+        if task == "record":
+            return text
+        if task == "wsc":
+            assert example is not None
+            return names_referent(text, _string(example["targets_pretokenized"]))
+        return label_of(task, text)
+
+    return postprocess
+
+
+def _target(task: str, example: Mapping[str, Any]) -> Any:
+    if task == "record":
+        return [_string(answer) for answer in example["answers"]]
+    if task == "multirc":
+        group = (int(example["idx/paragraph"]), int(example["idx/question"]))
+        return {"label": int(example["label"]), "group": group}
+    return int(example["label"])
+
+
+def _string(value: Any) -> str:
+    return tf.compat.as_text(value)
+
+
+def _add(registry: Any, name: str, provider: Any) -> None:
+    if name in registry.names():
+        registry.remove(name)
+    registry.add_provider(name, provider)

@@ -1,0 +1,134 @@
+"""Files, their faults, and the synthetic source."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dst_optax.finetuning.tasks.superglue import synthetic
+from dst_optax.finetuning.tasks.superglue.benchmark import MAIN, TASKS, spec
+from dst_optax.finetuning.tasks.superglue.sources import JsonlSource, SyntheticSource, TfdsSource
+from dst_optax.finetuning.tasks.superglue.text import to_text
+
+GOOD = {"premise": "P", "hypothesis": "H", "label": "entailment", "idx": 0}
+
+
+def write(root: Path, name: str, *lines: str) -> JsonlSource:
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(line + "\n" for line in lines))
+    return JsonlSource(str(root))
+
+
+def test_bad_rows_are_named_by_file_and_line(tmp_path):
+    bad = [json.dumps({**GOOD, "label": "x"}), '{"premise": ', "[1]", json.dumps({"premise": "P"})]
+    source = write(tmp_path, "RTE/train.jsonl", json.dumps(GOOD), *bad)
+    with pytest.raises(ValueError, match="4 bad rows") as error:
+        source.rows("rte", "train")
+    for number in (2, 3, 4, 5):
+        assert f"{tmp_path}/RTE/train.jsonl:{number}: " in str(error.value)
+
+
+def test_long_lists_of_bad_rows_are_cut_but_counted(tmp_path):
+    source = write(tmp_path, "RTE/val.jsonl", *["{}"] * 30)
+    with pytest.raises(ValueError, match=r"30 bad rows[^$]*\.\.\. and 20 more"):
+        source.rows("rte", "validation")
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    (tmp_path / "RTE").mkdir()
+    (tmp_path / "RTE/train.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n\xff\xfe\n")
+    with pytest.raises(ValueError, match=r"train.jsonl:2: .*utf-8"):
+        JsonlSource(str(tmp_path)).rows("rte", "train")
+
+
+def test_a_pronoun_that_is_not_in_the_text(tmp_path):
+    target = {"span1_text": "Bob", "span1_index": 0, "span2_text": "she", "span2_index": 1}
+    row = {"text": "Bob ran off", "target": target, "label": True, "idx": 0}
+    with pytest.raises(ValueError, match=r"train.jsonl:1: the pronoun 'she' is not a word"):
+        write(tmp_path, "WSC/train.jsonl", json.dumps(row)).rows("wsc", "train")
+
+
+def test_missing_and_empty_files(tmp_path):
+    with pytest.raises(ValueError, match=r"RTE/train.jsonl does not exist; download"):
+        JsonlSource(str(tmp_path)).rows("rte", "train")
+    with pytest.raises(ValueError, match=r"RTE/train.jsonl has no rows"):
+        write(tmp_path, "RTE/train.jsonl", "").rows("rte", "train")
+    with pytest.raises(ValueError, match="unknown SuperGLUE task 'rtx'"):
+        JsonlSource(str(tmp_path)).rows("rtx", "train")
+    with pytest.raises(ValueError, match="axb has no split 'train'"):
+        JsonlSource(str(tmp_path)).rows("axb", "train")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_synthetic_rows_are_official_rows(task, tmp_path):
+    split = spec(task).splits[-1]
+    rows = synthetic.rows(task, split)
+    name = f"{spec(task).directory}/{'test' if split == 'test' else split}.jsonl"
+    source = write(tmp_path, name, *map(json.dumps, rows))
+    assert source.rows(task, split) == SyntheticSource().rows(task, split)
+
+
+@pytest.mark.filterwarnings("default")  # TFDS and what it imports speak to other authors
+@pytest.mark.parametrize("task", TASKS)
+def test_tfds_makes_the_same_examples_of_the_same_files(task, tmp_path, monkeypatch):
+    """TFDS's own reader of the official files; only its download and its storage are left out."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    glue = pytest.importorskip("tensorflow_datasets.text.super_glue").SuperGlue
+    tasks = pytest.importorskip("dst_optax.finetuning.tasks.superglue.tasks")
+    split = "train" if task in MAIN else "test"
+    path = tmp_path / spec(task).directory / f"{split}.jsonl"
+    files = write(tmp_path, f"{path.parent.name}/{path.name}", *map(json.dumps, synthetic.rows(task, split)))
+
+    def stored(value):  # as TFDS gives it back
+        if isinstance(value, dict):
+            return {name: stored(x) for name, x in value.items()}
+        if isinstance(value, list):
+            return np.array([x.encode() for x in value], object)
+        return value.encode() if isinstance(value, str) else np.int32(value)
+
+    def read(name, **where):
+        assert where["split"] == split
+        builder = glue.__new__(glue)
+        config = {c.name: c for c in glue.BUILDER_CONFIGS}[name.partition("/")[2]]
+        builder.__dict__["_builder_config"] = config
+        for _, row in builder._generate_examples(str(path), split):
+            if row.get("label") in config.label_classes:
+                row["label"] = config.label_classes.index(row["label"])
+            yield stored(row)
+
+    monkeypatch.setattr(tfds, "data_source", read)
+    found = tasks.examples(task, split, TfdsSource())
+    assert found == tasks.examples(task, split, files)
+
+
+@pytest.mark.parametrize("task", MAIN)
+def test_synthetic_splits_are_distinct_repeatable_and_independent_of_the_training_size(task):
+    texts = {
+        split: [to_text(task, row)[0] for row in SyntheticSource(train_size=300).rows(task, split)]
+        for split in spec(task).splits
+    }
+    again = [to_text(task, row)[0] for row in SyntheticSource(train_size=7).rows(task, "validation")]
+    assert texts["validation"] == again
+    assert not set(texts["train"]) & set(texts["validation"] + texts["test"])
+    assert not set(texts["validation"]) & set(texts["test"])
+    assert SyntheticSource(seed=1).rows(task, "validation") != SyntheticSource().rows(task, "validation")
+
+
+@pytest.mark.parametrize("task", [task for task in MAIN if task != "record"])
+def test_counted_bytes_tell_nothing_of_a_synthetic_label(task):
+    linear = pytest.importorskip("sklearn.linear_model")
+
+    def features(split):
+        rows = SyntheticSource(train_size=2000).rows(task, split)
+        texts = [f"{to_text(task, row)[0]} {row.get('span1_text', '')}" for row in rows]
+        counts = [np.bincount(np.frombuffer(t.encode(), np.uint8), minlength=256) for t in texts]
+        return np.stack(counts), [row["label"] for row in rows]
+
+    inputs, labels = features("validation")
+    majority = max(Counter(labels).values()) / len(labels)
+    assert majority <= 0.6
+    model = linear.LogisticRegression(max_iter=3000).fit(*features("train"))
+    assert model.score(inputs, labels) <= majority + 0.1
