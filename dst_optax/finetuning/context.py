@@ -52,7 +52,7 @@ class RunContext:
         self,
         run_dir: str,
         data: SuperGlue,
-        model: t5.T5Config,
+        model: t5.T5Config | str,
         recipe: Recipe,
         *,
         checkpoint: str | None = None,
@@ -61,6 +61,7 @@ class RunContext:
         reference_seed: bool = False,
         config: str = "",
     ):
+        model = t5.published(model) if isinstance(model, str) else model
         self.data, self.recipe, self.mesh = data, recipe, placement.make_mesh(mesh_shape)
         self.console = Console(quiet=not processes.is_primary())
         if recipe.batch_size % (self.mesh.shape["data"] * recipe.accumulate):

@@ -51,8 +51,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "eval_every", "log_every", "eval_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"recipe: {name} is {getattr(self, name)}, it must be at least 1.")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"recipe: {name} is {value!r}, it must be an integer of at least 1.")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"recipe: batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}."

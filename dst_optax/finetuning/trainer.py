@@ -39,7 +39,7 @@ from dst_optax.finetuning.tasks.superglue.suite import SuperGlue
 def finetune(
     run_dir: str,
     data: SuperGlue,
-    model: t5.T5Config,
+    model: t5.T5Config | str,
     methods: Mapping[str, Method],
     recipe: Recipe,
     *,
@@ -59,7 +59,7 @@ def finetune(
     Args:
       run_dir: where everything goes.
       data: tasks, their source and the vocabulary.
-      model: of the network.
+      model: shape of the network, or the name of a published one, e.g. ``t5_1_1_small``.
       methods: by the name that the table shows.
       recipe: how to train.
       checkpoint: the seed model: a T5X or Hugging Face checkpoint; None initialises one at random.

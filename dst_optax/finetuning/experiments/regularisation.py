@@ -30,7 +30,7 @@ Row = dict[str, Any]
 def regularisation(
     run_dir: str,
     data: Callable[[int], SuperGlue],
-    model: t5.T5Config,
+    model: t5.T5Config | str,
     methods: Mapping[str, Method],
     recipe: Recipe,
     *,
@@ -44,7 +44,7 @@ def regularisation(
     Args:
       run_dir: where everything goes.
       data: from a number of training examples.
-      model: of the network.
+      model: shape of the network, or the name of a published one.
       methods: e.g. DST at several fractions, by name.
       recipe: how to train; evaluated at the end only, so that no checkpoint is chosen.
       sizes: numbers of training examples.

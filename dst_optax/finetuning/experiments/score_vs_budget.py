@@ -52,7 +52,7 @@ class Cell:
 def score_vs_budget(
     run_dir: str,
     data: SuperGlue,
-    model: t5.T5Config,
+    model: t5.T5Config | str,
     methods: Mapping[str, Callable[..., Method]],
     budgets: Mapping[str, Sequence[int | None]],
     learning_rates: Sequence[float],
@@ -69,7 +69,7 @@ def score_vs_budget(
     Args:
       run_dir: where everything goes.
       data: tasks; each is tuned on by itself.
-      model: of the network.
+      model: shape of the network, or the name of a published one.
       methods: name to class; called with ``optimizer`` and, unless a budget is None, ``num_free_params``.
       budgets: name to budgets.
       learning_rates: the grid, the same for all.
