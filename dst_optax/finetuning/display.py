@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from dst_optax.atomic import atomic_file
 from dst_optax.finetuning import processes
 
 
@@ -122,9 +123,8 @@ def _forget_after(file: Path, step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:
             continue
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(file)
+    with atomic_file(file) as temporary:
+        temporary.write_text("".join(kept))
 
 
 def results_table(rows: list[dict[str, Any]], model_size: int) -> Table:
