@@ -150,6 +150,8 @@ def _macros_read(values: Any) -> Iterator[str]:
 def _reachable(config: dict[Key, dict[str, Any]], function: Callable[..., Any]) -> set[Key]:
     """Macros and, without their scopes, configurables that a call of the function may evaluate."""
     root = gin_config._inverse_lookup(function)
+    if root is None:
+        raise ValueError(f"the gin files say nothing about {function.__name__}; give its own.")
     pending, seen = [("", root.selector)], set()
     while pending:
         key = pending.pop()
