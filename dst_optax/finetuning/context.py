@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dst_optax import subset
-from dst_optax.finetuning import placement, processes, storage
+from dst_optax.finetuning import hub, placement, processes, storage
 from dst_optax.finetuning.display import make_console
 from dst_optax.finetuning.evaluator import Evaluator
 from dst_optax.finetuning.methods import Params
@@ -91,7 +90,7 @@ class RunContext:
         self.run_dir = RunDir(Path(run_dir), identity)
         self.run_dir.check()
         processes.barrier(f"{run_dir} is free or ours")
-        load = None if checkpoint is None else partial(t5.load, checkpoint, model)
+        load = None if checkpoint is None else lambda: t5.load(hub.local_path(checkpoint), model)
         self.seed = self.run_dir.seed(self._random_params, load)
         self.seed_fingerprint = storage.fingerprint(self.seed)
         self.start = self.seed if subset_dir is None else subset.Subset.load(subset_dir).apply(self.seed)

@@ -62,7 +62,8 @@ def finetune(
       model: shape of the network, or the name of a published one, e.g. ``t5_1_1_small``.
       methods: by the name that the table shows.
       recipe: how to train.
-      checkpoint: the seed model: a T5X or Hugging Face checkpoint; None initialises one at random.
+      checkpoint: the seed model: a T5X or Hugging Face checkpoint, or the name of a model on the Hugging Face
+        hub, e.g. ``google/t5-v1_1-small@main``; None initialises one at random.
       subset_dir: a subset of that seed model that training starts from; budgets still count from the seed.
       rng_seeds: seeds of the data order, dropout and new parameters; one run each.
       mesh_shape: devices along (data, model); None puts all along data.
