@@ -259,7 +259,7 @@ class Subset(Mapping[str, Entries]):
         leaves = {}
         for path, e in self.items():
             new = next((np.dtype(d) for pattern, d in rules if re.search(pattern, path)), e.dtype)
-            leaves[path] = e if new == e.dtype or not _is_float(e.dtype) else _converted(path, e, new)
+            leaves[path] = e if new == e.dtype or not dtypes.is_float(e.dtype) else _converted(path, e, new)
         return Subset(leaves, dict(self.metadata))
 
     def intersection(self, other: "Subset") -> "Subset":
@@ -413,13 +413,9 @@ def _coordinate_system(paths: Iterable[str]) -> str | None:
     return "Hugging Face" if any("." in name for name in names) else None
 
 
-def _is_float(dtype: np.dtype) -> bool:
-    return dtype.name.startswith(("float", "bfloat"))  # the kind of narrow ones is "V"
-
-
 def _converted(path: str, e: Entries, dtype: np.dtype) -> Entries:
     """Entries of the tensor in another floating-point dtype."""
-    if not _is_float(dtypes.checked(dtype, path)):
+    if not dtypes.is_float(dtypes.checked(dtype, path)):
         raise SubsetError(
             f"{path!r} is {e.dtype}; it cannot become {dtype}, only another floating-point dtype."
         )

@@ -28,6 +28,11 @@ DTYPES = {
 BY_NAME = {dtype.name: dtype for dtype in DTYPES.values()}
 
 
+def is_float(dtype: Any) -> bool:
+    """Whether entries are floating-point numbers, narrow ones of ml_dtypes too."""
+    return np.dtype(dtype).name.startswith(("float", "bfloat"))
+
+
 def checked(dtype: Any, path: str) -> np.dtype:
     """The dtype of a tensor, if subsets hold it.
 

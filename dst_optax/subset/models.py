@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dst_optax.subset import checkpoints, files, tied
+from dst_optax.subset import checkpoints, files, tied, trees
 from dst_optax.subset.core import Subset
 from dst_optax.subset.dtypes import DTYPES, checked
 from dst_optax.subset.errors import SubsetError
@@ -179,7 +179,8 @@ def _write_tuned(subset: Subset, header: bytes, tensors: dict[str, Any], target:
         f.write(header)
         for name, x in tensors.items():
             data = np.array(x, order="C").reshape(-1)
-            data[subset[name].positions] = subset[name].values
+            (path,) = trees.named_leaves({name: x})
+            data[subset[path].positions] = subset[path].values
             f.write(data.view(np.uint8).data)
         f.flush()
         os.fsync(f.fileno())
