@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from oracle import bits
+from precision import x64
 
 from dst_optax import serving, subset
 from dst_optax.subset import SubsetError
@@ -105,7 +106,7 @@ def test_a_seed_that_jax_would_round_is_refused(dtype):
     seed = {"w": np.ones(3, np.float32), "n": np.arange(3, dtype=dtype)}
     with pytest.raises(SubsetError, match=f"'n' is {np.dtype(dtype)}, which jax would round"):
         serving.SubsetStore(seed)
-    with jax.enable_x64(True):
+    with x64():
         assert serving.SubsetStore(seed).params["n"].dtype == dtype
 
 
