@@ -61,7 +61,7 @@ class RunContext:
         reference_seed: bool = False,
         config: str = "",
     ):
-        model = t5.published(model) if isinstance(model, str) else model
+        model = t5.shape_of(model) if isinstance(model, str) else model
         self.data, self.recipe, self.mesh = data, recipe, placement.make_mesh(mesh_shape)
         self.console = Console(quiet=not processes.is_primary())
         if recipe.batch_size % (self.mesh.shape["data"] * recipe.accumulate):

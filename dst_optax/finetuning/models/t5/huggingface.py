@@ -15,7 +15,7 @@ import numpy as np
 import safetensors.numpy
 
 from dst_optax.finetuning.models.t5 import parameters
-from dst_optax.finetuning.models.t5.config import MLP_ACTIVATIONS, T5Config
+from dst_optax.finetuning.models.t5.config import MLP_ACTIVATIONS, T5Config, published
 from dst_optax.finetuning.models.t5.parameters import Tensor
 from dst_optax.subset import models
 
@@ -143,6 +143,23 @@ def config_of(path: str | os.PathLike[str]) -> T5Config:
     )
 
 
+def shape_of(model: str) -> T5Config:
+    """The shape of a model.
+
+    Args:
+      model: name of a published one, in :data:`t5.CONFIGS`, or a directory with a Hugging Face
+        ``config.json``.
+
+    Raises:
+      ValueError: neither, or no T5.
+
+    Example:
+      >>> shape_of("byt5_small").vocab_size
+      384
+    """
+    return config_of(model) if (Path(model) / CONFIG).is_file() else published(model)
+
+
 def check_config(path: Path, config: T5Config) -> None:
     """Raises a ValueError where ``config.json``, if there is one, tells of another T5 than ``config``."""
     directory = path if path.is_dir() else path.parent
@@ -157,7 +174,7 @@ def check_config(path: Path, config: T5Config) -> None:
     if differ:
         raise ValueError(
             f"{directory / CONFIG} describes another T5: {'; '.join(differ)}. Take the model from it, with "
-            "t5.config_of(path)."
+            "model=t5.config_of(path); in a gin file, MODEL is the path."
         )
 
 
