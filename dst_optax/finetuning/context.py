@@ -70,7 +70,7 @@ class RunContext:
                 f"{recipe.accumulate} times the {self.mesh.shape['data']} devices along data."
             )
         self.train_name = data.register()
-        data.check()
+        data.check(recipe.lengths["targets"])
         dropout = model.dropout_rate if recipe.dropout is None else recipe.dropout
         self.network = t5.Transformer(replace(model, dtype=recipe.dtype, dropout_rate=dropout))
         if data.vocabulary.vocab_size > model.vocab_size:
