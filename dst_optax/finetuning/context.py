@@ -60,7 +60,7 @@ class RunContext:
         reference_seed: bool = False,
         config: str = "",
     ):
-        model = t5.published(model) if isinstance(model, str) else model
+        model = t5.shape_of(hub.local_path(model)) if isinstance(model, str) else model
         self.data, self.recipe, self.mesh = data, recipe, placement.make_mesh(mesh_shape)
         self.console = make_console()
         if recipe.batch_size % (self.mesh.shape["data"] * recipe.accumulate):
@@ -69,7 +69,7 @@ class RunContext:
                 f"{recipe.accumulate} times the {self.mesh.shape['data']} devices along data."
             )
         self.train_name = data.register()
-        data.check()
+        data.check(recipe.lengths["targets"])
         dropout = model.dropout_rate if recipe.dropout is None else recipe.dropout
         self.network = t5.Transformer(replace(model, dtype=recipe.dtype, dropout_rate=dropout))
         if data.vocabulary.vocab_size > model.vocab_size:

@@ -54,13 +54,17 @@ class SuperGlue:
         tasks.register(self.source, self.vocabulary, [*self.names, *self.diagnostics])
         return f"{tasks.PREFIX}_proportional"
 
-    def check(self) -> None:
+    def check(self, target_length: int | None = None) -> None:
         """Reads every split, so that bad data is known before any work is done.
 
+        Args:
+          target_length: tokens that are decoded at most; None for no bound.
+
         Raises:
-          ValueError: bad, empty or missing data.
+          ValueError: bad, empty or missing data, or a label that is longer than ``target_length``.
         """
         for task in (*self.names, *self.diagnostics):
+            tasks.check_labels(task, self.vocabulary, target_length)
             for split in spec(task).splits:
                 tasks.examples(task, split, self.source)
 
