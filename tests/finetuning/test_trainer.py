@@ -358,6 +358,11 @@ def test_model_parallel_training_is_data_parallel_training(tmp_path):
     assert {x[1] for x in scalars} == {1}
 
 
+def test_a_seed_that_training_starts_from_is_placed_once(whole):
+    seed, start = RunContext(str(whole[0]), DATA, MODEL, RECIPE).place_seed_and_start()
+    assert seed is start
+
+
 def test_training_goes_on_from_a_subset(whole, tmp_path):
     """A second stage stays within the budget of the first seed, and starts where the first one ended."""
     first = whole[0] / "dst" / "rng_0" / "tuned" / "subset"
