@@ -1,7 +1,9 @@
 """What a run says while it runs: metrics.jsonl, TensorBoard, a live line."""
 
 import json
+import math
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -10,7 +12,16 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from dst_optax.atomic import atomic_file
 from dst_optax.finetuning import processes
+
+
+def make_console() -> Console:
+    """Where the first process prints; lines and tables are as long as they are, unless on a terminal."""
+    console = Console(quiet=not processes.is_primary(), soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 1000
+    return console
 
 
 class Log:
@@ -20,18 +31,20 @@ class Log:
       directory: of the run.
       title: shown beside the metrics.
       start: step that the run goes on from; later lines of an earlier attempt are removed.
+      steps: step that it ends at.
     """
 
-    def __init__(self, directory: Path, title: str, start: int):
+    def __init__(self, directory: Path, title: str, start: int, steps: int):
         from clu import metric_writers
 
-        self._title = title
+        self._title, self._steps = title, steps
+        self._tokens, self._last = 0, None
         self._writers: tuple[TextIO, Any] | None = None
-        if processes.writes():
+        if processes.is_primary():
             file = directory / "metrics.jsonl"
             _forget_after(file, start)
             self._writers = file.open("a"), metric_writers.SummaryWriter(str(directory / "tensorboard"))
-        self.console = Console(quiet=self._writers is None)
+        self.console = make_console()
         self._shown: dict[str, str] = {}
         self._live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
 
@@ -46,21 +59,59 @@ class Log:
         for writer in self._writers or ():
             writer.close()
 
-    def write(self, step: int, values: Mapping[str, Any], shown: Mapping[str, str]) -> None:
-        """Records scalars of a step.
+    def count(self, tokens: int) -> None:
+        """Notes tokens of a step, for the speed that the next line shows."""
+        self._tokens += tokens
+
+    def training(self, step: int, values: Mapping[str, Any]) -> None:
+        """Records a training step.
 
         Args:
           step: the step.
-          values: what to record.
-          shown: what to show, worded.
+          values: scalars, on the devices or off.
+
+        Raises:
+          ValueError: the loss is not finite.
         """
+        values = {name: float(x) for name, x in values.items()}
+        if not math.isfinite(values["loss"]):
+            raise ValueError(
+                f"the loss is {values['loss']} at step {step}: lower the learning rate, or check the seed "
+                "model. Earlier checkpoints are untouched."
+            )
+        shown = {
+            "step": f"{step}/{self._steps}",
+            "loss": f"{values['loss']:.4f}",
+            "free": f"{values['free_params']:,.0f}",
+            "churn": f"{values.get('churn', 0.0):.3f}",
+        }
+        now = time.perf_counter()
+        if self._last is not None:  # before the first line, programs are compiled
+            last, clock = self._last
+            speed, eta = self._tokens / (now - clock), (self._steps - step) * (now - clock) / (step - last)
+            values["tokens_per_second"] = speed
+            shown |= {"tokens/s": f"{speed:,.0f}", "eta": f"{eta:.0f}s"}
+        self._tokens, self._last = 0, (step, now)
+        self._write(step, values, shown)
+
+    def evaluation(self, step: int, values: Mapping[str, float], score: float) -> None:
+        """Records an evaluation.
+
+        Args:
+          step: the step.
+          values: metrics by name.
+          score: the one number that models are compared by.
+        """
+        self._write(step, {**values, "eval/score": score}, {"step": f"{step}", "score": f"{score:.1f}"})
+
+    def _write(self, step: int, values: Mapping[str, Any], shown: Mapping[str, str]) -> None:
         if self._writers is None:
             return
         stream, board = self._writers
         stream.write(json.dumps({"step": step, **values}) + "\n")
         stream.flush()
         os.fsync(stream.fileno())
-        board.write_scalars(step, {k: v for k, v in values.items() if v is not None})
+        board.write_scalars(step, values)
         self._shown.update(shown)
         if self._live is None:
             self.console.print(f"{self._title}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
@@ -68,10 +119,6 @@ class Log:
         table = Table(*self._shown, title=self._title)
         table.add_row(*self._shown.values())
         self._live.update(table, refresh=True)
-
-    def say(self, text: str) -> None:
-        """Prints a line."""
-        self.console.print(text, highlight=False)
 
 
 def _forget_after(file: Path, step: int) -> None:
@@ -85,9 +132,8 @@ def _forget_after(file: Path, step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:
             continue
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(file)
+    with atomic_file(file) as temporary:
+        temporary.write_text("".join(kept))
 
 
 def results_table(rows: list[dict[str, Any]], model_size: int) -> Table:

@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 
 from dst_optax import subset
+from dst_optax.atomic import atomic_file, publish
 from dst_optax.finetuning import processes
 from dst_optax.silos import leaf_path
 
@@ -23,8 +23,8 @@ _FULL_WORDS = ("No space left", "Disk quota exceeded", "File too large")
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Makes a directory that is there with all its files or not at all; all processes take part.
+def shared_directory(path: Path) -> Iterator[Path]:
+    """Makes a directory that all processes fill: there with all its files, or not at all.
 
     Args:
       path: the directory; must not exist.
@@ -37,60 +37,45 @@ def whole(path: Path) -> Iterator[Path]:
 
     Example:
       >>> import tempfile
-      >>> root = Path(tempfile.mkdtemp())
-      >>> with whole(root / "a") as there:
-      ...     _ = (there / "x").write_text("1")
-      >>> sorted(str(p.relative_to(root)) for p in root.rglob("*"))
-      ['a', 'a/x']
+      >>> path = Path(tempfile.mkdtemp()) / "a"
+      >>> with shared_directory(path) as temporary:
+      ...     _ = (temporary / "x").write_text("1")
+      >>> [p.name for p in path.iterdir()]
+      ['x']
     """
-    temporary = path.parent / f".tmp-{path.name}"
-    if processes.writes():
+    temporary = path.with_name(f".tmp-{path.name}")  # the same in all processes
+    if processes.is_primary():
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    processes.wait(f"{path} is begun")
+    processes.barrier(f"{path} is begun")
     try:
         yield temporary
-        processes.wait(f"{path} is filled")
-        if processes.writes():
-            for file in [*temporary.rglob("*"), temporary]:
-                _sync(file)
-            temporary.rename(path)
-            _sync(path.parent)
-        processes.wait(f"{path} is whole")
+        processes.barrier(f"{path} is filled")
+        if processes.is_primary():
+            publish(temporary, path)
+        processes.barrier(f"{path} is published")
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if _is_full(error):
             free = shutil.disk_usage(path.parent).free
             raise ValueError(
                 f"{path}: the disk is full ({free:,} bytes free); nothing was written and earlier "
-                "checkpoints are untouched. Make room and start the same command again."
+                "checkpoints are untouched. Make room and rerun the command."
             ) from error
         raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all; all processes take part.
+    """Writes a text file, whole or not at all; all processes take part, the first one writes.
 
     Args:
       path: the file.
       text: what it shall hold.
     """
-    if processes.writes():
-        temporary = path.with_name(f".tmp-{path.name}")
-        with temporary.open("w") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    processes.wait(f"{path} is written")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    if processes.is_primary():
+        with atomic_file(path) as temporary:
+            temporary.write_text(text)
+    processes.barrier(f"{path} is written")
 
 
 def _is_full(error: BaseException) -> bool:
@@ -173,7 +158,7 @@ def save_model(path: Path, params: Any) -> None:
     from safetensors.numpy import save_file
 
     leaves = named_leaves(processes.on_host(params))
-    if processes.writes():
+    if processes.is_primary():
         save_file({name: np.ascontiguousarray(x).reshape(x.shape) for name, x in leaves.items()}, path)
 
 
@@ -247,7 +232,7 @@ class Checkpoints:
         """Steps of the checkpoints, in order; clears what a killed run left unfinished."""
         if not self.directory.is_dir():
             return []
-        if processes.writes():
+        if processes.is_primary():
             for left in self.directory.glob(".tmp-*"):
                 shutil.rmtree(left, ignore_errors=True)
         return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdigit())
@@ -265,35 +250,35 @@ class Checkpoints:
         """
         path = self.directory / f"{step:08d}"
         if not path.exists():
-            with whole(path) as there:
-                write(there)
-                if processes.writes():
-                    text = json.dumps({"seed": self.seed, "step": step, **progress})
-                    (there / "progress.json").write_text(text)
-        if processes.writes():
+            with shared_directory(path) as temporary:
+                write(temporary)
+                if processes.is_primary():
+                    text = json.dumps({"seed": self.seed, **progress})
+                    (temporary / "progress.json").write_text(text)
+        if processes.is_primary():
             for old in self.steps():
                 if old not in (step, progress.get("best_step")):
                     shutil.rmtree(self.directory / f"{old:08d}")
-        processes.wait(f"{path} stays")
+        processes.barrier(f"{path} stays")
 
     def path(self, step: int) -> Path:
         """Directory of a checkpoint."""
         return self.directory / f"{step:08d}"
 
     def progress(self, step: int) -> dict[str, Any]:
-        """What was kept with a checkpoint.
+        """The values that :meth:`save` kept with a checkpoint.
 
         Raises:
           ValueError: it is damaged, or was made from another seed model.
         """
         file = self.path(step) / "progress.json"
         try:
-            found = json.loads(file.read_text())
+            progress = json.loads(file.read_text())
         except (OSError, ValueError) as error:
             raise ValueError(f"{file} cannot be read: {error}. Delete this checkpoint.") from error
-        if found["seed"] != self.seed:
+        if (seed := progress.pop("seed")) != self.seed:
             raise ValueError(
-                f"{self.path(step)} was made from the seed model {found['seed']}, but the seed model given "
+                f"{self.path(step)} was made from the seed model {seed}, but the seed model given "
                 f"now is {self.seed}; give the same seed or another run directory."
             )
-        return found
+        return progress
