@@ -1,4 +1,7 @@
-"""Named subsets on one resident seed model, switched in place."""
+"""Named subsets on one resident seed model, switched in place.
+
+:class:`SubsetStore` holds JAX arrays; :class:`dst_optax.serving.torch.SubsetStore` a PyTorch module.
+"""
 
 from dst_optax.serving.jax import SubsetStore
 
