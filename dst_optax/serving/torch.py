@@ -189,13 +189,13 @@ def piece(x: torch.Tensor, offsets: np.ndarray, values: np.ndarray) -> Piece:
     return Piece(torch.from_numpy(offsets).to(x.device), torch.from_numpy(bits).to(x.device))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def gather(memory: torch.Tensor, piece: Piece) -> Piece:
     """The piece with the values that lie in memory at its offsets."""
     return piece._replace(values=memory.index_select(0, piece.offsets))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def scatter(memory: torch.Tensor, piece: Piece) -> None:
     """Writes a piece into memory."""
     memory.index_copy_(0, piece.offsets, piece.values)
