@@ -185,8 +185,12 @@ def piece(x: torch.Tensor, offsets: np.ndarray, values: np.ndarray) -> Piece:
       offsets: (k,) int64, see :func:`memory_offsets`.
       values: (k,) of the tensor's dtype.
     """
-    bits = np.array(values.view(f"{'u' if values.itemsize == 1 else 'i'}{values.itemsize}"))
-    return Piece(torch.from_numpy(offsets).to(x.device), torch.from_numpy(bits).to(x.device))
+    return Piece(torch.from_numpy(offsets).to(x.device), bits(values).to(x.device))
+
+
+def bits(values: np.ndarray) -> torch.Tensor:
+    """Values as integers of their width, on the host."""
+    return torch.from_numpy(np.array(values.view(f"{'u' if values.itemsize == 1 else 'i'}{values.itemsize}")))
 
 
 @torch.no_grad()
@@ -211,11 +215,18 @@ def check_writable(name: str, x: torch.Tensor) -> None:
         raise SubsetError(f"{name!r} is on the meta device; load the model's weights first.")
     if x.dtype not in _DTYPES:
         raise SubsetError(f"{name!r} has the dtype {x.dtype}, which subsets cannot hold.")
+    if not is_nested(x.shape, x.stride()):
+        raise SubsetError(f"{name!r} has several entries in one place of memory (an expanded tensor).")
+
+
+def is_nested(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether each axis steps over all that the axes of smaller strides reach, so no place is met twice."""
     span = 1
-    for stride, extent in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1):
-        if x.numel() and stride < span:
-            raise SubsetError(f"{name!r} has several entries in one place of memory (an expanded tensor).")
+    for stride, extent in sorted((s, n) for s, n in zip(strides, shape, strict=True) if n > 1):
+        if stride < span and 0 not in shape:
+            return False
         span += (extent - 1) * stride
+    return True
 
 
 def _slots(model: torch.nn.Module) -> Iterator[tuple[str, _Slot]]:

@@ -6,10 +6,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from dst_optax.subset import gaps, scatter, trees
+from dst_optax.subset import gaps, trees
 from dst_optax.subset.errors import SubsetError
 from dst_optax.subset.fingerprint import fingerprints
 
@@ -409,7 +408,9 @@ def _check_same_seed(subsets: Sequence[Subset]) -> None:
 
 def _written(x: Any, positions: np.ndarray, values: np.ndarray | None) -> Any:
     assert values is not None
-    if isinstance(x, jax.Array):
+    if trees.is_jax_array(x):
+        from dst_optax.subset import scatter
+
         return scatter.scatter(x, scatter.pieces([(x, positions, values)])[0])
     out = np.array(x, order="C")
     out.reshape(-1)[positions] = values

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dst_optax.subset import checkpoints, files
+from dst_optax.subset import files
 from dst_optax.subset.core import Subset
 from dst_optax.subset.errors import SubsetError
 
@@ -44,6 +44,8 @@ def open_model(path: str | os.PathLike[str]) -> dict[str, Any]:
                     raise SubsetError(f"{source}: two files hold the tensor {name!r}.")
                 tensors[name] = x
         return tensors
+    from dst_optax.subset import checkpoints
+
     try:
         if (found := checkpoints.open_parameters(source)) is not None:
             return found
