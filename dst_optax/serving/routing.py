@@ -176,21 +176,18 @@ class RoutedStore(Store[torch.nn.Module, Piece]):
     loading, and nothing else would tell.
     """
 
-    def __init__(
-        self, model: torch.nn.Module, checkpoint: Mapping[str, Any], *, max_bytes: int | None = None
-    ) -> None:
+    def __init__(self, model: torch.nn.Module, checkpoint: Mapping[str, Any]) -> None:
         """Takes over an engine's model.
 
         Args:
           model: the seed, as the engine has it after loading; has ``load_weights``.
           checkpoint: the tensors that the engine loaded, by name; read for the fingerprints, and at the
             positions of each subset that is loaded.
-          max_bytes: bound on the bytes of all loaded subsets; the least recently used ones make room.
 
         Raises:
           SubsetError: the model's loader does more than copy; see :func:`trace`.
         """
-        super().__init__(max_bytes=max_bytes)
+        super().__init__()
         self._model = model
         self._checkpoint = checkpoint
         self._routes = trace(model, checkpoint)
@@ -258,9 +255,46 @@ class RoutedStore(Store[torch.nn.Module, Piece]):
     def _scatter(self, path: str, piece: Piece) -> None:
         in_place.scatter(self._memory(path), piece)
 
+    def _check_tensor(self, path: str) -> None:
+        self._memory(path)
+
     def _memory(self, path: str) -> torch.Tensor:
         route = self._by_key[path]
         if not route.is_current():
             name = path.rsplit("#", 1)[0]
             raise SubsetError(f"{name!r} was moved or replaced since it was loaded; restart the engine.")
         return in_place.memory(route.target)
+
+
+def answer(store: RoutedStore, verb: str, *args: Any) -> Any:
+    """Does what a server asks of one of its engine's processes.
+
+    Args:
+      store: this process's.
+      verb: ``load``, ``check``, ``activate``, ``unload``, ``discard`` or ``list``.
+      *args: a subset's name, None for the seed; of ``load`` its directory, too.
+
+    Returns:
+      Of ``load`` which entries have no place in this process, as bits by tensor; of ``list`` what is loaded.
+    """
+    match verb, *args:
+        case "load", name, directory:
+            subset = Subset.load(directory)
+            store.add(name, subset)
+            return {path: np.packbits(missed).tobytes() for path, missed in store.missed(subset).items()}
+        case "check", name:
+            store.check(name)
+        case "activate", None:
+            store.deactivate()
+        case "activate", name:
+            store.activate(name)
+        case "unload", name:
+            store.unload(name)
+        case "discard", name:
+            if any(x.name == name for x in store.list()):
+                store.unload(name)
+        case ["list"]:
+            return [tuple(x) for x in store.list()]
+        case _:
+            raise ValueError(f"no verb {verb!r} with {len(args)} arguments.")
+    return None

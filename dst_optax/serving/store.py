@@ -15,6 +15,15 @@ Model = TypeVar("Model")
 Piece = TypeVar("Piece")
 
 
+def check_name(name: str) -> None:
+    """Raises a SubsetError unless a name is allowed."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise SubsetError(
+            f"the name {str(name)[:128]!r} is not allowed: use up to 128 letters, digits, '.', '_' and "
+            "'-', a letter or digit first."
+        )
+
+
 class Listed(NamedTuple):
     """A subset in a store.
 
@@ -70,6 +79,9 @@ class Store(abc.ABC, Generic[Model, Piece]):
     def _scatter(self, path: str, piece: Piece) -> None:
         """Writes a piece into the model."""
 
+    def _check_tensor(self, path: str) -> None:
+        """Raises if a tensor can no longer be written."""
+
     @property
     def active(self) -> str | None:
         """Name of the active subset."""
@@ -86,7 +98,7 @@ class Store(abc.ABC, Generic[Model, Piece]):
           SubsetError: name, files or seed are not right, or ``max_bytes`` is too small; the store is as
             it was before.
         """
-        self._check_name(name)
+        check_name(name)
         self.add(name, Subset.load(directory))
 
     def add(self, name: str, subset: Subset) -> None:
@@ -99,7 +111,7 @@ class Store(abc.ABC, Generic[Model, Piece]):
         Raises:
           SubsetError: as in :meth:`load`.
         """
-        self._check_name(name)
+        check_name(name)
         with self._lock:
             if name in self._loaded:
                 raise SubsetError(f"the name {name!r} is in use; unload it first.")
@@ -107,6 +119,20 @@ class Store(abc.ABC, Generic[Model, Piece]):
             nbytes = sum(self._nbytes(piece) for piece in pieces.values())
             self._make_room(name, nbytes)
             self._loaded[name] = _Loaded(pieces, subset.count, nbytes)
+
+    def check(self, name: str | None) -> None:
+        """Raises unless the model could be switched now; nothing is written.
+
+        Args:
+          name: a loaded subset, or None for the seed.
+
+        Raises:
+          SubsetError: the name is not loaded, or a tensor was moved.
+        """
+        with self._lock:
+            for each in (name, self._active):
+                for path in () if each is None else self._get(each).pieces:
+                    self._check_tensor(path)
 
     def activate(self, name: str) -> Model:
         """Gives the model the values of a subset; touches only what differs from the current ones.
@@ -206,10 +232,3 @@ class Store(abc.ABC, Generic[Model, Piece]):
                 f"no subset {str(name)[:128]!r} is loaded; loaded are {list(self._loaded)[:8]}."
             )
         return self._loaded[name]
-
-    def _check_name(self, name: str) -> None:
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise SubsetError(
-                f"the name {str(name)[:128]!r} is not allowed: use up to 128 letters, digits, '.', '_' and "
-                "'-', a letter or digit first."
-            )

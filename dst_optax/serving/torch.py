@@ -152,6 +152,9 @@ class SubsetStore(Store[torch.nn.Module, Piece]):
         scatter(self._memory(path), piece)
         torch.clear_autocast_cache()  # it may hold the weight in another dtype
 
+    def _check_tensor(self, path: str) -> None:
+        self._memory(path)
+
     def _memory(self, path: str) -> torch.Tensor:
         slot = self._slots[path]
         if _layout(slot.tensor) != slot.layout:
