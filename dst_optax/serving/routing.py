@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dst_optax.serving import torch as in_place
-from dst_optax.serving.store import Store
-from dst_optax.serving.torch import Piece
+from dst_optax.serving import in_place
+from dst_optax.serving.in_place import InPlaceStore, Piece
+from dst_optax.serving.store import Loaded
 from dst_optax.subset import Subset, SubsetError, files, fingerprints
 
 _TORCH_DTYPES = {d.name: getattr(torch, d.name) for d in files.DTYPES.values() if hasattr(torch, d.name)}
@@ -168,7 +168,7 @@ def _storage(x: torch.Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
-class RoutedStore(Store[torch.nn.Module, Piece]):
+class RoutedStore(InPlaceStore):
     """Named subsets on a model that an engine keeps in an order of its own.
 
     Subsets name tensors and positions of the checkpoint. Before a subset is taken, what the engine holds at
@@ -187,8 +187,7 @@ class RoutedStore(Store[torch.nn.Module, Piece]):
         Raises:
           SubsetError: the model's loader does more than copy; see :func:`trace`.
         """
-        super().__init__()
-        self._model = model
+        super().__init__(model)
         self._checkpoint = checkpoint
         self._routes = trace(model, checkpoint)
         self._fingerprints = dict(zip(checkpoint, fingerprints(checkpoint.values()), strict=True))
@@ -212,10 +211,7 @@ class RoutedStore(Store[torch.nn.Module, Piece]):
                 found[name] = missed
         return found
 
-    def _current(self) -> torch.nn.Module:
-        return self._model
-
-    def _place(self, subset: Subset) -> dict[str, Piece]:
+    def _place(self, subset: Subset) -> Loaded[dict[str, Piece]]:
         subset.check_structure({n: (tuple(x.shape), np.dtype(x.dtype)) for n, x in self._checkpoint.items()})
         subset.check_fingerprints(self._fingerprints)
         pieces = {}
@@ -226,37 +222,22 @@ class RoutedStore(Store[torch.nn.Module, Piece]):
             for i, route in enumerate(self._routes[name]):
                 chosen, offsets = route.follow(e.positions)
                 if len(chosen):
-                    key = f"{name}#{i}"
-                    pieces[key] = in_place.piece(route.target, offsets, e.values[chosen])
-                    self._guard(key, pieces[key], in_place.bits(seed[chosen]))
-        return pieces
+                    device = route.target.device
+                    values = (in_place.bits(x[chosen], device) for x in (e.values, seed))
+                    key, piece = f"{name}#{i}", Piece(torch.from_numpy(offsets).to(device), *values)
+                    self._guard(name, key, piece)
+                    pieces[key] = piece
+        return in_place.loaded(subset, pieces)
 
-    def _guard(self, key: str, piece: Piece, seed: torch.Tensor) -> None:
-        """Raises unless the model holds the seed's values at a piece's offsets."""
-        held = self._gather(key, piece).values
-        if self._active is not None and (active := self._loaded[self._active].pieces.get(key)) is not None:
-            offsets, order = active.offsets.sort()
-            at = torch.searchsorted(offsets, piece.offsets).clamp(max=len(offsets) - 1)
-            held = torch.where(offsets[at] == piece.offsets, active.values[order[at]], held)
-        wrong = int((held.cpu() != seed).sum())
+    def _guard(self, name: str, key: str, piece: Piece) -> None:
+        """Raises unless the engine holds the checkpoint's values at a piece's offsets."""
+        wrong = int((self._seed_bits(key, piece.offsets) != piece.seed).sum())
         if wrong:
             raise SubsetError(
-                f"{key.rsplit('#', 1)[0]!r}: the engine holds other values than the checkpoint at {wrong} of "
-                f"{len(seed)} positions. It was changed after loading, or the engine keeps these weights in "
-                "an order of its own; subsets cannot be served on it."
+                f"{name!r}: at {wrong} of {len(piece.seed)} positions the engine holds other values than the "
+                "checkpoint. It was changed after loading, or the engine keeps these weights in an order of "
+                "its own; subsets cannot be served on it."
             )
-
-    def _nbytes(self, piece: Piece) -> int:
-        return piece.offsets.nbytes + piece.values.nbytes
-
-    def _gather(self, path: str, piece: Piece) -> Piece:
-        return in_place.gather(self._memory(path), piece)
-
-    def _scatter(self, path: str, piece: Piece) -> None:
-        in_place.scatter(self._memory(path), piece)
-
-    def _check_tensor(self, path: str) -> None:
-        self._memory(path)
 
     def _memory(self, path: str) -> torch.Tensor:
         route = self._by_key[path]

@@ -6,13 +6,13 @@ import os
 import re
 import threading
 from collections.abc import Iterator
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from dst_optax.subset import Subset, SubsetError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 Model = TypeVar("Model")
-Piece = TypeVar("Piece")
+Pieces = TypeVar("Pieces")
 
 
 def check_name(name: str) -> None:
@@ -40,13 +40,21 @@ class Listed(NamedTuple):
     active: bool
 
 
-class _Loaded(NamedTuple):
-    pieces: dict[str, Any]  # by tensor; the seed's values while the subset is active
+class Loaded(NamedTuple, Generic[Pieces]):
+    """What a store keeps of a subset.
+
+    Attributes:
+      pieces: its entries on the devices where they belong.
+      entries: how many they are.
+      nbytes: bytes that they occupy on this process's devices.
+    """
+
+    pieces: Pieces
     entries: int
     nbytes: int
 
 
-class Store(abc.ABC, Generic[Model, Piece]):
+class Store(abc.ABC, Generic[Model, Pieces]):
     """Named subsets on one resident seed model, one of them active at a time.
 
     All methods may be called from several threads. A model that one thread uses must not be switched by
@@ -55,7 +63,7 @@ class Store(abc.ABC, Generic[Model, Piece]):
 
     def __init__(self, *, max_bytes: int | None = None) -> None:
         self._lock = threading.RLock()
-        self._loaded: dict[str, _Loaded] = {}  # least recently used first
+        self._loaded: dict[str, Loaded[Pieces]] = {}  # least recently used first
         self._active: str | None = None
         self._max_bytes = max_bytes
 
@@ -64,23 +72,16 @@ class Store(abc.ABC, Generic[Model, Piece]):
         """The model as it is now."""
 
     @abc.abstractmethod
-    def _place(self, subset: Subset) -> dict[str, Piece]:
-        """The entries of each tensor, on its devices; raises unless the subset is for this seed."""
+    def _place(self, subset: Subset) -> Loaded[Pieces]:
+        """The entries on their devices; raises a SubsetError unless the subset is for this seed."""
 
     @abc.abstractmethod
-    def _nbytes(self, piece: Piece) -> int:
-        """Bytes of a piece on this process's devices."""
+    def _check(self, pieces: Pieces) -> None:
+        """Raises if the model can no longer be switched at these entries."""
 
     @abc.abstractmethod
-    def _gather(self, path: str, piece: Piece) -> Piece:
-        """The piece with the values that the model has at its positions."""
-
-    @abc.abstractmethod
-    def _scatter(self, path: str, piece: Piece) -> None:
-        """Writes a piece into the model."""
-
-    def _check_tensor(self, path: str) -> None:
-        """Raises if a tensor can no longer be written."""
+    def _switch(self, name: str | None) -> None:
+        """Gives the model the values of a subset in place of the active one's, all of them or none."""
 
     @property
     def active(self) -> str | None:
@@ -115,10 +116,9 @@ class Store(abc.ABC, Generic[Model, Piece]):
         with self._lock:
             if name in self._loaded:
                 raise SubsetError(f"the name {name!r} is in use; unload it first.")
-            pieces = self._place(subset)
-            nbytes = sum(self._nbytes(piece) for piece in pieces.values())
-            self._make_room(name, nbytes)
-            self._loaded[name] = _Loaded(pieces, subset.count, nbytes)
+            loaded = self._place(subset)
+            self._make_room(name, loaded.nbytes)
+            self._loaded[name] = loaded
 
     def check(self, name: str | None) -> None:
         """Raises unless the model could be switched now; nothing is written.
@@ -130,9 +130,8 @@ class Store(abc.ABC, Generic[Model, Piece]):
           SubsetError: the name is not loaded, or a tensor was moved.
         """
         with self._lock:
-            for each in (name, self._active):
-                for path in () if each is None else self._get(each).pieces:
-                    self._check_tensor(path)
+            for each in {name, self._active} - {None}:
+                self._check(self._get(each).pieces)
 
     def activate(self, name: str) -> Model:
         """Gives the model the values of a subset; touches only what differs from the current ones.
@@ -149,8 +148,7 @@ class Store(abc.ABC, Generic[Model, Piece]):
         with self._lock:
             self._get(name)
             if self._active != name:
-                self.deactivate()
-                self._switch(name, active=name)
+                self._switch(name)
             self._loaded[name] = self._loaded.pop(name)
             return self._current()
 
@@ -162,7 +160,7 @@ class Store(abc.ABC, Generic[Model, Piece]):
         """
         with self._lock:
             if self._active is not None:
-                self._switch(self._active, active=None)
+                self._switch(None)
             return self._current()
 
     def unload(self, name: str) -> None:
@@ -198,20 +196,6 @@ class Store(abc.ABC, Generic[Model, Piece]):
         with self._lock:
             yield self.deactivate() if name is None else self.activate(name)
 
-    def _switch(self, name: str, *, active: str | None) -> None:
-        """Swaps the values of a subset with the model's; all of them or none."""
-        loaded = self._loaded[name]
-        before: dict[str, Piece] = {}
-        try:
-            for path, piece in loaded.pieces.items():
-                before[path] = self._gather(path, piece)
-                self._scatter(path, piece)
-        except BaseException:
-            for path, piece in before.items():
-                self._scatter(path, piece)
-            raise
-        self._loaded[name], self._active = loaded._replace(pieces=before), active
-
     def _make_room(self, name: str, nbytes: int) -> None:
         if self._max_bytes is None:
             return
@@ -226,8 +210,8 @@ class Store(abc.ABC, Generic[Model, Piece]):
                 break
             total -= self._loaded.pop(victim).nbytes
 
-    def _get(self, name: str) -> _Loaded:
-        if name not in self._loaded:
+    def _get(self, name: str | None) -> Loaded[Pieces]:
+        if name is None or name not in self._loaded:
             raise SubsetError(
                 f"no subset {str(name)[:128]!r} is loaded; loaded are {list(self._loaded)[:8]}."
             )

@@ -1,31 +1,22 @@
 """Many tuned models on one resident PyTorch module.
 
-The module keeps its tensors: switching writes integers of their own width into the memory where they lie, so
-every bit pattern survives, and compiled or captured graphs that read the tensors see the new values.
+The module keeps its tensors, so compiled or captured graphs that read them see the new values.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from dst_optax.serving.store import Store
-from dst_optax.subset import Subset, SubsetError, files, fingerprints
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_DTYPES = {getattr(torch, d.name): d for d in files.DTYPES.values() if hasattr(torch, d.name)}
-
-
-class Piece(NamedTuple):
-    """Entries of one tensor, on its device."""
-
-    offsets: torch.Tensor  # (k,) int64, from the tensor's first entry in memory
-    values: torch.Tensor  # (k,) integers, the bits
+from dst_optax.serving import in_place
+from dst_optax.serving.in_place import DTYPES, InPlaceStore, Piece
+from dst_optax.serving.store import Loaded
+from dst_optax.subset import Subset, SubsetError, fingerprints
 
 
 class _Slot(NamedTuple):
@@ -40,7 +31,7 @@ class _Slot(NamedTuple):
         return getattr(self.owner, self.attribute).detach()
 
 
-class SubsetStore(Store[torch.nn.Module, Piece]):
+class SubsetStore(InPlaceStore):
     """Named subsets on one resident module, one of them active at a time.
 
     All methods may be called from several threads. A module that one thread uses must not be switched by
@@ -77,8 +68,7 @@ class SubsetStore(Store[torch.nn.Module, Piece]):
           SubsetError: a tensor cannot be written in place: it has no memory, is of another class, or shares
             memory with another tensor.
         """
-        super().__init__(max_bytes=max_bytes)
-        self._model = model
+        super().__init__(model, max_bytes=max_bytes)
         slots = dict(_slots(model))
         self._primary = _first_names(slots)
         self._slots = {name: slot for name, slot in slots.items() if self._primary[name] == name}
@@ -105,18 +95,18 @@ class SubsetStore(Store[torch.nn.Module, Piece]):
                 if before is not None:
                     self.activate(before)
 
-    def _current(self) -> torch.nn.Module:
-        return self._model
-
-    def _place(self, subset: Subset) -> dict[str, Piece]:
+    def _place(self, subset: Subset) -> Loaded[dict[str, Piece]]:
         subset = self._renamed(subset)
         subset.check_fingerprints({name: self._fingerprints[name] for name in subset})
         pieces = {}
         for name, e in subset.items():
             if len(e):
                 x = self._slots[name].tensor
-                pieces[name] = piece(x, memory_offsets(e.positions, x.shape, x.stride()), e.values)
-        return pieces
+                offsets = in_place.memory_offsets(e.positions, x.shape, x.stride())
+                offsets = torch.from_numpy(offsets).to(x.device)
+                seed = self._seed_bits(name, offsets)
+                pieces[name] = Piece(offsets, in_place.bits(e.values, x.device), seed)
+        return in_place.loaded(subset, pieces)
 
     def _renamed(self, subset: Subset) -> Subset:
         """The subset with tied tensors under their first names, once, after its structure is checked."""
@@ -142,94 +132,13 @@ class SubsetStore(Store[torch.nn.Module, Piece]):
                 )
         return Subset(found, subset.metadata)
 
-    def _nbytes(self, piece: Piece) -> int:
-        return piece.offsets.nbytes + piece.values.nbytes
-
-    def _gather(self, path: str, piece: Piece) -> Piece:
-        return gather(self._memory(path), piece)
-
-    def _scatter(self, path: str, piece: Piece) -> None:
-        scatter(self._memory(path), piece)
-        torch.clear_autocast_cache()  # it may hold the weight in another dtype
-
-    def _check_tensor(self, path: str) -> None:
-        self._memory(path)
-
     def _memory(self, path: str) -> torch.Tensor:
         slot = self._slots[path]
         if _layout(slot.tensor) != slot.layout:
             raise SubsetError(
                 f"{path!r} was moved or converted after the store was made; make a new one from the seed."
             )
-        return memory(slot.tensor)
-
-
-def memory(x: torch.Tensor) -> torch.Tensor:
-    """The memory that a tensor lies in, from its first entry to its last, as integers of its width."""
-    span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-    return x.detach().as_strided((span,), (1,)).view(_INTEGERS[x.element_size()])
-
-
-def memory_offsets(positions: np.ndarray, shape: Sequence[int], strides: Sequence[int]) -> np.ndarray:
-    """Where row-major positions of a tensor lie in its :func:`memory`, (k,) int64."""
-    positions = positions.astype(np.int64)
-    offsets, stride = np.zeros_like(positions), 1
-    for extent, step in zip(reversed(shape), reversed(strides), strict=True):
-        offsets += positions // stride % extent * step
-        stride *= extent
-    return offsets
-
-
-def piece(x: torch.Tensor, offsets: np.ndarray, values: np.ndarray) -> Piece:
-    """Entries as a tensor's device holds them.
-
-    Args:
-      x: the tensor.
-      offsets: (k,) int64, see :func:`memory_offsets`.
-      values: (k,) of the tensor's dtype.
-    """
-    return Piece(torch.from_numpy(offsets).to(x.device), bits(values).to(x.device))
-
-
-def bits(values: np.ndarray) -> torch.Tensor:
-    """Values as integers of their width, on the host."""
-    return torch.from_numpy(np.array(values.view(f"{'u' if values.itemsize == 1 else 'i'}{values.itemsize}")))
-
-
-@torch.no_grad()
-def gather(memory: torch.Tensor, piece: Piece) -> Piece:
-    """The piece with the values that lie in memory at its offsets."""
-    return piece._replace(values=memory.index_select(0, piece.offsets))
-
-
-@torch.no_grad()
-def scatter(memory: torch.Tensor, piece: Piece) -> None:
-    """Writes a piece into memory."""
-    memory.index_copy_(0, piece.offsets, piece.values)
-
-
-def check_writable(name: str, x: torch.Tensor) -> None:
-    """Raises a SubsetError unless every entry of a tensor has memory of its own."""
-    if type(x.detach()) is not torch.Tensor or x.layout != torch.strided:
-        raise SubsetError(
-            f"{name!r} is a {type(x).__name__} ({x.layout}); only plain tensors can be switched."
-        )
-    if x.device.type == "meta":
-        raise SubsetError(f"{name!r} is on the meta device; load the model's weights first.")
-    if x.dtype not in _DTYPES:
-        raise SubsetError(f"{name!r} has the dtype {x.dtype}, which subsets cannot hold.")
-    if not is_nested(x.shape, x.stride()):
-        raise SubsetError(f"{name!r} has several entries in one place of memory (an expanded tensor).")
-
-
-def is_nested(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether each axis steps over all that the axes of smaller strides reach, so no place is met twice."""
-    span = 1
-    for stride, extent in sorted((s, n) for s, n in zip(strides, shape, strict=True) if n > 1):
-        if stride < span and 0 not in shape:
-            return False
-        span += (extent - 1) * stride
-    return True
+        return in_place.memory(slot.tensor)
 
 
 def _slots(model: torch.nn.Module) -> Iterator[tuple[str, _Slot]]:
@@ -240,7 +149,7 @@ def _slots(model: torch.nn.Module) -> Iterator[tuple[str, _Slot]]:
         buffers = {k: x for k, x in module._buffers.items() if k not in transient}
         for attribute, x in {**module._parameters, **buffers}.items():
             if x is not None:
-                check_writable(prefix + attribute, x)
+                in_place.check_writable(prefix + attribute, x)
                 yield prefix + attribute, _Slot(module, attribute, _layout(x))
 
 
@@ -259,7 +168,7 @@ def _check_apart(slots: dict[str, _Slot]) -> None:
     filled = [(name, slot.tensor) for name, slot in slots.items() if slot.tensor.numel()]
     ordered = sorted(filled, key=lambda item: (str(item[1].device), item[1].data_ptr()))
     for (a, x), (b, y) in itertools.pairwise(ordered):
-        if x.device == y.device and y.data_ptr() < x.data_ptr() + memory(x).nbytes:
+        if x.device == y.device and y.data_ptr() < x.data_ptr() + in_place.memory(x).nbytes:
             raise SubsetError(f"{a!r} and {b!r} overlap in memory; only whole tensors can be tied.")
 
 
@@ -268,9 +177,13 @@ def _layout(x: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _structure(x: torch.Tensor) -> tuple[tuple[int, ...], np.dtype]:
-    return tuple(x.shape), _DTYPES[x.dtype]
+    return tuple(x.shape), DTYPES[x.dtype]
 
 
 def _host_array(x: torch.Tensor) -> np.ndarray:
     shape, dtype = _structure(x)
-    return x.cpu().contiguous().view(_INTEGERS[x.element_size()]).numpy().view(dtype).reshape(shape)
+    return (
+        in_place.memory(x.cpu().contiguous()).numpy().view(dtype).reshape(shape)
+        if x.numel()
+        else np.empty(shape, dtype)
+    )

@@ -10,7 +10,7 @@ from oracle import bits
 torch = pytest.importorskip("torch")
 
 from dst_optax import subset  # noqa: E402
-from dst_optax.serving import torch as serving  # noqa: E402
+from dst_optax.serving import in_place  # noqa: E402
 from dst_optax.serving.torch import SubsetStore  # noqa: E402
 from dst_optax.subset import SubsetError  # noqa: E402
 
@@ -248,22 +248,25 @@ def test_a_module_that_was_moved_is_left_alone():
 
 
 @pytest.mark.parametrize("after_writing", [False, True])
-def test_a_failed_switch_is_undone(monkeypatch, after_writing):
+@pytest.mark.parametrize("at", [1, 3, 6])
+def test_a_failed_switch_is_undone(monkeypatch, after_writing, at):
     store, seed, tuned = filled(2)
-    real, calls = serving.scatter, []
+    store.activate("s0")
+    real, calls = in_place.scatter, []
 
-    def failing(memory, piece):
-        calls.append(memory)
-        if len(calls) == 3:
-            if after_writing:
-                real(memory, piece)
+    def failing(*args):
+        calls.append(args)
+        if after_writing or len(calls) != at:
+            real(*args)
+        if len(calls) == at:
             raise KeyboardInterrupt
-        real(memory, piece)
 
-    monkeypatch.setattr(serving, "scatter", failing)
+    monkeypatch.setattr(in_place, "scatter", failing)
     with pytest.raises(KeyboardInterrupt):
         store.activate("s1")
     monkeypatch.undo()
+    assert store.active == "s0"
+    assert same(store.activate("s0"), tuned[0])
     assert same(store.deactivate(), seed)
     assert same(store.activate("s1"), tuned[1])
     assert same(store.deactivate(), seed)
