@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from dst_optax.serving.store import Loaded, Store
-from dst_optax.subset import Subset, SubsetError, files
+from dst_optax.subset import Subset, SubsetError, dtypes
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-DTYPES = {getattr(torch, d.name): d for d in files.DTYPES.values() if hasattr(torch, d.name)}
+DTYPES = {getattr(torch, d.name): d for d in dtypes.DTYPES.values() if hasattr(torch, d.name)}
 """Numpy's dtype of each of PyTorch's that subsets can hold."""
 
 

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dst_optax.serving import in_place
 from dst_optax.serving.in_place import InPlaceStore, Piece
 from dst_optax.serving.store import Loaded
-from dst_optax.subset import Subset, SubsetError, files, fingerprints
+from dst_optax.subset import Subset, SubsetError, dtypes, fingerprints
 
-_TORCH_DTYPES = {d.name: getattr(torch, d.name) for d in files.DTYPES.values() if hasattr(torch, d.name)}
+_TORCH_DTYPES = {d.name: getattr(torch, d.name) for d in dtypes.DTYPES.values() if hasattr(torch, d.name)}
 _PADDING = (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default)
 
 

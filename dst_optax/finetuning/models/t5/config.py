@@ -1,8 +1,21 @@
 """Shapes of T5: the dimensions that were published, and a tiny one."""
 
 import dataclasses
+import difflib
+from collections.abc import Mapping
 
 from jax.typing import DTypeLike
+
+MLP_ACTIVATIONS: Mapping[tuple[str, ...], str] = {
+    ("relu",): "relu",
+    ("gelu", "linear"): "gated-gelu",
+    ("gelu",): "gelu_new",
+    ("silu",): "silu",
+    ("relu", "linear"): "gated-relu",
+    ("silu", "linear"): "gated-silu",
+}
+"""The feed-forward networks of T5, by the activations' names in ``flax.linen``, as ``transformers`` names
+them; a tuned model could not be exported with another."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,10 +30,14 @@ class T5Config:
       num_decoder_layers: decoder layers.
       head_dim: width of a head.
       mlp_dim: width of the hidden layer.
-      mlp_activations: names in ``flax.linen``, or ``linear``; the hidden layers they make are
-        multiplied: ``("relu",)`` is T5 1.0, ``("gelu", "linear")`` the gated GELU of T5 1.1.
+      mlp_activations: one of :data:`MLP_ACTIVATIONS`, names in ``flax.linen`` or ``linear``; the hidden
+        layers they make are multiplied: ``("relu",)`` is T5 1.0, ``("gelu", "linear")`` the gated GELU of
+        T5 1.1.
       dropout_rate: share of activations to drop when dropout is enabled.
       logits_via_embedding: whether the (scaled) embedding also makes the logits, as in T5 1.0.
+      relpos_buckets: buckets of relative positions.
+      relpos_max_distance: relative positions from here on share a bucket.
+      norm_epsilon: added to the mean square in layer normalisation.
       dtype: dtype of the computation; parameters are initialised in float32 whatever it is.
       scan_layers: whether layers are stacked along axis 1 of their parameters and run in a
         ``lax.scan``: one layer is compiled instead of all.
@@ -43,6 +60,9 @@ class T5Config:
     mlp_activations: tuple[str, ...] = ("gelu", "linear")
     dropout_rate: float = 0.1
     logits_via_embedding: bool = False
+    relpos_buckets: int = 32
+    relpos_max_distance: int = 128
+    norm_epsilon: float = 1e-6
     dtype: DTypeLike = "float32"
     scan_layers: bool = False
     remat: bool = False
@@ -53,6 +73,17 @@ class T5Config:
             value = getattr(self, field.name)
             if field.type is int and value < 1:
                 raise ValueError(f"T5Config: {field.name} must be at least 1, got {value!r}.")
+        if self.mlp_activations not in MLP_ACTIVATIONS:
+            raise ValueError(
+                f"T5Config: mlp_activations is {self.mlp_activations}, no feed-forward network that "
+                f"transformers has; it has {', '.join(map(str, MLP_ACTIVATIONS))}."
+            )
+        if self.relpos_buckets < 4 or self.relpos_max_distance <= self.relpos_buckets // 2:
+            raise ValueError(
+                f"T5Config: {self.relpos_buckets} relpos_buckets and relpos_max_distance "
+                f"{self.relpos_max_distance} do not fit: at least 4 buckets, and a distance of more than "
+                "half as many."
+            )
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"T5Config: dropout_rate must lie in [0, 1), got {self.dropout_rate!r}.")
 
@@ -118,3 +149,22 @@ CONFIGS: dict[str, T5Config] = {
     "byt5_xxl": _byt5(4672, 64, 12, 12352),
 }
 """Published sizes of T5 1.0, T5 1.1 and ByT5 (arXiv 1910.10683, 2002.05202, 2105.13626), and ``tiny``."""
+
+
+def published(name: str) -> T5Config:
+    """The shape of a published model.
+
+    Args:
+      name: in :data:`CONFIGS`.
+
+    Raises:
+      ValueError: no such name.
+
+    Example:
+      >>> published("byt5_small").vocab_size
+      384
+    """
+    if name not in CONFIGS:
+        nearest = difflib.get_close_matches(name, CONFIGS, 1, cutoff=0)
+        raise ValueError(f"unknown model {name!r}; did you mean {nearest[0]}? Known: {', '.join(CONFIGS)}.")
+    return CONFIGS[name]

@@ -33,6 +33,13 @@ def test_logits_are_those_of_transformers(name, scan):
     np.testing.assert_allclose(found, RECORD[f"{name}/logits"], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", cases.VARIANTS)
+def test_logits_of_other_t5s_are_those_of_transformers(name):
+    config = dataclasses.replace(cases.VARIANTS[name], scan_layers=True)
+    found = cases.logits(config, cases.weights(config), *cases.batch(config))
+    np.testing.assert_allclose(found, RECORD[f"{name}/logits"], atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("name", cases.CONFIGS)
 def test_logits_names_and_shapes_are_those_of_t5x(name, scan):
@@ -120,16 +127,19 @@ def test_published_number_of_parameters(name, millions):
     assert round(t5.num_params(t5.CONFIGS[name]) / 1e6, 1) == millions
 
 
-@pytest.mark.parametrize("name", t5.CONFIGS)
-def test_gin_file_is_the_table(name):
+def test_the_tiny_gin_file_is_the_table():
     gin = pytest.importorskip("gin", reason="needs gin-config")
-    file = CONFIGS_DIR / f"{name}.gin"
     gin.clear_config()
-    gin.parse_config_file(str(file))
+    gin.parse_config_file(str(CONFIGS_DIR / "tiny.gin"))
     config = gin.query_parameter("%MODEL").scoped_configurable_fn()
     gin.clear_config()
-    assert config == t5.CONFIGS[name]
-    assert f"{t5.num_params(config):,} parameters" in file.read_text()
+    assert config == t5.CONFIGS["tiny"]
+
+
+def test_an_unknown_name_is_refused_with_the_nearest():
+    assert t5.published("t5_1_1_xl") == t5.CONFIGS["t5_1_1_xl"]
+    with pytest.raises(ValueError, match="did you mean t5_1_1_small"):
+        t5.published("t5_1.1_small")
 
 
 def test_initial_scale_is_that_of_t5():
