@@ -143,7 +143,11 @@ def load(
       (24, 2, 16)
     """
     path, rows = Path(path), tensors(config)
-    found = {name: x for name, x in models.open_model(path).items() if not name.endswith(".inv_freq")}
+    try:
+        held = models.open_model(path)
+    except OSError as e:
+        raise ValueError(f"{path} is no whole checkpoint: {e}; download all of its files.") from e
+    found = {name: x for name, x in held.items() if not name.endswith(".inv_freq")}
     by_name = {row.name: row for row in rows}
     for row in rows:
         for copy in row.copies:

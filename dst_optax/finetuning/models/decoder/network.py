@@ -264,7 +264,7 @@ def _stack(config: DecoderConfig, cache_length: int | None) -> Callable[..., jax
             layer,
             variable_axes={"params": 1, "cache": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]: declared as int
             length=config.num_layers,
         )
         layers, kinds = [scanned(config, cache_length, name="layers")], [kinds]
