@@ -1,6 +1,6 @@
 """From a task's inputs and targets to what the network takes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import seqio
 import tensorflow as tf
@@ -13,14 +13,18 @@ class DecoderFeatureConverter(seqio.FeatureConverter):
 
     An example becomes, int32 and padded with 0 where nothing looks,
 
-    - ``decoder_input_tokens``: the prefix, the inputs and all targets but the last;
+    - ``decoder_input_tokens``: the inputs and all targets but the last;
     - ``decoder_target_tokens`` and ``decoder_loss_weights``: the targets, and 1 where there is one;
     - ``decoder_target_indices``: the index of the input token that each target follows.
 
     What is padding is told by lengths: 0 is a token.
 
-    Args:
-      prefix_ids: tokens before all inputs, such as ``<bos>``; not put there twice.
+    Example:
+      >>> task = {"inputs": tf.constant([5, 0]), "targets": tf.constant([7, 1])}
+      >>> data = tf.data.Dataset.from_tensors(task)
+      >>> made = next(DecoderFeatureConverter()(data, {"inputs": 3, "targets": 3}).as_numpy_iterator())
+      >>> made["decoder_input_tokens"].tolist(), made["decoder_target_indices"].tolist()
+      ([5, 0, 7, 0, 0], [1, 2, 3])
     """
 
     TASK_FEATURES = {"inputs": FeatureSpec(tf.int32), "targets": FeatureSpec(tf.int32)}  # noqa: RUF012
@@ -32,9 +36,8 @@ class DecoderFeatureConverter(seqio.FeatureConverter):
     }
     PACKING_FEATURE_DTYPES: Mapping[str, tf.DType] = {}  # noqa: RUF012
 
-    def __init__(self, prefix_ids: Sequence[int] = ()):
+    def __init__(self) -> None:
         super().__init__(pack=False)
-        self._prefix = tuple(prefix_ids)
 
     def _convert_features(
         self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
@@ -46,7 +49,7 @@ class DecoderFeatureConverter(seqio.FeatureConverter):
             return tf.ensure_shape(tf.pad(x, [[0, length - tf.size(x)]]), [length])
 
         def convert(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-            inputs, targets = with_prefix(example["inputs"], self._prefix), example["targets"]
+            inputs, targets = example["inputs"], example["targets"]
             tf.debugging.assert_positive(
                 tf.size(inputs), "an example has empty inputs: there is nothing that its targets follow."
             )
@@ -62,16 +65,6 @@ class DecoderFeatureConverter(seqio.FeatureConverter):
 
     def get_model_feature_lengths(self, task_feature_lengths: Mapping[str, int]) -> Mapping[str, int]:
         """Lengths of what an example becomes."""
-        inputs = len(self._prefix) + task_feature_lengths["inputs"]
-        targets = task_feature_lengths["targets"]
+        inputs, targets = task_feature_lengths["inputs"], task_feature_lengths["targets"]
         lengths = dict.fromkeys(self.MODEL_FEATURES, targets)
         return lengths | {"decoder_input_tokens": inputs + targets - 1}
-
-
-def with_prefix(inputs: tf.Tensor, prefix: tuple[int, ...]) -> tf.Tensor:
-    """Inputs that begin with the prefix, once."""
-    if not prefix:
-        return inputs
-    begins = tf.constant(prefix, inputs.dtype)
-    begun = tf.size(inputs) >= len(prefix) and tf.reduce_all(inputs[: len(prefix)] == begins)
-    return inputs if begun else tf.concat([begins, inputs], 0)
