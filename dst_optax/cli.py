@@ -1,28 +1,53 @@
 """The command ``dst-optax``."""
 
+import enum
 import importlib
+import inspect
+import json
 import logging
-import re
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated
 
-FINETUNE_USAGE = """usage: dst-optax finetune --gin_file=FILE [--gin.NAME=VALUE ...] [--gin_search_paths=DIR]
+try:
+    import typer
+except ModuleNotFoundError:
+    sys.exit("dst-optax: the command line needs more packages: pip install 'dst-optax[cli]'")
 
-Fine-tunes T5 as gin files say; later files and --gin.NAME=VALUE override earlier ones, e.g.
-  dst-optax finetune --gin_file=superglue/synthetic.gin --gin.RUN_DIR=\\"/tmp/run\\" --gin.FRACTION=0.01
-  --free_params=N is a budget that every method with one meets: DST, LoRA (by its ranks), prompts.
-Files are looked for here, in the search paths and among the configs of this package. The head of each
-file says what it needs and how long it takes.
-"""
-EXPERIMENTS = ("score_vs_budget", "subset_convergence", "serving_latency", "regularisation")
-EXPERIMENT_USAGE = f"""usage: dst-optax experiment NAME --gin_file=FILE [--gin.NAME=VALUE ...]
+from dst_optax._version import __version__
+from dst_optax.subset import cli as subset_cli
 
-Repeats an experiment of the paper: {", ".join(EXPERIMENTS)}. Each has a gin file under
-configs/experiments/ whose head says what it needs and how long it takes. A killed command goes on.
-"""
-CONFIGS = Path(__file__).resolve().parent / "finetuning" / "configs"
+app = typer.Typer(
+    help="Dynamic Subset Tuning: fine-tune, compare, and look into what tuning leaves behind.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(subset_cli.app, name="subset")
+
+GIN_SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Of commands that take T5X's ``--gin.NAME=VALUE`` beside what typer parses."""
+
+GinFiles = Annotated[
+    list[str],
+    typer.Option("--gin_file", help="Looked for here, in the search paths and among the package's configs."),
+]
+GinBindings = Annotated[
+    list[str], typer.Option("--gin_bindings", help="NAME=VALUE; the same as --gin.NAME=VALUE.")
+]
+GinSearchPaths = Annotated[
+    str, typer.Option("--gin_search_paths", help="Directories to look for gin files in, separated by commas.")
+]
+
+
+class Experiment(enum.StrEnum):
+    """Experiments of the paper; each has a gin file under ``configs/experiments``."""
+
+    SCORE_VS_BUDGET = "score_vs_budget"
+    SUBSET_CONVERGENCE = "subset_convergence"
+    SERVING_LATENCY = "serving_latency"
+    REGULARISATION = "regularisation"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,152 +57,165 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: of the command line, without the program's name; None takes the process's.
 
     Returns:
-      Exit status: 0, 2 for bad input, 130 for an interrupted run that can go on.
+      Exit status: 0, 2 for bad input, 130 for an interrupted run that can be resumed.
 
     Example:
-      >>> main(["--help"])
-      usage: dst-optax finetune | plan | experiment | report | subset ...
-      0
+      >>> main(["plan"])
+      2
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments and arguments[0] in COMMANDS:
-        return COMMANDS[arguments[0]](arguments[1:])
-    print(f"usage: dst-optax {' | '.join(COMMANDS)} ...")
-    return 0 if arguments in (["--help"], ["-h"]) else 2
-
-
-def finetune(arguments: Sequence[str]) -> int:
-    """Runs ``dst-optax finetune``; see FINETUNE_USAGE."""
-    return _configured("finetune", "dst_optax.finetuning.trainer", arguments, FINETUNE_USAGE)
-
-
-def experiment(arguments: Sequence[str]) -> int:
-    """Runs ``dst-optax experiment``; see EXPERIMENT_USAGE."""
-    name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    if name not in EXPERIMENTS:
-        print(EXPERIMENT_USAGE)
-        return 0 if name in ("--help", "-h") else 2
-    return _configured(name, f"dst_optax.finetuning.experiments.{name}", rest, EXPERIMENT_USAGE)
-
-
-def _configured(name: str, module: str, arguments: Sequence[str], usage: str) -> int:
-    """Runs a function as gin files say."""
-    if not arguments or "--help" in arguments or "-h" in arguments:
-        print(usage)
-        return 0 if arguments else 2
     try:
-        files, bindings, paths = gin_flags(arguments)
-        return _run(getattr(importlib.import_module(module), name), files, bindings, paths)
+        app(arguments, prog_name="dst-optax")
+    except SystemExit as done:
+        return int(done.code or 0)
     except ValueError as error:
-        print(f"dst-optax {name}: {error}", file=sys.stderr)
+        print(f"dst-optax: {error}", file=sys.stderr)
         return 2
+    return 0
 
 
-def gin_flags(arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """Parses T5X's flags.
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"dst-optax {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(context_settings=GIN_SETTINGS)
+def finetune(
+    context: typer.Context,
+    gin_file: GinFiles,
+    gin_bindings: GinBindings = [],  # noqa: B006
+    gin_search_paths: GinSearchPaths = "",
+    free_params: Annotated[
+        int | None,
+        typer.Option(
+            "--free_params",
+            min=1,
+            help="A budget that every method with one meets: DST, LoRA (by its ranks), prompts.",
+        ),
+    ] = None,
+) -> None:
+    r"""Fine-tunes as gin files say; later files and --gin.NAME=VALUE override earlier ones.
+
+    dst-optax finetune --gin_file=superglue/synthetic.gin --gin.RUN_DIR=\"runs/rte\" --gin.FRACTION=0.01
+
+    The head of each file says what it needs and how long it takes. Rerun a stopped command to resume it.
+    """
+    bindings = [*gin_bindings, *_gin_settings(context)]
+    budget = []
+    if free_params is not None:
+        bindings.append(f"NUM_FREE_PARAMS={free_params}")
+        budget = ["FRACTION=None", 'TIES="fill"']
+    _run("dst_optax.finetuning.trainer", "finetune", gin_file, bindings, gin_search_paths, budget)
+
+
+@app.command(context_settings=GIN_SETTINGS)
+def experiment(
+    context: typer.Context,
+    name: Experiment,
+    gin_file: GinFiles,
+    gin_bindings: GinBindings = [],  # noqa: B006
+    gin_search_paths: GinSearchPaths = "",
+) -> None:
+    """Repeats an experiment of the paper.
+
+    Each has a gin file under configs/experiments whose head says what it needs and how long it takes. Rerun
+    a stopped command to resume it.
+    """
+    bindings = [*gin_bindings, *_gin_settings(context)]
+    _run(f"dst_optax.finetuning.experiments.{name}", name, gin_file, bindings, gin_search_paths)
+
+
+def _gin_settings(context: typer.Context) -> list[str]:
+    for argument in context.args:
+        if not argument.startswith("--gin.") or "=" not in argument:
+            raise ValueError(f"unknown argument {argument!r}; settings are --gin.NAME=VALUE.")
+    return [argument.removeprefix("--gin.") for argument in context.args]
+
+
+def _run(
+    module: str,
+    name: str,
+    files: Sequence[str],
+    bindings: Sequence[str],
+    search_paths: str,
+    defaults: Sequence[str] = (),
+) -> None:
+    """Calls a function as gin files say.
 
     Args:
-      arguments: ``--gin_file=F``, ``--gin.NAME=VALUE`` (or ``--gin_bindings=NAME=VALUE``) and
-        ``--gin_search_paths=A,B`` and ``--free_params=N``, in any order and number.
-
-    Returns:
-      Files, bindings and search paths.
-
-    Raises:
-      ValueError: another argument.
-
-    Example:
-      >>> gin_flags(["--gin_file=a.gin", "--gin.STEPS=5"])
-      (['a.gin'], ['STEPS=5'], [])
+      module: of the function.
+      name: of the function.
+      files: gin files.
+      bindings: settings that the function must read.
+      search_paths: directories, separated by commas.
+      defaults: settings that the function need not read.
     """
-    files, bindings, paths = [], [], []
-    for argument in arguments:
-        if found := re.fullmatch(r"--gin_file=(.+)", argument, re.DOTALL):
-            files.append(found[1])
-        elif found := re.fullmatch(r"--gin(?:\.|_bindings=)([^=]+=.+)", argument, re.DOTALL):
-            bindings.append(found[1])
-        elif found := re.fullmatch(r"--free_params=(\d+)", argument):
-            bindings += [f"NUM_FREE_PARAMS={found[1]}", "FRACTION=0.1"]  # the default: not given
-            bindings.append('TIES="fill"')
-        elif found := re.fullmatch(r"--gin_search_paths=(.+)", argument):
-            paths += found[1].split(",")
-        else:
-            raise ValueError(f"unknown argument {argument!r}.\n{FINETUNE_USAGE}")
-    if not files:
-        raise ValueError(f"no --gin_file.\n{FINETUNE_USAGE}")
-    return files, bindings, paths
-
-
-def _run(function: Callable[..., Any], files: list[str], bindings: list[str], paths: list[str]) -> int:
+    _silence_banners()
     import gin  # pyright: ignore[reportMissingImports]
+
+    from dst_optax.finetuning import gin_files
+    from dst_optax.finetuning.interrupts import Interrupted
+
+    function = getattr(importlib.import_module(module), name)
+    gin_files.add_search_paths(*filter(None, search_paths.split(",")))
+    gin.clear_config()
+    gin_files.configure(files, [*defaults, *bindings])
+    gin_files.check(bindings, function)
+    keep = {"config": gin_files.identity(gin.config_str())}
+    known = inspect.signature(function).parameters
+    try:
+        gin.get_configurable(function)(**{k: v for k, v in keep.items() if k in known})
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        raise typer.Exit(130) from stopped
+
+
+def _silence_banners() -> None:
+    """Keeps TensorFlow, XLA and gin from speaking of themselves."""
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # jax has set it to 1 already
     from absl import logging as absl_logging
 
-    from dst_optax.finetuning import trainer
-
     absl_logging.set_verbosity(absl_logging.ERROR)
-    logging.getLogger().addFilter(lambda record: "Path not found" not in record.msg)  # gin's search
-    for path in [str(CONFIGS), *paths]:
-        gin.add_config_file_search_path(path)
-    try:
-        gin.parse_config_files_and_bindings(files, bindings)
-        gin.get_configurable(function)(config=_identity(gin.config_str()))
-    except OSError as error:
-        if "Unable to open file" in str(error):
-            raise ValueError(f"{error}. Looked in {', '.join(['.', *paths, str(CONFIGS)])}.") from error
-        raise
-    except trainer.Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        return 130
-    return 0
+    logging.getLogger().addFilter(lambda record: "Path not found" not in str(record.msg))  # gin's search
 
 
-def _identity(config: str) -> str:
-    """The part of a configuration that a resumed command must repeat: it may ask for more runs."""
-    free = r".*\.run_dir|RUN_DIR|RNG_SEEDS|BUDGETS|LEARNING_RATES"
-    return re.sub(rf"^(?:{free}) = .*\n(?:[ \t]+.*\n)*", "", config + "\n", flags=re.MULTILINE)
-
-
-def plan(arguments: Sequence[str]) -> int:
-    """Runs ``dst-optax plan``, see :mod:`dst_optax.finetuning.tpu_plan`."""
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="For example t5_1_1_xxl.")],
+    topology: Annotated[str, typer.Option(help="For example v5e:16x16.")],
+    fraction: Annotated[float, typer.Option(help="Of free parameters.")] = 0.01,
+    optimizer: Annotated[str, typer.Option(help="adafactor or adamw.")] = "adafactor",
+    batch_size: Annotated[int, typer.Option("--batch_size", help="Examples a step, on all chips.")] = 128,
+    inputs: Annotated[int, typer.Option(help="Tokens of an input.")] = 512,
+    targets: Annotated[int, typer.Option(help="Tokens of a target.")] = 62,
+    mesh: Annotated[str | None, typer.Option(help="Data x model, for example 32x8.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Compiles a training step for a TPU that is not here, and says what it takes; 1 if it does not fit."""
     from dst_optax.finetuning import tpu_plan
 
-    try:
-        return tpu_plan.main(arguments)
-    except ValueError as error:
-        print(f"dst-optax plan: {error}", file=sys.stderr)
-        return 2
+    shape = None if mesh is None else tpu_plan.parse_mesh(mesh)
+    job = tpu_plan.Job(model, topology, fraction, optimizer, batch_size, inputs, targets, shape)
+    found = tpu_plan.plan(job)
+    print(json.dumps(found, indent=1) if as_json else tpu_plan.table(found))
+    raise typer.Exit(0 if found["verdict"]["fits"] else 1)
 
 
-def report(arguments: Sequence[str]) -> int:
-    """Runs ``dst-optax report RUN... [--out=FILE]``."""
-    runs = [argument for argument in arguments if not argument.startswith("-")]
-    flags = [argument for argument in arguments if argument.startswith("-")]
-    out = next((flag.removeprefix("--out=") for flag in flags if flag.startswith("--out=")), "report.html")
-    if not runs or any(not flag.startswith("--out=") for flag in flags):
-        print("usage: dst-optax report RUN... [--out=report.html]")
-        return 0 if flags in (["--help"], ["-h"]) else 2
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(help="Directories of runs or experiments.")],
+    out: Annotated[str, typer.Option(help="The HTML file to write.")] = "report.html",
+) -> None:
+    """Makes one HTML page of tables, figures and configurations that needs no network."""
     from dst_optax.finetuning.experiments.report import report
 
-    try:
-        print(report(runs, out))
-    except ValueError as error:
-        print(f"dst-optax report: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def subset(arguments: Sequence[str]) -> int:
-    """Runs ``dst-optax subset``; needs the extra ``cli``."""
-    from dst_optax.subset.cli import app
-
-    app(list(arguments), prog_name="dst-optax subset")
-    return 0
-
-
-COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
-    "finetune": finetune,
-    "plan": plan,
-    "experiment": experiment,
-    "report": report,
-    "subset": subset,
-}
+    print(report(runs, out))

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from dst_optax.finetuning import storage
-from dst_optax.finetuning.experiments import figures, score_vs_budget
+from dst_optax.finetuning.experiments import figures, summary
 from t5x_integration import export
 
 FREE = re.compile(r"state/(?:dst|param_states/.+?)/free")
@@ -68,10 +68,10 @@ def collect(sweep: str | os.PathLike[str], out: str | os.PathLike[str]) -> list[
         )
     Path(out).mkdir(parents=True, exist_ok=True)
     storage.write_text(Path(out) / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    storage.write_text(Path(out) / "results.md", score_vs_budget.markdown(rows))
-    found = score_vs_budget.summarise(rows)
+    storage.write_text(Path(out) / "results.md", summary.markdown(rows))
+    found = summary.summarise(rows)
     for task in dict.fromkeys(row["task"] for row in rows):
-        ranges = score_vs_budget.operational_ranges(found, task)
+        ranges = summary.operational_ranges(found, task)
         figures.save(figures.score_vs_budget(found, task, ranges), Path(out) / f"score_vs_budget_{task}.png")
     return rows
 
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("sweep")
     parser.add_argument("out")
     given = parser.parse_args(arguments)
-    print(score_vs_budget.markdown(collect(given.sweep, given.out)))
+    print(summary.markdown(collect(given.sweep, given.out)))
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@ import importlib.util
 import runpy
 import sys
 import types
-from pathlib import Path
 
 import jax
 import jax.experimental.pjit
+
+from dst_optax.finetuning import gin_files
 
 AIRIO = ("Task", "Mixture", "DatasetProviderBase", "AirIODatasetIterator")
 
@@ -38,7 +39,5 @@ def run(program: str) -> None:
     Args:
       program: "train", "eval" or "infer"; flags come from the command line.
     """
-    import gin  # pyright: ignore[reportMissingImports]
-
-    gin.add_config_file_search_path(str(Path(__file__).parents[1]))
+    gin_files.add_search_paths()
     runpy.run_module(f"t5x.{program}", run_name="__main__", alter_sys=True)

@@ -1,70 +1,170 @@
-"""The command line: flags as T5X's, errors as one line and a status."""
+"""The command line: typer's and T5X's flags, errors as one line and a status."""
 
 import pytest
 
+pytest.importorskip("typer")
+
+import dst_optax._version
 from dst_optax import cli
 
-
-def test_flags_in_any_order():
-    got = cli.gin_flags(
-        [
-            "--gin.A=1",
-            "--gin_file=x.gin",
-            "--gin_bindings=b.C='='",
-            "--gin_search_paths=p,q",
-            "--gin_file=y.gin",
-        ]
-    )
-    assert got == (["x.gin", "y.gin"], ["A=1", "b.C='='"], ["p", "q"])
-
-
-def test_a_budget_is_a_binding():
-    got = cli.gin_flags(["--gin_file=x.gin", "--free_params=1000"])
-    assert got[1] == ["NUM_FREE_PARAMS=1000", "FRACTION=0.1", 'TIES="fill"']
-
-
-def test_a_resumed_command_may_ask_for_more_runs():
-    config = (
-        "A = 1\nBUDGETS = \\\n    [1,\n     2]\nB.run_dir = %RUN_DIR\nRUN_DIR = 'x'\nRNG_SEEDS = [0]\nC = 2"
-    )
-    assert cli._identity(config) == "A = 1\nC = 2\n"
-
-
-def test_experiments_are_named(capsys):
-    assert cli.main(["experiment", "absent"]) == 2
-    assert "score_vs_budget, subset_convergence" in capsys.readouterr().out
-    assert cli.main(["experiment", "score_vs_budget", "--gin_fil=x"]) == 2
-    assert "unknown argument '--gin_fil=x'" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("flags", [["--gin_fil=x"], ["x.gin"], ["--gin.A"], ["--gin.A=1"]])
-def test_bad_flags(flags, capsys):
-    assert cli.main(["finetune", *flags]) == 2
-    assert "usage: dst-optax finetune" in capsys.readouterr().err
+SYNTHETIC = "--gin_file=superglue/synthetic.gin"
 
 
 def test_usage(capsys):
+    assert cli.main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(command in said for command in ("finetune", "experiment", "plan", "report", "subset"))
     assert cli.main([]) == 2
     assert cli.main(["finetune", "--help"]) == 0
     assert "--gin_file" in capsys.readouterr().out
 
 
-CONFIGS = sorted(
-    str(p.relative_to(cli.CONFIGS)) for p in cli.CONFIGS.rglob("*.gin") if p.parent.name != "t5x"
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"dst-optax {dst_optax._version.__version__}\n"
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """What reaches the trainer, which goes no further."""
+    pytest.importorskip("gin")
+    trainer = pytest.importorskip("dst_optax.finetuning.trainer", reason="needs the extra finetuning")
+    calls = []
+
+    def stop(run_dir, data, model, recipe, **settings):
+        calls.append({"run_dir": run_dir, "data": data, "model": model, "recipe": recipe, **settings})
+        raise trainer.Interrupted("stopped")
+
+    monkeypatch.setattr(trainer, "RunContext", stop)
+    return calls
+
+
+def test_files_and_settings_in_any_order(called, tmp_path):
+    (tmp_path / "mine.gin").write_text("STEPS = 7\nRUN_DIR = 'a'\n")
+    flags = ["--gin.BATCH_SIZE=4", SYNTHETIC, "--gin_bindings=RUN_DIR='b'", "--gin_file=mine.gin"]
+    assert cli.main(["finetune", *flags, f"--gin_search_paths=/absent,{tmp_path}"]) == 130
+    (call,) = called
+    assert (call["run_dir"], call["recipe"].steps, call["recipe"].batch_size) == ("b", 7, 4)
+    assert "STEPS = 7" in call["config"]
+    assert "RUN_DIR" not in call["config"]
+
+
+def test_one_task_may_be_a_name(called):
+    assert cli.main(["finetune", SYNTHETIC, "--gin.RUN_DIR='b'", "--gin.TASKS='cb'"]) == 130
+    assert called[0]["data"].names == ("cb",)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--gin.FRACTON=0.1"], "nothing reads FRACTON; did you mean FRACTION?"),
+        (["--gin.LEARNINGRATE=0.1"], "did you mean LEARNING_RATE?"),
+        (["--gin.train/FRACTION=0.1"], "nothing has the scope of train/FRACTION"),
+        (["--gin_file=quickstart.gin", "--gin.tent/dst.DST.ties='fill'"], "did you mean tenth?"),
+        (["--gin_file=quickstart.gin", "--gin.LEARNING_RATE=0.1"], "nothing reads LEARNING_RATE here"),
+        (["--gin_file=full.gin", "--free_params=1024"], "nothing reads NUM_FREE_PARAMS here"),
+        (["--gin_file=lora.gin", "--gin.dst.DST.ties='fill'"], "nothing reads dst.DST.ties here"),
+        (["--gin.RUN_DIR=/tmp/x"], "Strings need quotes"),
+        (["--gin.TASKS=[rte]"], "Strings need quotes"),
+        (["--gin.FRACTION='0.1'"], "FRACTION is '0.1' here and 0.01 in the gin files; leave out the quotes"),
+        (["--gin.TIES=1"], "put it in quotes"),
+        (["--gin.trainer.Recipe.steps='5'"], "steps is '5', it must be an integer"),
+        (["--gin.dst.DTS.ties='fill'"], "dst.DTS"),
+        (["--gin_file=absent.gin"], "absent.gin"),
+        (["--gin.A"], "unknown argument '--gin.A'"),
+        (["x.gin"], "unknown argument 'x.gin'"),
+        (["--gin_fil=x"], "unknown argument '--gin_fil=x'"),
+    ],
 )
+def test_settings_that_would_be_ignored_or_misread(called, capsys, flags, words):
+    assert cli.main(["finetune", SYNTHETIC, "--gin.RUN_DIR='x'", *flags]) == 2
+    assert words in capsys.readouterr().err
+    assert not called
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_config_parses_and_tells_what_it_is(name):
+def test_a_setting_without_a_value(called, capsys):
+    assert cli.main(["finetune", SYNTHETIC]) == 2
+    assert "RUN_DIR has no value" in capsys.readouterr().err
+
+
+def test_a_misspelt_setting_in_a_file(called, capsys, tmp_path):
+    (tmp_path / "mine.gin").write_text("include 'superglue/synthetic.gin'\nLEARNINGRATE = 0.1\n")
+    assert cli.main(["finetune", f"--gin_file={tmp_path}/mine.gin", "--gin.RUN_DIR='x'"]) == 2
+    assert "nothing reads LEARNINGRATE; did you mean LEARNING_RATE?" in capsys.readouterr().err
+
+
+def test_experiments_are_named_and_checked(capsys):
+    assert cli.main(["experiment", "absent", "--gin_file=x"]) == 2
+    assert "subset_convergence" in capsys.readouterr().err
+    pytest.importorskip("dst_optax.finetuning.trainer", reason="needs the extra finetuning")
+    flags = ["--gin_file=experiments/score_vs_budget.gin", "--gin.RUN_DIR='x'", "--gin.TUNING_SEED=2"]
+    assert cli.main(["experiment", "score_vs_budget", *flags]) == 2
+    assert "did you mean TUNING_SEEDS?" in capsys.readouterr().err
+
+
+def test_no_gin_file(capsys):
+    assert cli.main(["finetune", "--gin.A=1"]) == 2
+    assert "--gin_file" in capsys.readouterr().err
+
+
+@pytest.fixture
+def gin_files():
     gin = pytest.importorskip("gin")
     pytest.importorskip("seqio")
-    path = cli.CONFIGS / name
-    assert path.read_text().startswith("# ")
+    from dst_optax.finetuning import gin_files
+
     gin.clear_config()
-    gin.add_config_file_search_path(str(cli.CONFIGS))
-    try:
-        gin.parse_config_file(str(path))
-        if "MODEL = " in gin.config_str():
-            assert gin.query_parameter("%MODEL").scoped_configurable_fn().vocab_size >= 259
-    finally:
+    gin_files.add_search_paths()
+    yield gin_files
+    gin.clear_config()
+
+
+def test_every_config_parses_and_tells_what_it_is(gin_files):
+    import gin
+
+    names = [p for p in gin_files.CONFIGS.rglob("*.gin") if p.parent.name != "t5x"]
+    assert len(names) > 15
+    for path in names:
+        assert path.read_text().startswith("# ")
         gin.clear_config()
+        gin.parse_config_file(str(path))
+
+
+RUNS = [
+    ("finetune", "quickstart_seed.gin"),
+    ("finetune", "quickstart.gin"),
+    ("finetune", "superglue/synthetic.gin"),
+    ("finetune", "superglue/synthetic.gin", "lora.gin"),
+    ("finetune", "superglue/synthetic.gin", "prompt.gin"),
+    ("finetune", "superglue/synthetic.gin", "fixed_subset.gin"),
+    ("finetune", "superglue/synthetic.gin", "random_subset.gin"),
+    ("finetune", "superglue/scratch.gin"),
+    ("finetune", "superglue/tfds.gin"),
+    ("finetune", "superglue/jsonl.gin"),
+    ("finetune", "superglue/jsonl.gin", "superglue/bytes.gin"),
+    ("score_vs_budget", "experiments/score_vs_budget.gin"),
+    ("score_vs_budget", "experiments/score_vs_budget_cb.gin"),
+    ("regularisation", "experiments/regularisation.gin"),
+    ("serving_latency", "experiments/serving_latency.gin"),
+    ("subset_convergence", "experiments/subset_convergence.gin"),
+]
+GIVEN = {"RUN_DIR": "'x'", "MODEL": "'t5_small'", "VOCAB": "'v'", "DATA_DIR": "'d'", "TASKS": "['cb']"}
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: " ".join(run))
+def test_every_config_has_a_value_for_all_that_it_reads(run, gin_files):
+    """Of the settings that a user gives, none is refused; what is not given has a value."""
+    import importlib
+
+    name, *files = run
+    module = "trainer" if name == "finetune" else f"experiments.{name}"
+    function = getattr(importlib.import_module(f"dst_optax.finetuning.{module}"), name)
+    gin_files.configure(files, [f"{k}={v}" for k, v in GIVEN.items()])
+    gin_files.check(["RUN_DIR='x'"], function)
+
+
+def test_a_resumed_command_may_ask_for_more_runs(gin_files):
+    config = (
+        "A = 1\nBUDGETS = \\\n    [1,\n     2]\nB.run_dir = %RUN_DIR\nRUN_DIR = 'x'\nRNG_SEEDS = [0]\nC = 2"
+    )
+    assert gin_files.identity(config) == "A = 1\nC = 2\n"

@@ -1,7 +1,9 @@
 """What a run says while it runs: metrics.jsonl, TensorBoard, a live line."""
 
 import json
+import math
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,14 +22,16 @@ class Log:
       directory: of the run.
       title: shown beside the metrics.
       start: step that the run goes on from; later lines of an earlier attempt are removed.
+      steps: step that it ends at.
     """
 
-    def __init__(self, directory: Path, title: str, start: int):
+    def __init__(self, directory: Path, title: str, start: int, steps: int):
         from clu import metric_writers
 
-        self._title = title
+        self._title, self._steps = title, steps
+        self._step, self._clock, self._tokens = start, time.perf_counter(), 0
         self._writers: tuple[TextIO, Any] | None = None
-        if processes.writes():
+        if processes.is_primary():
             file = directory / "metrics.jsonl"
             _forget_after(file, start)
             self._writers = file.open("a"), metric_writers.SummaryWriter(str(directory / "tensorboard"))
@@ -46,21 +50,58 @@ class Log:
         for writer in self._writers or ():
             writer.close()
 
-    def write(self, step: int, values: Mapping[str, Any], shown: Mapping[str, str]) -> None:
-        """Records scalars of a step.
+    def count(self, tokens: int) -> None:
+        """Notes tokens of a step, for the speed that the next line shows."""
+        self._tokens += tokens
+
+    def training(self, step: int, values: Mapping[str, Any]) -> None:
+        """Records a training step.
 
         Args:
           step: the step.
-          values: what to record.
-          shown: what to show, worded.
+          values: scalars, on the devices or off.
+
+        Raises:
+          ValueError: the loss is not finite.
         """
+        values = {name: float(x) for name, x in values.items()}
+        if not math.isfinite(values["loss"]):
+            raise ValueError(
+                f"the loss is {values['loss']} at step {step}: lower the learning rate, or check the seed "
+                "model. Earlier checkpoints are untouched."
+            )
+        now = time.perf_counter()
+        seconds = now - self._clock
+        speed, eta = self._tokens / seconds, (self._steps - step) * seconds / (step - self._step)
+        self._tokens, self._step, self._clock = 0, step, now
+        shown = {
+            "step": f"{step}/{self._steps}",
+            "loss": f"{values['loss']:.4f}",
+            "tokens/s": f"{speed:,.0f}",
+            "free": f"{values['free_params']:,.0f}",
+            "churn": f"{values.get('churn', 0.0):.3f}",
+            "eta": f"{eta:.0f}s",
+        }
+        self._write(step, {**values, "tokens_per_second": speed}, shown)
+
+    def evaluation(self, step: int, values: Mapping[str, float], score: float) -> None:
+        """Records an evaluation.
+
+        Args:
+          step: the step.
+          values: metrics by name.
+          score: the one number that models are compared by.
+        """
+        self._write(step, {**values, "eval/score": score}, {"step": f"{step}", "score": f"{score:.1f}"})
+
+    def _write(self, step: int, values: Mapping[str, Any], shown: Mapping[str, str]) -> None:
         if self._writers is None:
             return
         stream, board = self._writers
         stream.write(json.dumps({"step": step, **values}) + "\n")
         stream.flush()
         os.fsync(stream.fileno())
-        board.write_scalars(step, {k: v for k, v in values.items() if v is not None})
+        board.write_scalars(step, values)
         self._shown.update(shown)
         if self._live is None:
             self.console.print(f"{self._title}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
@@ -68,10 +109,6 @@ class Log:
         table = Table(*self._shown, title=self._title)
         table.add_row(*self._shown.values())
         self._live.update(table, refresh=True)
-
-    def say(self, text: str) -> None:
-        """Prints a line."""
-        self.console.print(text, highlight=False)
 
 
 def _forget_after(file: Path, step: int) -> None:

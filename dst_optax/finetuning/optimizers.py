@@ -20,6 +20,22 @@ def clipped(optimizer: optax.GradientTransformation, max_norm: float = 1.0) -> o
     return optax.chain(optax.clip_by_global_norm(max_norm), optimizer)
 
 
+def warmup_constant(peak: float, warmup: int) -> optax.Schedule:
+    """A learning rate that rises linearly and then stays.
+
+    Args:
+      peak: where it stays.
+      warmup: steps until then; with 0 it is the peak from the first step on.
+
+    Example:
+      >>> [float(warmup_constant(1.0, warmup)(0)) for warmup in (0, 4)]
+      [1.0, 0.0]
+    """
+    if not warmup:  # optax's schedule would stay at its initial value for ever
+        return optax.constant_schedule(peak)
+    return optax.warmup_constant_schedule(0.0, peak, warmup)
+
+
 def decayed_adam(
     learning_rate: float, steps: int, warmup: int = 50, b2: float = 0.98
 ) -> optax.GradientTransformation:

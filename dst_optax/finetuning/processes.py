@@ -7,12 +7,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 
-def writes() -> bool:
+def is_primary() -> bool:
     """Whether this process is the one that writes files."""
     return jax.process_index() == 0
 
 
-def wait(what: str) -> None:
+def barrier(what: str) -> None:
     """Waits until all processes are here.
 
     Args:
@@ -22,7 +22,7 @@ def wait(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
-def anyone(asks: bool) -> bool:
+def any_process(asks: bool) -> bool:
     """Whether any process asks for something, known to all of them."""
     if jax.process_count() == 1:
         return asks

@@ -44,19 +44,19 @@ def whole(path: Path) -> Iterator[Path]:
       ['a', 'a/x']
     """
     temporary = path.parent / f".tmp-{path.name}"
-    if processes.writes():
+    if processes.is_primary():
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    processes.wait(f"{path} is begun")
+    processes.barrier(f"{path} is begun")
     try:
         yield temporary
-        processes.wait(f"{path} is filled")
-        if processes.writes():
+        processes.barrier(f"{path} is filled")
+        if processes.is_primary():
             for file in [*temporary.rglob("*"), temporary]:
                 _sync(file)
             temporary.rename(path)
             _sync(path.parent)
-        processes.wait(f"{path} is whole")
+        processes.barrier(f"{path} is whole")
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if _is_full(error):
@@ -75,14 +75,14 @@ def write_text(path: Path, text: str) -> None:
       path: the file.
       text: what it shall hold.
     """
-    if processes.writes():
+    if processes.is_primary():
         temporary = path.with_name(f".tmp-{path.name}")
         with temporary.open("w") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
-    processes.wait(f"{path} is written")
+    processes.barrier(f"{path} is written")
 
 
 def _sync(path: Path) -> None:
@@ -173,7 +173,7 @@ def save_model(path: Path, params: Any) -> None:
     from safetensors.numpy import save_file
 
     leaves = named_leaves(processes.on_host(params))
-    if processes.writes():
+    if processes.is_primary():
         save_file({name: np.ascontiguousarray(x).reshape(x.shape) for name, x in leaves.items()}, path)
 
 
@@ -247,7 +247,7 @@ class Checkpoints:
         """Steps of the checkpoints, in order; clears what a killed run left unfinished."""
         if not self.directory.is_dir():
             return []
-        if processes.writes():
+        if processes.is_primary():
             for left in self.directory.glob(".tmp-*"):
                 shutil.rmtree(left, ignore_errors=True)
         return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdigit())
@@ -267,33 +267,33 @@ class Checkpoints:
         if not path.exists():
             with whole(path) as there:
                 write(there)
-                if processes.writes():
-                    text = json.dumps({"seed": self.seed, "step": step, **progress})
+                if processes.is_primary():
+                    text = json.dumps({"seed": self.seed, **progress})
                     (there / "progress.json").write_text(text)
-        if processes.writes():
+        if processes.is_primary():
             for old in self.steps():
                 if old not in (step, progress.get("best_step")):
                     shutil.rmtree(self.directory / f"{old:08d}")
-        processes.wait(f"{path} stays")
+        processes.barrier(f"{path} stays")
 
     def path(self, step: int) -> Path:
         """Directory of a checkpoint."""
         return self.directory / f"{step:08d}"
 
     def progress(self, step: int) -> dict[str, Any]:
-        """What was kept with a checkpoint.
+        """The values that :meth:`save` kept with a checkpoint.
 
         Raises:
           ValueError: it is damaged, or was made from another seed model.
         """
         file = self.path(step) / "progress.json"
         try:
-            found = json.loads(file.read_text())
+            progress = json.loads(file.read_text())
         except (OSError, ValueError) as error:
             raise ValueError(f"{file} cannot be read: {error}. Delete this checkpoint.") from error
-        if found["seed"] != self.seed:
+        if (seed := progress.pop("seed")) != self.seed:
             raise ValueError(
-                f"{self.path(step)} was made from the seed model {found['seed']}, but the seed model given "
+                f"{self.path(step)} was made from the seed model {seed}, but the seed model given "
                 f"now is {self.seed}; give the same seed or another run directory."
             )
-        return found
+        return progress

@@ -7,7 +7,6 @@ the same with DST, and DST's update alone, of which every collective is DST's. T
 (libtpu) compiles; no TPU is needed.
 """
 
-import argparse
 import dataclasses
 import importlib.util
 import json
@@ -17,7 +16,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -234,7 +233,7 @@ def _bytes(n: float) -> str:
     return f"{n:.2f} GiB"
 
 
-def _models() -> Sequence[str]:
+def _models() -> list[str]:
     from dst_optax.finetuning.models.t5.config import CONFIGS
 
     return list(CONFIGS)
@@ -429,36 +428,21 @@ def _size(result: str) -> int:
     )
 
 
-def main(arguments: Sequence[str]) -> int:
-    """The command ``dst-optax plan``.
+def parse_mesh(text: str) -> tuple[int, int]:
+    """Chips along data and model.
 
     Args:
-      arguments: of the command line.
-
-    Returns:
-      Exit status: 0 if the step fits, 1 if it does not.
+      text: for example "32x8".
 
     Raises:
-      ValueError: bad arguments, or no libtpu.
+      ValueError: it is no such shape.
+
+    Example:
+      >>> parse_mesh("32x8")
+      (32, 8)
     """
-    parser = argparse.ArgumentParser(prog="dst-optax plan", description=plan.__doc__)
-    parser.add_argument("--model", required=True, help="for example t5_1_1_xxl")
-    parser.add_argument("--topology", required=True, help="for example v5e:16x16")
-    parser.add_argument("--fraction", type=float, default=Job.fraction)
-    parser.add_argument("--optimizer", default=Job.optimizer, choices=OPTIMIZERS)
-    parser.add_argument("--batch_size", type=int, default=Job.batch_size)
-    parser.add_argument("--inputs", type=int, default=Job.inputs)
-    parser.add_argument("--targets", type=int, default=Job.targets)
-    parser.add_argument("--mesh", type=_mesh, help="data x model, for example 32x8")
-    parser.add_argument("--json", action="store_true")
-    given = vars(parser.parse_args(arguments))
-    as_json = given.pop("json")
-    report = plan(Job(**given))
-    print(json.dumps(report, indent=1) if as_json else table(report))
-    return 0 if report["verdict"]["fits"] else 1
-
-
-def _mesh(text: str) -> tuple[int, int]:
+    if not re.fullmatch(r"\d+x\d+", text):
+        raise ValueError(f"mesh {text!r}: give chips along data and model, for example 32x8.")
     data, model = text.split("x")
     return int(data), int(model)
 

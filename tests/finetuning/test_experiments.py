@@ -4,6 +4,7 @@ import functools
 import html.parser
 import json
 import re
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ from dst_optax.finetuning.experiments import (  # noqa: E402
     score_vs_budget,
     serving_latency,
     subset_convergence,
+    summary,
 )
 from dst_optax.finetuning.methods.dst import DST  # noqa: E402
 from dst_optax.finetuning.methods.full import Full  # noqa: E402
@@ -130,7 +132,7 @@ def test_the_rate_is_that_of_the_best_mean_over_the_tuning_seeds(tmp_path, monke
     assert len(trained) == len(set(trained)) == 10
     last = [(r["method"], r["learning_rate"]) for r in rows if r.get("rng_seed") == 2]
     assert last == [("full", 0.01), ("dst", 0.01)]
-    assert {s["learning_rate"] for s in score_vs_budget.summarise(rows)} == {None, 0.01}
+    assert {s["learning_rate"] for s in summary.summarise(rows)} == {None, 0.01}
     with pytest.raises(ValueError, match=r"tuning_seeds: got 4; it must be from 1 to 2"):
         sweep(tmp_path / "other", tuning_seeds=4)
 
@@ -161,7 +163,7 @@ ROWS = [
 
 
 def test_rates_are_chosen_on_validation_and_reported_on_test():
-    found = {(s["method"], s["budget"]): s for s in score_vs_budget.summarise(ROWS)}
+    found = {(s["method"], s["budget"]): s for s in summary.summarise(ROWS)}
     dst = found["dst", 64]
     assert (dst["learning_rate"], dst["mean"], dst["runs"]) == (1.0, 71.0, 2)
     assert dst["std"] == pytest.approx(8**0.5)
@@ -169,21 +171,21 @@ def test_rates_are_chosen_on_validation_and_reported_on_test():
 
 
 def test_a_method_works_where_it_goes_half_the_way():
-    found = score_vs_budget.summarise(ROWS)
-    assert score_vs_budget.operational_ranges(found, "rte") == {"dst": (64, 256)}  # from 50 to 78: 64
-    assert score_vs_budget.operational_ranges(found[1:], "rte") == {}
-    assert "| dst | 64 | 256 |" in score_vs_budget.markdown(ROWS).splitlines()
+    found = summary.summarise(ROWS)
+    assert summary.operational_ranges(found, "rte") == {"dst": (64, 256)}  # from 50 to 78: 64
+    assert summary.operational_ranges(found[1:], "rte") == {}
+    assert "| dst | 64 | 256 |" in summary.markdown(ROWS).splitlines()
 
 
 def test_tables_mark_the_best_of_a_budget():
-    lines = score_vs_budget.markdown(ROWS).splitlines()
+    lines = summary.markdown(ROWS).splitlines()
     assert "| dst | 64 | 64 | 1 | **71.0 ± 2.8** | 10 |" in lines
     assert "| lora | 64 | 64 | 0.1 | 61.0 | 10 |" in lines
     assert "| majority |  | 0 |  | 50.0 | 0 |" in lines
 
 
 def test_the_figure_has_a_line_with_a_band_a_method():
-    found = score_vs_budget.summarise(ROWS)
+    found = summary.summarise(ROWS)
     axes, bars = figures.score_vs_budget(found, "rte", {"dst": (64, 256)}).axes
     assert (axes.get_xscale(), bars.get_xlabel(), axes.get_ylabel()) == ("log", "free parameters", "score")
     assert bars.get_shared_x_axes().joined(axes, bars)
@@ -321,14 +323,14 @@ def test_regularisation_chooses_no_checkpoint(tmp_path, monkeypatch):
     asked = []
 
     def run(self, name, method, rng_seed):
-        recipe = self.bench.recipe
-        asked.append((len(self.bench.data.source.rows("rte", "train")), self.name, self.rng_seed))
+        recipe = self.context.recipe
+        asked.append((len(self.context.data.source.rows("rte", "train")), self.name, self.rng_seed))
         assert (recipe.eval_every, recipe.patience, recipe.score_train) == (2, None, True)
         return {"free_params": 5, "score": 1.0, "test_score": 40.0, "train_score": 90.0}
 
-    monkeypatch.setattr(trainer.Run, "go", lambda self: run(self, None, None, None))
+    monkeypatch.setattr(trainer.Run, "result", lambda self: run(self, None, None, None))
     data = functools.partial(regularisation.synthetic, vocabulary=DATA.vocabulary, names=("rte",))
-    recipe = trainer.replace(RECIPE, eval_every=1, patience=3)
+    recipe = replace(RECIPE, eval_every=1, patience=3)
     rows = regularisation.regularisation(
         str(tmp_path), data, MODEL, {"full": Full(optax.sgd(1.0))}, recipe, sizes=(8, 16), rng_seeds=(0, 1)
     )
@@ -358,10 +360,10 @@ class Page(html.parser.HTMLParser):
 def test_reports_are_whole_and_need_no_network(tmp_path, capsys):
     run = tmp_path / "a <run>"
     run.mkdir()
-    (run / "results.md").write_text(score_vs_budget.markdown(ROWS))
+    (run / "results.md").write_text(summary.markdown(ROWS))
     (run / "results.json").write_text(json.dumps([row("<b>", 5, 0.1, 0, 60.0, None)]))
     (run / "run.json").write_text(json.dumps({"config": "A = '<script>'", "tasks": ["rte"]}))
-    figures.save(figures.score_vs_budget(score_vs_budget.summarise(ROWS), "rte", {}), run / "score.png")
+    figures.save(figures.score_vs_budget(summary.summarise(ROWS), "rte", {}), run / "score.png")
     out = tmp_path / "report.html"
     assert cli.main(["report", str(run), f"--out={out}"]) == 0
     text = out.read_text()

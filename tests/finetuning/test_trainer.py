@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -25,6 +26,7 @@ from real_data import REAL_DATA, needs_data  # noqa: E402
 import dst_optax  # noqa: E402
 from dst_optax import subset  # noqa: E402
 from dst_optax.finetuning import storage, trainer  # noqa: E402
+from dst_optax.finetuning.context import RunContext  # noqa: E402
 from dst_optax.finetuning.methods.dst import DST  # noqa: E402
 from dst_optax.finetuning.methods.full import Full  # noqa: E402
 from dst_optax.finetuning.models import t5  # noqa: E402
@@ -53,6 +55,7 @@ RECIPE = trainer.Recipe(
     log_every=2,
     eval_batch_size=96,
 )
+TESTS = [str(Path(__file__).parents[i]) for i in range(2)]
 DATA = SuperGlue(SyntheticSource(train_size=40), seqio.ByteVocabulary(), ("rte",))
 
 
@@ -169,7 +172,7 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_same_bit_for_bit(whole, tmp_pat
 
 KILLED = """
 import sys, time
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from dst_optax.finetuning import storage
 import test_trainer
 save = storage.save_tree
@@ -185,7 +188,7 @@ test_trainer.tune({run!r})
 
 @pytest.mark.slow
 def test_kill_9_while_saving_loses_only_the_steps_since_the_last_checkpoint(whole, tmp_path, compiled_once):
-    code = KILLED.format(tests=str(Path(__file__).parent), run=str(tmp_path / "run"))
+    code = KILLED.format(tests=TESTS, run=str(tmp_path / "run"))
     with subprocess.Popen(
         [sys.executable, "-c", code],
         env={**os.environ, **compiled_once},
@@ -207,7 +210,7 @@ def test_kill_9_while_saving_loses_only_the_steps_since_the_last_checkpoint(whol
 
 def test_another_run_is_refused_before_anything_is_written(whole):
     before = sorted((p, p.stat().st_mtime_ns) for p in whole[0].rglob("*"))
-    recipe = trainer.replace(RECIPE, batch_size=16)
+    recipe = replace(RECIPE, batch_size=16)
     with pytest.raises(ValueError, match=r"belongs to another run: recipe differ.*'batch_size': 8"):
         tune(whole[0], recipe=recipe)
     assert sorted((p, p.stat().st_mtime_ns) for p in whole[0].rglob("*")) == before
@@ -222,7 +225,7 @@ def test_another_run_is_refused_before_anything_is_written(whole):
             {"data": SuperGlue(JsonlSource("/absent"), DATA.vocabulary, ("rte",))},
             "/absent/RTE/train.jsonl does not",
         ),
-        ({"model": trainer.replace(MODEL, vocab_size=100)}, "the vocabulary has 259 pieces"),
+        ({"model": replace(MODEL, vocab_size=100)}, "the vocabulary has 259 pieces"),
         ({"checkpoint": "/absent"}, "/absent"),
         ({"subset_dir": "/absent"}, "/absent"),
         ({"mesh_shape": (3, 5)}, "mesh_shape"),
@@ -250,7 +253,7 @@ def test_bad_rows_of_any_split_are_named_before_anything_is_written(split, tmp_p
 
 def test_bfloat16_an_optimizer_without_slots_and_diagnostics(tmp_path):
     data = SuperGlue(DATA.source, DATA.vocabulary, ("rte",), diagnostics=("axb",))
-    recipe = trainer.replace(RECIPE, steps=2, eval_every=2, dtype="bfloat16")
+    recipe = replace(RECIPE, steps=2, eval_every=2, dtype="bfloat16")
     (row,) = tune(tmp_path, data=data, recipe=recipe, methods={"full": Full(optax.sgd(1e-2))})[2:]
     assert row["best_step"] == 2
     run = tmp_path / "full" / "rng_0"
@@ -280,7 +283,7 @@ def batch_of(random, rows):
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():
-    network = t5.Transformer(trainer.replace(MODEL, dropout_rate=0.0))
+    network = t5.Transformer(replace(MODEL, dropout_rate=0.0))
     tokens = jnp.ones((1, 1), jnp.int32)
     params = network.init(jax.random.key(0), tokens, tokens, tokens, enable_dropout=False)["params"]
     method = Full(optax.sgd(1.0))
@@ -313,14 +316,14 @@ def test_dst_adds_the_seed_and_eight_bytes_a_silo_and_a_tensor():
 
 EIGHT = """
 import json, sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 import jax, test_trainer
 assert jax.device_count() == 8
 for shape in ((8, 1), (2, 4)):
     run = {run!r} + f"/{{shape[0]}}x{{shape[1]}}"
     test_trainer.tune(run, methods=test_trainer.SGD, recipe=test_trainer.SMOOTH, model=test_trainer.WIDE,
                       mesh_shape=shape)
-run = test_trainer.trainer.Run(test_trainer.trainer.Bench(
+run = test_trainer.trainer.Run(test_trainer.RunContext(
     run, test_trainer.DATA, test_trainer.WIDE, test_trainer.SMOOTH, mesh_shape=shape),
     "dst", test_trainer.SGD["dst"], 0)
 state = run.start()
@@ -330,14 +333,14 @@ print(json.dumps({{
     for name, x in test_trainer.storage.named_leaves(part).items()
 }}))
 """
-WIDE = trainer.replace(MODEL, num_heads=4)
-SMOOTH = trainer.replace(RECIPE, dropout=0.0, accumulate=1, log_every=1, eval_every=6)
+WIDE = replace(MODEL, num_heads=4)
+SMOOTH = replace(RECIPE, dropout=0.0, accumulate=1, log_every=1, eval_every=6)
 SGD = {"dst": DST(optax.sgd(0.3, momentum=0.9), 0.05)}  # Adam makes much of rounding where gradients vanish
 
 
 @pytest.mark.slow
 def test_model_parallel_training_is_data_parallel_training(tmp_path):
-    code = EIGHT.format(tests=str(Path(__file__).parent), run=str(tmp_path))
+    code = EIGHT.format(tests=TESTS, run=str(tmp_path))
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True)
     losses = []
@@ -359,19 +362,19 @@ def test_training_goes_on_from_a_subset(whole, tmp_path):
     """A second stage stays within the budget of the first seed, and starts where the first one ended."""
     first = whole[0] / "dst" / "rng_0" / "tuned" / "subset"
     seed = tmp_path / "seed"
-    bench = trainer.Bench(str(whole[0]), DATA, MODEL, RECIPE)
-    t5.save_hf(bench.seed, MODEL, seed)
+    context = RunContext(str(whole[0]), DATA, MODEL, RECIPE)
+    t5.save_hf(context.seed, MODEL, seed)
     rows = tune(tmp_path / "run", checkpoint=str(seed), subset_dir=str(first))
     assert rows[1]["metrics"] == whole[1][-1]["metrics"]  # of the model before tuning
-    second = trainer.Bench(
+    second = RunContext(
         str(tmp_path / "run"), DATA, MODEL, RECIPE, checkpoint=str(seed), subset_dir=str(first)
     )
     state = trainer.Run(second, "dst", dst(), 0).start()
     mask = jax.tree.leaves(dst_optax.subset_mask(state.tuned, state.slots))
     assert sum(int(x.sum()) for x in mask) == subset.Subset.load(first).count > 0
     tuned = subset.Subset.load(tmp_path / "run/dst/rng_0/tuned/subset")
-    assert 0 < tuned.count == rows[-1]["free_params"] <= 0.06 * bench.size
-    tuned.apply(bench.seed)  # its fingerprints are the first seed's
+    assert 0 < tuned.count == rows[-1]["free_params"] <= 0.06 * context.size
+    tuned.apply(context.seed)  # its fingerprints are the first seed's
 
 
 def test_runs_of_every_seed_stop_early_and_cut_examples_are_counted(tmp_path, capsys):
@@ -380,7 +383,7 @@ def test_runs_of_every_seed_stop_early_and_cut_examples_are_counted(tmp_path, ca
         for split in ("train", "validation")
     }
     short = min(max(known) for known in sizes.values()) - 1
-    recipe = trainer.replace(
+    recipe = replace(
         RECIPE,
         steps=9,
         lengths={"inputs": short, "targets": 16},
@@ -406,7 +409,7 @@ def test_runs_of_every_seed_stop_early_and_cut_examples_are_counted(tmp_path, ca
 
 
 def test_a_referenced_seed_that_has_changed_is_refused_with_both_named(whole, tmp_path):
-    known = trainer.Bench(str(whole[0]), DATA, MODEL, RECIPE).seed
+    known = RunContext(str(whole[0]), DATA, MODEL, RECIPE).seed
     seed, run = tmp_path / "seed", tmp_path / "run"
     t5.save_hf(known, MODEL, seed)
     tune(run, checkpoint=str(seed), reference_seed=True)
@@ -425,8 +428,8 @@ def test_a_referenced_seed_that_has_changed_is_refused_with_both_named(whole, tm
 def test_a_few_steps_of_the_real_cb(tmp_path):
     vocabulary = seqio.SentencePieceVocabulary(str(REAL_DATA / "t5_vocab" / "spiece.model"))
     data = SuperGlue(JsonlSource(str(REAL_DATA / "superglue")), vocabulary, ("cb",))
-    recipe = trainer.replace(RECIPE, steps=2, lengths={"inputs": 64, "targets": 8}, eval_every=2)
-    rows = tune(tmp_path / "run", data=data, recipe=recipe, model=trainer.replace(MODEL, vocab_size=32128))
+    recipe = replace(RECIPE, steps=2, lengths={"inputs": 64, "targets": 8}, eval_every=2)
+    rows = tune(tmp_path / "run", data=data, recipe=recipe, model=replace(MODEL, vocab_size=32128))
     assert rows[0]["score"] == pytest.approx(36.1, abs=0.1)  # always contradiction: 50% right, F1 22.2
     lines = (tmp_path / "run/dst/rng_0/predictions/CB.jsonl").read_text().splitlines()
     assert [json.loads(x)["idx"] for x in lines] == list(range(250))

@@ -35,15 +35,42 @@ def save(figure: Any, path: Path) -> None:
     temporary.replace(path)
 
 
+def scores(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
+    """Score against free parameters, of the runs of one command.
+
+    Args:
+      rows: with ``method``, ``score`` and ``free_params``.
+      title: of the figure.
+
+    Returns:
+      The figure. Methods without free parameters, the majority class and the seed model, are lines; runs of
+      one method with several seeds of randomness are a point with its spread.
+    """
+    figure = blank(size=(6.4, 4.0))
+    (axes,) = figure.axes
+    styles = iter(("dotted", "dashed", "dashdot"))
+    for method in dict.fromkeys(row["method"] for row in rows):
+        same = [row["score"] for row in rows if row["method"] == method]
+        mean, free = float(np.mean(same)), _mean(rows, method, "free_params")
+        if free == 0:
+            axes.axhline(mean, linestyle=next(styles), color="gray", label=method)
+            continue
+        spread = float(np.std(same, ddof=1)) if len(same) > 1 else 0.0
+        axes.errorbar(free, mean, yerr=spread, fmt="o", capsize=3, label=method)
+    axes.set(xscale="log", xlabel="free parameters", ylabel="score", title=title, ylim=(0, 102))
+    axes.legend(frameon=False)
+    return figure
+
+
 def score_vs_budget(
     summary: Sequence[Mapping[str, Any]], task: str, ranges: Mapping[str, tuple[float, float]]
 ) -> Any:
     """Score against free parameters: a line with a band of one standard deviation for each method.
 
     Args:
-      summary: of :func:`~dst_optax.finetuning.experiments.score_vs_budget.summarise`.
+      summary: of :func:`~dst_optax.finetuning.experiments.summary.summarise`.
       task: whose rows are drawn.
-      ranges: of :func:`~dst_optax.finetuning.experiments.score_vs_budget.operational_ranges`.
+      ranges: of :func:`~dst_optax.finetuning.experiments.summary.operational_ranges`.
 
     Returns:
       The figure; methods without a budget (baselines, full fine-tuning) are horizontal lines. Bars below

@@ -14,12 +14,15 @@ from typing import Any
 import numpy as np
 import seqio
 
-from dst_optax.finetuning import storage, trainer
+from dst_optax.finetuning import storage
+from dst_optax.finetuning.context import RunContext
 from dst_optax.finetuning.experiments import figures
 from dst_optax.finetuning.methods import Method
 from dst_optax.finetuning.models import t5
+from dst_optax.finetuning.recipe import Recipe
 from dst_optax.finetuning.tasks.superglue.sources import SyntheticSource
 from dst_optax.finetuning.tasks.superglue.suite import SuperGlue
+from dst_optax.finetuning.trainer import Run
 
 Row = dict[str, Any]
 
@@ -27,9 +30,9 @@ Row = dict[str, Any]
 def regularisation(
     run_dir: str,
     data: Callable[[int], SuperGlue],
-    model: t5.T5Config,
+    model: t5.T5Config | str,
     methods: Mapping[str, Method],
-    recipe: trainer.Recipe,
+    recipe: Recipe,
     *,
     sizes: Sequence[int] = (32, 100, 250, 1000),
     checkpoint: str | None = None,
@@ -41,7 +44,7 @@ def regularisation(
     Args:
       run_dir: where everything goes.
       data: from a number of training examples.
-      model: of the network.
+      model: shape of the network, or the name of a published one.
       methods: e.g. DST at several fractions, by name.
       recipe: how to train; evaluated at the end only, so that no checkpoint is chosen.
       sizes: numbers of training examples.
@@ -55,12 +58,12 @@ def regularisation(
     root, rows = Path(run_dir), []
     recipe = replace(recipe, eval_every=recipe.steps, patience=None, score_train=True)
     for size in sizes:
-        bench = trainer.Bench(
+        context = RunContext(
             str(root / str(size)), data(size), model, recipe, checkpoint=checkpoint, config=config
         )
         for name, method in methods.items():
             for rng_seed in rng_seeds:
-                row = bench.run(name, method, rng_seed)
+                row = Run(context, name, method, rng_seed).result()
                 score = row["score"] if row["test_score"] is None else row["test_score"]
                 gap = row["train_score"] - score
                 rows.append(

@@ -97,5 +97,5 @@ class DST(InPlace):
 
 def _save_subset(tuned: Params, state: Any, directory: Path) -> None:
     found = subset.extract(tuned, state)
-    if processes.writes():
+    if processes.is_primary():
         found.save(directory / "subset")

@@ -1,7 +1,7 @@
 """T5 1.0, T5 1.1 and ByT5, with T5X's parameters and T5X and Hugging Face checkpoints."""
 
 from dst_optax.finetuning.models.t5.checkpoints import load
-from dst_optax.finetuning.models.t5.config import CONFIGS, T5Config
+from dst_optax.finetuning.models.t5.config import CONFIGS, T5Config, published
 from dst_optax.finetuning.models.t5.decoding import decode
 from dst_optax.finetuning.models.t5.huggingface import save_hf
 from dst_optax.finetuning.models.t5.network import Transformer
@@ -24,6 +24,7 @@ __all__ = [
     "load",
     "logical_axes",
     "num_params",
+    "published",
     "save_hf",
     "shapes",
     "shardings",

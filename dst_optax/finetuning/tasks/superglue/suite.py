@@ -19,7 +19,8 @@ class SuperGlue:
     Attributes:
       source: where the rows come from.
       vocabulary: of inputs and targets.
-      names: tasks to train and evaluate on; more than one are mixed in proportion to their sizes.
+      names: tasks to train and evaluate on; a single name, or several
+        that are mixed in proportion to their sizes.
       diagnostics: tasks without training data, "axb" and "axg", to predict at the end.
 
     Example:
@@ -33,6 +34,11 @@ class SuperGlue:
     vocabulary: seqio.Vocabulary
     names: Sequence[str] = MAIN
     diagnostics: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("names", "diagnostics"):
+            if isinstance(value := getattr(self, name), str):  # one task, not its letters
+                object.__setattr__(self, name, (value,))
 
     def register(self) -> str:
         """Reads and checks the training data, registers the tasks, names the mixture to train on.

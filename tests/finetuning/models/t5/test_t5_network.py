@@ -120,16 +120,19 @@ def test_published_number_of_parameters(name, millions):
     assert round(t5.num_params(t5.CONFIGS[name]) / 1e6, 1) == millions
 
 
-@pytest.mark.parametrize("name", t5.CONFIGS)
-def test_gin_file_is_the_table(name):
+def test_the_tiny_gin_file_is_the_table():
     gin = pytest.importorskip("gin", reason="needs gin-config")
-    file = CONFIGS_DIR / f"{name}.gin"
     gin.clear_config()
-    gin.parse_config_file(str(file))
+    gin.parse_config_file(str(CONFIGS_DIR / "tiny.gin"))
     config = gin.query_parameter("%MODEL").scoped_configurable_fn()
     gin.clear_config()
-    assert config == t5.CONFIGS[name]
-    assert f"{t5.num_params(config):,} parameters" in file.read_text()
+    assert config == t5.CONFIGS["tiny"]
+
+
+def test_an_unknown_name_is_refused_with_the_nearest():
+    assert t5.published("t5_1_1_xl") == t5.CONFIGS["t5_1_1_xl"]
+    with pytest.raises(ValueError, match="did you mean t5_1_1_small"):
+        t5.published("t5_1.1_small")
 
 
 def test_initial_scale_is_that_of_t5():

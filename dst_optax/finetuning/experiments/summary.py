@@ -1,0 +1,131 @@
+"""What a sweep of budgets says: the rows of its runs as one row a cell, ranges and Markdown tables."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+Row = dict[str, Any]
+
+
+def best_rate(rows: Sequence[Row]) -> Any:
+    """The learning rate of the best mean score over the seeds of randomness that all rates were tried with.
+
+    Args:
+      rows: of one task, method and budget.
+
+    Returns:
+      The rate; None for a baseline.
+
+    Example:
+      >>> runs = [(1e-3, 0, 50.0), (1e-3, 1, 90.0), (1e-2, 0, 60.0), (1e-2, 1, 65.0), (1e-2, 2, 99.0)]
+      >>> names = "learning_rate", "rng_seed", "score"
+      >>> best_rate([dict(zip(names, run)) for run in runs])
+      0.001
+    """
+    scores: dict[Any, dict[Any, float]] = {}
+    for row in rows:
+        scores.setdefault(row.get("learning_rate"), {})[row.get("rng_seed")] = row["score"]
+    common = set.intersection(*map(set, scores.values()))
+    return max(scores, key=lambda rate: sum(scores[rate][seed] for seed in common))
+
+
+def summarise(rows: Sequence[Row]) -> list[Row]:
+    """One row for each task, method and budget: its best learning rate, mean and spread over seeds.
+
+    Args:
+      rows: as :func:`~dst_optax.finetuning.experiments.score_vs_budget.score_vs_budget` returns them.
+
+    Returns:
+      Rows of ``task``, ``method``, ``budget``, ``learning_rate``, ``free_params``, ``mean``, ``std``,
+      ``seconds`` and ``runs``; baselines have no budget and no learning rate.
+
+    Example:
+      >>> row = {"task": "rte", "method": "dst", "budget": 9, "free_params": 9, "seconds": 1.0}
+      >>> rows = [{**row, "learning_rate": r, "rng_seed": 0, "score": r} for r in (1.0, 2.0)]
+      >>> [(s["learning_rate"], s["mean"]) for s in summarise(rows)]
+      [(2.0, 2.0)]
+    """
+    made = []
+    for task, method, budget in dict.fromkeys((r["task"], r["method"], r.get("budget")) for r in rows):
+        group = [r for r in rows if (r["task"], r["method"], r.get("budget")) == (task, method, budget)]
+        rate = best_rate(group)
+        same = [r for r in group if r.get("learning_rate") == rate]
+        scores = [r["score"] if r.get("test_score") is None else r["test_score"] for r in same]
+        made.append(
+            {
+                "task": task,
+                "method": method,
+                "budget": budget,
+                "learning_rate": rate,
+                "free_params": float(np.mean([r["free_params"] for r in same])),
+                "mean": float(np.mean(scores)),
+                "std": float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0,
+                "seconds": float(np.mean([r["seconds"] for r in same])),
+                "runs": len(same),
+            }
+        )
+    return made
+
+
+def operational_ranges(found: Sequence[Row], task: str) -> dict[str, tuple[float, float]]:
+    """Budgets at which methods work: their means go at least half the way to full fine-tuning's.
+
+    The way starts at the better baseline. Only budgets that were tried are known, and none between the
+    ends is promised to work.
+
+    Args:
+      found: as :func:`summarise` returns it.
+      task: whose rows count.
+
+    Returns:
+      Method to the fewest and the most free parameters at which it works; nothing for methods that never
+      do, or where there are no baselines or no full fine-tuning to measure by.
+    """
+    same = [s for s in found if s["task"] == task]
+    baselines = [s["mean"] for s in same if s["learning_rate"] is None]
+    whole = [s["mean"] for s in same if s["budget"] is None and s["learning_rate"] is not None]
+    ranges: dict[str, tuple[float, float]] = {}
+    if baselines and whole:
+        halfway = (max(baselines) + max(whole)) / 2
+        for s in same:
+            if s["budget"] is not None and s["mean"] >= halfway:
+                free = s["free_params"]
+                low, high = ranges.get(s["method"], (free, free))
+                ranges[s["method"]] = min(low, free), max(high, free)
+    return ranges
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Tables, one a task: mean ± standard deviation; the best method of each budget is bold.
+
+    A second table has the :func:`operational_ranges`.
+
+    Args:
+      rows: as :func:`~dst_optax.finetuning.experiments.score_vs_budget.score_vs_budget` returns them.
+
+    Returns:
+      Markdown.
+    """
+    found = summarise(rows)
+    lines: list[str] = []
+    for task in dict.fromkeys(s["task"] for s in found):
+        lines += [f"## {task}", "", "| method | budget | free parameters | learning rate | score | seconds |"]
+        lines += ["|---|---:|---:|---:|---:|---:|", *_table([s for s in found if s["task"] == task]), ""]
+        if ranges := operational_ranges(found, task):
+            lines += ["| works with free parameters | from | to |", "|---|---:|---:|"]
+            lines += [*(f"| {method} | {a:,.0f} | {b:,.0f} |" for method, (a, b) in ranges.items()), ""]
+    return "\n".join(lines)
+
+
+def _table(found: list[Row]) -> Iterator[str]:
+    for s in found:
+        rivals = [x["mean"] for x in found if x["budget"] == s["budget"] and x["learning_rate"] is not None]
+        score = f"{s['mean']:.1f}" + (f" ± {s['std']:.1f}" if s["runs"] > 1 else "")
+        if s["learning_rate"] is not None and len(rivals) > 1 and s["mean"] == max(rivals):
+            score = f"**{score}**"
+        budget = "" if s["budget"] is None else f"{s['budget']:,}"
+        rate = "" if s["learning_rate"] is None else f"{s['learning_rate']:g}"
+        yield (
+            f"| {s['method']} | {budget} | {s['free_params']:,.0f} | {rate} | {score} | {s['seconds']:.0f} |"
+        )

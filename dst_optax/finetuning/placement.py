@@ -1,0 +1,66 @@
+"""Where arrays lie on the devices: a mesh of ``data`` and ``model``, T5X's rules for what is divided."""
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dst_optax.finetuning import storage
+from dst_optax.finetuning.methods import Params
+from dst_optax.finetuning.models import t5
+from dst_optax.silos import leaf_path
+
+
+def make_mesh(shape: tuple[int, int] | None = None) -> Mesh:
+    """A mesh of all devices.
+
+    Args:
+      shape: devices along ``data`` and ``model``; None puts all along ``data``.
+
+    Raises:
+      ValueError: the shape is not that of the devices there are.
+    """
+    shape = shape or (jax.device_count(), 1)
+    if shape[0] * shape[1] != jax.device_count():
+        raise ValueError(f"mesh_shape {shape} does not hold the {jax.device_count()} devices there are.")
+    kinds = (jax.sharding.AxisType.Auto,) * 2
+    return jax.make_mesh(shape, ("data", "model"), axis_types=kinds)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Examples are divided along ``data``."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def place_model(params: Params, mesh: Mesh) -> Params:
+    """Puts a model's parameters on the devices, divided as their logical axes say."""
+    return jax.device_put(params, t5.shardings(params, mesh))
+
+
+def place_added(tuned: Params, mesh: Mesh) -> Params:
+    """Puts parameters that a method added on every device; those of the model stay where they are."""
+
+    def place(x: jax.Array) -> jax.Array:
+        on_mesh = isinstance(x.sharding, NamedSharding) and x.sharding.mesh == mesh
+        return x if on_mesh else jax.device_put(x, replicated(mesh))
+
+    return jax.tree.map(place, tuned)
+
+
+def place_like(opt_state: Any, tuned: Params, mesh: Mesh) -> Any:
+    """Puts an optimizer's arrays beside the parameters that they belong to, all others on every device."""
+    shardings = {name: (x.shape, x.sharding) for name, x in storage.named_leaves(tuned).items()}
+
+    def place(key: Any, x: Any) -> Any:
+        path = leaf_path(key)
+        for name, (shape, sharding) in shardings.items():
+            if x.shape == shape and f"/{path}".endswith(f"/{name}"):
+                return jax.device_put(x, sharding)
+        return jax.device_put(x, replicated(mesh))
+
+    return jax.tree_util.tree_map_with_path(place, opt_state)
