@@ -275,6 +275,18 @@ class Subset(Mapping[str, Entries]):
         either = self.count + other.count - both
         return both / either if either else 1.0
 
+    def to_hf(self, table: Sequence[Any], seed: Mapping[str, Any]) -> "Subset":
+        """The subset for a Hugging Face checkpoint; see :func:`dst_optax.subset.coordinates.to_hf`."""
+        from dst_optax.subset import coordinates
+
+        return coordinates.to_hf(self, table, seed)
+
+    def from_hf(self, table: Sequence[Any], seed: Mapping[str, Any]) -> "Subset":
+        """The subset for parameters; see :func:`dst_optax.subset.coordinates.from_hf`."""
+        from dst_optax.subset import coordinates
+
+        return coordinates.from_hf(self, table, seed)
+
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes ``subset.safetensors``, ``subset_config.json`` and ``README.md``, each atomically.
 

@@ -3,7 +3,6 @@
 :func:`tensors` is the one table of how our parameters relate to a checkpoint's tensors.
 """
 
-import dataclasses
 import json
 import math
 import os
@@ -21,50 +20,11 @@ from jax.typing import DTypeLike
 from dst_optax.finetuning.models.decoder import config_json, parameters
 from dst_optax.finetuning.models.decoder.config import DecoderConfig
 from dst_optax.subset import models
+from dst_optax.subset.coordinates import Tensor
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """A tensor of a checkpoint, and where it lies in our parameters.
-
-    Attributes:
-      name: in the checkpoint.
-      shape: in the checkpoint.
-      path: of the parameter that it is, or a part of.
-      transposed: whether the parameter holds it the other way round.
-      layer: its index along axis 1 of a parameter that stacks all layers; None if it is all of the parameter.
-      copies: names under which a checkpoint may repeat it, because the model ties them.
-
-    Example:
-      >>> from dst_optax.finetuning.models.decoder import huggingface
-      >>> x = np.arange(6).reshape(2, 3)
-      >>> stacked = np.zeros((3, 5, 2), int)
-      >>> row = huggingface.Tensor("q_proj.weight", (2, 3), "layers/q_proj/kernel", True, layer=4)
-      >>> row.place(stacked, x)
-      >>> row.take(stacked).tolist() == x.tolist() == stacked[:, 4].T.tolist()
-      True
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    path: str
-    transposed: bool
-    layer: int | None = None
-    copies: tuple[str, ...] = ()
-
-    def take(self, parameter: np.ndarray) -> np.ndarray:
-        """What the checkpoint holds of a parameter."""
-        part = parameter if self.layer is None else parameter[:, self.layer]
-        return part.T if self.transposed else part
-
-    def place(self, parameter: np.ndarray, values: np.ndarray) -> None:
-        """Writes what the checkpoint holds into a parameter."""
-        part = parameter if self.layer is None else parameter[:, self.layer]
-        part[...] = values.T if self.transposed else values
 
 
 def tensors(config: DecoderConfig) -> list[Tensor]:
