@@ -174,6 +174,7 @@ class SubsetServer:
             while mode == "abort" and self._turns.running:  # some may reach the engine only later
                 await self._engine.pause("abort")
                 await self._engine.resume()
+                await asyncio.sleep(0.01)
             if self._turns.current != name:
                 await self._switch(name, mode)
                 self._turns.current = name
