@@ -4,8 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dst_optax import diagnostics, distances, serving, silos, subset
-    from dst_optax.project import project
+    from dst_optax import diagnostics, distances, project, serving, silos, subset
     from dst_optax.state import DynamicSubsetTuningState
     from dst_optax.transform import (
         apply_updates,
@@ -32,8 +31,7 @@ __all__ = [
     "wrap",
 ]
 
-_MODULES = ("diagnostics", "distances", "serving", "silos", "subset")
-_OWNERS = {"DynamicSubsetTuningState": "state", "project": "project"}
+_MODULES = ("diagnostics", "distances", "project", "serving", "silos", "subset")
 
 
 def __getattr__(name: str) -> Any:
@@ -42,7 +40,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"dst_optax.{name}")
     if name not in __all__:
         raise AttributeError(f"module 'dst_optax' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"dst_optax.{_OWNERS.get(name, 'transform')}"), name)
+    owner = "state" if name == "DynamicSubsetTuningState" else "transform"
+    return getattr(importlib.import_module(f"dst_optax.{owner}"), name)
 
 
 def __dir__() -> list[str]:

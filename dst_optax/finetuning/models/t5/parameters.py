@@ -43,7 +43,7 @@ AXIS_RULES = (
 """Where axes lie on a mesh of ``data`` and ``model``: T5X's rules with one partitioned dimension."""
 
 STACKED = re.compile(r"^(encoder|decoder)/\1/(.*)$")
-_LAYER = re.compile(r"^(encoder|decoder)/layers_(\d+)/(.*)$")
+LAYER = re.compile(r"^(encoder|decoder)/layers_(\d+)/(.*)$")
 
 
 def shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
@@ -98,7 +98,7 @@ def stack_layers(params: Any) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     stacks: dict[str, dict[int, Any]] = {}
     for path, x in flatten(params).items():
-        if found := _LAYER.match(path):
+        if found := LAYER.match(path):
             stack, index, name = found.groups()
             stacks.setdefault(f"{stack}/{stack}/{name}", {})[int(index)] = x
         else:
