@@ -4,6 +4,7 @@ from dst_optax.finetuning.models.decoder.config import CONFIGS, DecoderConfig, R
 from dst_optax.finetuning.models.decoder.config_json import config_text, read_config
 from dst_optax.finetuning.models.decoder.decoding import decode
 from dst_optax.finetuning.models.decoder.huggingface import Tensor, load, save_hf, tensors
+from dst_optax.finetuning.models.decoder.model import CausalLM
 from dst_optax.finetuning.models.decoder.network import Decoder
 from dst_optax.finetuning.models.decoder.parameters import (
     AXIS_RULES,
@@ -16,6 +17,7 @@ from dst_optax.finetuning.models.decoder.parameters import (
 __all__ = [
     "AXIS_RULES",
     "CONFIGS",
+    "CausalLM",
     "Decoder",
     "DecoderConfig",
     "Rope",

@@ -34,7 +34,7 @@ class DecoderFeatureConverter(seqio.FeatureConverter):
         "decoder_loss_weights": FeatureSpec(tf.int32),
         "decoder_target_indices": FeatureSpec(tf.int32),
     }
-    PACKING_FEATURE_DTYPES: Mapping[str, tf.DType] = {}  # noqa: RUF012
+    PACKING_FEATURE_DTYPES: Mapping[str, tf.DType] = {}
 
     def __init__(self) -> None:
         super().__init__(pack=False)

@@ -18,6 +18,7 @@ import numpy as np
 import safetensors.numpy
 from jax.typing import DTypeLike
 
+from dst_optax.finetuning.models.base import flatten, unflatten
 from dst_optax.finetuning.models.decoder import config_json, parameters
 from dst_optax.finetuning.models.decoder.config import DecoderConfig
 from dst_optax.subset import models
@@ -160,7 +161,7 @@ def load(
         params[path_of] = np.empty(shape, dtype or first.dtype)
     for name, row in by_name.items():
         row.place(params[row.path], _values(path, name, found[name]))
-    return parameters.unflatten(params)
+    return unflatten(params)
 
 
 def _values(path: Path, name: str, x: Any) -> np.ndarray:
@@ -225,7 +226,7 @@ def save_hf(
       >>> sorted(file.name for file in path.iterdir())
       ['config.json', 'model.safetensors']
     """
-    flat = parameters.flatten(params)
+    flat = flatten(params)
     _check("the parameters", {p: x.shape for p, x in flat.items()}, parameters.shapes(config))
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
