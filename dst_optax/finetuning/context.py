@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
 
 from dst_optax import subset
-from dst_optax.finetuning import placement, processes, storage
+from dst_optax.finetuning import hub, placement, processes, storage
+from dst_optax.finetuning.display import make_console
 from dst_optax.finetuning.evaluator import Evaluator
 from dst_optax.finetuning.methods import Params
 from dst_optax.finetuning.models.base import language_model
@@ -62,7 +62,7 @@ class RunContext:
     ):
         plain = language_model(model)
         self.data, self.recipe, self.mesh = data, recipe, placement.make_mesh(mesh_shape)
-        self.console = Console(quiet=not processes.is_primary())
+        self.console = make_console()
         if recipe.batch_size % (self.mesh.shape["data"] * recipe.accumulate):
             raise ValueError(
                 f"recipe: batch_size {recipe.batch_size} must be a multiple of accumulate "
@@ -71,7 +71,7 @@ class RunContext:
         plain.check(data.vocabulary)
         self.model = plain.configured(recipe.dtype, recipe.dropout)
         self.train_name = data.register(plain.decoder_only)
-        data.check()
+        data.check(recipe.lengths["targets"])
         identity = {
             "tasks": list(data.names),
             "source": repr(data.source),
@@ -85,7 +85,7 @@ class RunContext:
         self.run_dir = RunDir(Path(run_dir), identity)
         self.run_dir.check()
         processes.barrier(f"{run_dir} is free or ours")
-        load = None if checkpoint is None else partial(plain.load, checkpoint)
+        load = None if checkpoint is None else lambda: plain.load(hub.local_path(checkpoint))
         self.seed = self.run_dir.seed(partial(self.model.init, jax.random.key(0)), load)
         self.seed_fingerprint = storage.fingerprint(self.seed)
         self.start = self.seed if subset_dir is None else subset.Subset.load(subset_dir).apply(self.seed)

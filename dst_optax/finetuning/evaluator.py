@@ -45,7 +45,7 @@ class Evaluator:
     Args:
       model: what is evaluated.
       data: tasks and vocabulary.
-      recipe: lengths, batch size and beams.
+      recipe: lengths and batch size.
       mesh: devices.
     """
 
@@ -55,9 +55,8 @@ class Evaluator:
         devices = mesh.shape["data"]
         self._batch_size = -(-recipe.eval_batch_size // devices) * devices
         self._splits: dict[tuple[str, str], inputs.EvalSplit] = {}
-        length, beams = recipe.lengths["targets"], recipe.num_beams
         self._decode = jax.jit(
-            lambda params, batch: model.decode(params, batch, data.vocabulary, length, beams),
+            lambda params, batch: model.decode(params, batch, data.vocabulary, recipe.lengths["targets"]),
             out_shardings=placement.replicated(mesh),
         )
         self._scores = jax.jit(partial(target_scores, model), out_shardings=placement.replicated(mesh))

@@ -64,7 +64,8 @@ def finetune(
       model: shape of a T5 or of a decoder, or the name of a published T5, e.g. ``t5_1_1_small``.
       methods: by the name that the table shows.
       recipe: how to train.
-      checkpoint: the seed model: a T5X or Hugging Face checkpoint; None initialises one at random.
+      checkpoint: the seed model: a T5X or Hugging Face checkpoint, or the name of a model on the Hugging Face
+        hub, e.g. ``google/t5-v1_1-small@main``; None initialises one at random.
       subset_dir: a subset of that seed model that training starts from; budgets still count from the seed.
       rng_seeds: seeds of the data order, dropout and new parameters; one run each.
       mesh_shape: devices along (data, model); None puts all along data.
@@ -252,8 +253,8 @@ class Run:
 
     def _export(self, path: Path, state: TrainState) -> None:
         if not path.exists():
-            with storage.whole(path) as there:
-                self.method.export(there, state.tuned, state.slots, self.context.save_model)
+            with storage.shared_directory(path) as temporary:
+                self.method.export(temporary, state.tuned, state.slots, self.context.save_model)
 
     def _finish(self, state: TrainState, progress: Progress) -> dict[str, Any]:
         """Exports the best model, predicts and scores with it."""

@@ -10,14 +10,14 @@ import contextlib
 import os
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dst_optax.subset import Subset, SubsetError, fingerprints, scatter, trees
+from dst_optax.subset.core import structure
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -71,16 +71,25 @@ class SubsetStore:
 
         Args:
           seed_params: pytree of jax arrays, any sharding, or numpy arrays. The store owns the jax arrays
-            from now on: switching overwrites them in place and deletes the old references. It is read
-            once for the fingerprints.
+            from now on: switching overwrites them in place and deletes the old references. Leaves that
+            share one buffer, such as tied embeddings, get one each. It is read once for the fingerprints.
           max_bytes: bound on the bytes of all loaded subsets on this process's devices; the least
             recently used ones make room. None for no bound.
+
+        Raises:
+          SubsetError: jax cannot hold a leaf in its own dtype, or subsets cannot.
         """
         self._lock = threading.RLock()
         named = trees.named_leaves(seed_params, "the seed")
-        self._structure = {p: (tuple(x.shape), np.dtype(x.dtype)) for p, x in named.items()}
+        self._structure = structure(named)
+        for path, (_, dtype) in self._structure.items():
+            if jax.dtypes.canonicalize_dtype(dtype) != dtype and not isinstance(named[path], jax.Array):
+                raise SubsetError(
+                    f"{path!r} is {dtype}, which jax would round; set jax_enable_x64, or convert the seed "
+                    "and, with astype, its subsets."
+                )
         self._fingerprints = dict(zip(named, fingerprints(named.values()), strict=True))
-        self._params = {p: x if isinstance(x, jax.Array) else jnp.array(x) for p, x in named.items()}
+        self._params = _unshared(named)
         self._treedef = jax.tree.structure(trees.map_leaves(seed_params, self._params))
         self._loaded: dict[str, _Loaded] = {}  # least recently used first
         self._active: str | None = None
@@ -203,9 +212,9 @@ class SubsetStore:
           4.0
         """
         with self._lock:
-            yield self.deactivate() if name is None else self.activate(name)
+            yield self._switch(name)
 
-    def stack(self, names: Sequence[str], leaves: str | None = None) -> tuple[Any, Any]:
+    def stack(self, names: Sequence[str | None], leaves: str | None = None) -> tuple[Any, Any]:
         """Several tuned models for one batch, through ``jax.vmap``.
 
         A tensor in which any of them differs is stored once for each, so this costs ``len(names)`` times
@@ -213,7 +222,7 @@ class SubsetStore:
         subsets that touch few or small tensors.
 
         Args:
-          names: loaded subsets, at least one.
+          names: loaded subsets, at least one; None stands for the seed.
           leaves: regex of the paths to stack; None for those in which a subset has entries.
 
         Returns:
@@ -235,7 +244,7 @@ class SubsetStore:
           [4.0, 4.0]
         """
         with self._lock:
-            touched = {p for name in names for p in self._get(name).pieces}
+            touched = {p for name in names if name is not None for p in self._get(name).pieces}
             chosen = touched if leaves is None else {p for p in self._params if re.search(leaves, p)}
             if not names or touched - chosen:
                 raise SubsetError(
@@ -244,13 +253,17 @@ class SubsetStore:
             before = self._active
             copies: dict[str, Any] = {p: [] for p in chosen}
             for name in names:
-                self.activate(name)
+                self._switch(name)
                 for path in chosen:
                     copies[path].append(jnp.copy(self._params[path]))
-            self.deactivate() if before is None else self.activate(before)
+            self._switch(before)
             stacked = [jnp.stack(copies[p]) if p in chosen else x for p, x in self._params.items()]
             axes = [0 if p in chosen else None for p in self._params]
             return jax.tree.unflatten(self._treedef, stacked), jax.tree.unflatten(self._treedef, axes)
+
+    def _switch(self, name: str | None) -> Any:
+        """The model of a subset, or of the seed."""
+        return self.deactivate() if name is None else self.activate(name)
 
     def _exchange(self, name: str) -> None:
         """Swaps the values of a subset with the model's; all of them or none."""
@@ -300,3 +313,20 @@ class SubsetStore:
                 f"the name {str(name)[:128]!r} is not allowed: use up to 128 letters, digits, '.', '_' and "
                 "'-', a letter or digit first."
             )
+
+
+def _unshared(named: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The leaves as jax arrays, each in buffers of its own: switching overwrites them one by one."""
+    owned: dict[str, jax.Array] = {}
+    taken: set[tuple[Any, int]] = set()
+    for path, x in named.items():
+        owned[path] = x if isinstance(x, jax.Array) else jnp.array(x)
+        buffers = {
+            (shard.device, shard.data.unsafe_buffer_pointer())
+            for shard in owned[path].addressable_shards
+            if shard.data.nbytes
+        }
+        if buffers & taken:
+            owned[path] = jnp.copy(owned[path])
+        taken |= buffers
+    return owned

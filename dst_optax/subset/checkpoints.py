@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -11,10 +11,12 @@ import ml_dtypes
 import numpy as np
 
 from dst_optax.silos import leaf_path
-from dst_optax.subset import trees
+from dst_optax.subset import training_state, trees
 from dst_optax.subset.errors import SubsetError
 
 _PLACEHOLDER = "PLACEHOLDER://"
+_METADATA = "_METADATA"
+_CHUNKED = "__msgpack_chunked_array__"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,39 +37,62 @@ class StoredArray:
         return np.asarray(self.read(), dtype)
 
 
-def open_parameters(path: pathlib.Path) -> dict[str, Any] | None:
-    """The parameters of a checkpoint: what lies under ``target`` or ``params``, or all.
+def open_parameters(path: pathlib.Path, names: Iterable[str] | None = None) -> dict[str, Any] | None:
+    """The parameters of a checkpoint, without what training keeps beside them.
 
     Args:
-      path: an Orbax checkpoint; T5X's, of Orbax or of the time before (a msgpack file and zarr
-        directories); or such a file. Anything that has pathlib's methods.
+      path: an Orbax checkpoint, also a step of its ``CheckpointManager``; T5X's, of Orbax or of the time
+        before (a msgpack file and zarr directories); or a msgpack file of Flax. Anything that has pathlib's
+        methods.
+      names: paths of the parameters, where they are known; see :func:`training_state.parameter_keys`.
 
     Returns:
       Arrays by path, :class:`StoredArray` but for those within the msgpack file; None where no checkpoint
       lies.
 
     Raises:
-      SubsetError: it is missing, truncated or of another kind.
+      SubsetError: it is missing, truncated or of another kind, or holds no parameters.
     """
-    return _open(path, ("optimizer", "target", "params"))
+    arrays = _open(path, lambda tree: training_state.parameter_keys(tree, names))
+    if arrays is not None:
+        training_state.check(path, arrays)
+    return arrays
 
 
 def open_state(path: pathlib.Path) -> dict[str, Any] | None:
-    """All arrays of a checkpoint, the optimizer's too; see :func:`open_parameters`."""
-    return _open(path, ("optimizer",))
+    """All arrays of a checkpoint of T5X, the optimizer's too; see :func:`open_parameters`."""
+    return _open(path, training_state.t5x_keys)
 
 
-def _open(path: pathlib.Path, above: Sequence[str]) -> dict[str, Any] | None:
-    for directory in (path, path / "state"):  # T5X's is in ``state``
-        if (directory / "_METADATA").exists():
-            return _open_orbax(directory, above)
+def _open(path: pathlib.Path, locate: Callable[[Any], list[str]]) -> dict[str, Any] | None:
+    if (directory := _orbax_directory(path)) is not None:
+        return _open_orbax(directory, locate)
     for file in (path, path / "checkpoint"):
         if file.is_file():
-            return _open_legacy(file, above)
+            return _open_legacy(file, locate)
     return None
 
 
-def _open_orbax(path: pathlib.Path, above: Sequence[str]) -> dict[str, Any]:
+def _orbax_directory(path: pathlib.Path) -> pathlib.Path | None:
+    """Where Orbax's files lie: here, or in the one item of a step that holds a model."""
+    for directory in (path, path / "state", path / "default"):  # T5X's; the manager's without a name
+        if (directory / _METADATA).exists():
+            return directory
+    if not path.is_dir():
+        return None
+    children = sorted(path.iterdir())
+    items = [d for d in children if (d / _METADATA).exists() and not training_state.is_optimizer(d.name)]
+    if len(items) > 1:
+        names = ", ".join(d.name for d in items)
+        raise SubsetError(f"{path} holds several trees, {names}; name one of them, e.g. {items[-1]}.")
+    steps = [d for d in children if (d / "_CHECKPOINT_METADATA").exists()]
+    if steps and not items:
+        names = ", ".join(d.name for d in steps)
+        raise SubsetError(f"{path} holds the checkpoints {names}; name one of them, e.g. {steps[-1]}.")
+    return next(iter(items), None)
+
+
+def _open_orbax(path: pathlib.Path, locate: Callable[[Any], list[str]]) -> dict[str, Any]:
     import orbax.checkpoint as ocp
 
     checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
@@ -80,7 +105,7 @@ def _open_orbax(path: pathlib.Path, above: Sequence[str]) -> dict[str, Any]:
         return found.tree
 
     everything = _tried(f"{path} cannot be read as a checkpoint", metadata)
-    keys, tree = _under(everything, above)
+    keys = locate(everything)
 
     def read(key_path: Any) -> np.ndarray:
         item = _pruned(everything, [*keys, *(getattr(k, "key", None) for k in key_path)])
@@ -88,37 +113,43 @@ def _open_orbax(path: pathlib.Path, above: Sequence[str]) -> dict[str, Any]:
         args = ocp.args.PyTreeRestore(item=item, restore_args=wanted, partial_restore=True)
         name = leaf_path(key_path)
         restored = _tried(f"{path}: {name} cannot be read", lambda: checkpointer.restore(where, args=args))
-        return trees.named_leaves(_under(restored, above)[1])[name]
+        return trees.named_leaves(training_state.under(restored, keys))[name]
 
     def stored(key_path: Any, x: Any) -> StoredArray:
         return StoredArray(tuple(x.shape), np.dtype(x.dtype), lambda: read(key_path))
 
+    tree = training_state.under(everything, keys)
     return trees.named_leaves(jax.tree_util.tree_map_with_path(stored, tree), str(path))
 
 
-def _open_legacy(path: pathlib.Path, above: Sequence[str]) -> dict[str, Any]:
+def _open_legacy(path: pathlib.Path, locate: Callable[[Any], list[str]]) -> dict[str, Any]:
     import msgpack
 
     content = _tried(
         f"{path} cannot be read as a checkpoint",
-        lambda: msgpack.unpackb(path.read_bytes(), ext_hook=_array, strict_map_key=False),
+        lambda: _joined(msgpack.unpackb(path.read_bytes(), ext_hook=_array, strict_map_key=False)),
     )
-    _, tree = _under(content, above)
-    is_spec = lambda x: isinstance(x, dict) and "kvstore" in x  # noqa: E731
     arrays = jax.tree_util.tree_map_with_path(
-        lambda k, x: _legacy_array(path, leaf_path(k), x), tree, is_leaf=is_spec
+        lambda k, x: _legacy_array(path, leaf_path(k), x),
+        training_state.under(content, locate(content)),
+        is_leaf=_is_spec,
     )
     return trees.named_leaves(arrays, str(path))
 
 
-def _under(tree: Any, above: Sequence[str]) -> tuple[list[str], Any]:
-    """Those of the keys that there are, and what lies under them."""
-    keys = []
-    for key in above:
-        if isinstance(tree, dict) and key in tree:
-            keys.append(key)
-            tree = tree[key]
-    return keys, tree
+def _is_spec(x: Any) -> bool:
+    """Whether it is tensorstore's description of an array."""
+    return isinstance(x, dict) and "kvstore" in x
+
+
+def _joined(tree: Any) -> Any:
+    """The tree with the arrays that Flax cut in chunks, those of 1 GiB and more, whole again."""
+    if not isinstance(tree, dict):
+        return tree
+    if _CHUNKED not in tree:
+        return {key: _joined(x) for key, x in tree.items()}
+    shape, chunks = ([tree[k][str(i)] for i in range(len(tree[k]))] for k in ("shape", "chunks"))
+    return np.concatenate(chunks).reshape(shape)
 
 
 def _pruned(tree: Any, keys: list[Any]) -> Any:

@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import numpy as np
@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dst_optax.subset import Subset, SubsetError, compose, files, from_models, gaps, models, peft
+from dst_optax.subset import Subset, compose, files, from_models, gaps, models, peft, tied
+from dst_optax.subset.dtypes import is_float
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -25,7 +26,7 @@ def run(command: Callable[[], dict[str, Any]], as_json: bool, show: Callable[[di
     """Prints a command's result; an error goes to standard error, with exit code 1."""
     try:
         result = command()
-    except (SubsetError, ValueError, OSError) as e:
+    except (ValueError, TypeError, OSError) as e:
         if as_json:
             print(json.dumps({"error": str(e)}))
         else:
@@ -139,10 +140,15 @@ def apply(
 
     def command() -> dict[str, Any]:
         found = Subset.load(subset)
-        models.apply_to_files(found, seed, out)
-        return {"out": str(out), "entries": found.count}
+        left_out = models.apply_to_files(found, seed, out)
+        return {"out": str(out), "entries": found.count, "left_out": left_out}
 
-    run(command, as_json, lambda r: print(f"{r['entries']} entries applied; written to {r['out']}"))
+    def show(result: dict[str, Any]) -> None:
+        print(f"{result['entries']} entries applied; written to {result['out']}")
+        if result["left_out"]:
+            print(f"left out, as they hold weights of the seed: {', '.join(result['left_out'])}")
+
+    run(command, as_json, show)
 
 
 @app.command()
@@ -157,17 +163,28 @@ def extract(
     """Make a subset out of two models."""
 
     def command() -> dict[str, Any]:
-        found = from_models(
-            models.open_model(seed),
-            models.open_model(tuned),
-            fraction,
-            with_seed_values=with_seed_values,
-            metadata={"seed": seed.name, "tuned": tuned.name, "fraction_of_free_params": fraction},
-        )
+        before, after = models.open_model(seed), models.open_model(tuned)
+        before, after = tied.without_copies(before, after), tied.without_copies(after, before)
+        exact = _difference(before, after, None, with_seed_values, floats=False)
+        ranked = _difference(before, after, fraction, with_seed_values, floats=True)
+        metadata = {"seed": seed.name, "tuned": tuned.name, "fraction_of_free_params": fraction}
+        found = Subset({**exact, **ranked}, metadata)
         found.save(out)
         return {"out": str(out), "entries": found.count, "parameters": found.size}
 
     run(command, as_json, _wrote)
+
+
+def _difference(
+    seed: Mapping[str, Any],
+    tuned: Mapping[str, Any],
+    fraction: float | None,
+    with_seed_values: bool,
+    floats: bool,
+) -> Subset:
+    """The subset of the tensors that are floats, or of those that are not and have no largest changes."""
+    before, after = ({p: x for p, x in m.items() if is_float(x.dtype) == floats} for m in (seed, tuned))
+    return from_models(before, after, fraction, with_seed_values=with_seed_values)
 
 
 @app.command("compose")
@@ -201,7 +218,7 @@ def export_peft(
     base_model: Annotated[str | None, typer.Option(help="Name or path of the seed for the adapter.")] = None,
     not_linear: Annotated[
         str, typer.Option(help="Regex of matrices that belong to no linear layer.")
-    ] = peft.EMBEDDINGS,
+    ] = peft.NOT_LINEAR,
     as_json: Json = False,
 ) -> None:
     """Write a SHiRA adapter for PEFT; the subset needs seed values, and entries in linear layers only."""
@@ -225,7 +242,9 @@ def verify(
     def command() -> dict[str, Any]:
         found = Subset.load(directory)
         if seed is not None:
-            found.check(models.open_model(seed))
+            model = models.open_model(seed, found)
+            found = tied.for_model(found, model)
+            found.check(model)
         unknown = sum(e.seed_fingerprint is None for e in found.values())
         checked = 0 if seed is None else len(found) - unknown
         return {"entries": found.count, "tensors_compared": checked, "format_version": files.VERSION}

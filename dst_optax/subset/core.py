@@ -3,13 +3,14 @@
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from dst_optax.subset import gaps, scatter, trees
+from dst_optax.subset import dtypes, gaps, scatter, trees
 from dst_optax.subset.errors import SubsetError
 from dst_optax.subset.fingerprint import fingerprints
 
@@ -194,7 +195,7 @@ class Subset(Mapping[str, Entries]):
           SubsetError: names the tensor and the difference.
         """
         named = trees.named_leaves(seed)
-        self.check_structure({p: (tuple(x.shape), np.dtype(x.dtype)) for p, x in named.items()})
+        self.check_structure(structure(named))
         if verify:
             known = [p for p, e in self.items() if e.seed_fingerprint is not None]
             self.check_fingerprints(dict(zip(known, fingerprints(named[p] for p in known), strict=True)))
@@ -202,6 +203,14 @@ class Subset(Mapping[str, Entries]):
 
     def check_structure(self, structure: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
         """Raises unless paths, shapes and dtypes are those of the seed."""
+        systems = [_coordinate_system(paths) for paths in (self, structure)]
+        if None not in systems and systems[0] != systems[1]:
+            raise SubsetError(
+                f"the subset has the coordinates of {systems[0]} ({next(iter(self))!r}), the model those of "
+                f"{systems[1]} ({next(iter(structure))!r}): names and layouts differ, so that positions mean "
+                "nothing there. Give the seed as the subset knows it: for a run of dst-optax finetune, its "
+                "directory seed/."
+            )
         for path, e in self.items():
             if path not in structure:
                 raise SubsetError(f"the model lacks {path!r}, which the subset is for.")
@@ -226,14 +235,15 @@ class Subset(Mapping[str, Entries]):
                 )
 
     def astype(self, dtype: Any) -> "Subset":
-        """The subset of the model converted to another dtype.
+        """The subset of the model converted to other dtypes; integers and booleans stay as they are.
 
         Args:
-          dtype: the new dtype of every tensor.
+          dtype: the new dtype of every floating-point tensor; or ``(regex, dtype)`` rules, of which the first
+            that is found in a path holds, and a tensor without one keeps its dtype.
 
         Returns:
-          A subset for the converted seed, whose fingerprints are not known. Where seed values are
-          stored, entries that have become equal to the seed are left out.
+          A subset for the converted seed, whose fingerprints are not known where a dtype is new. Where seed
+          values are stored, entries that have become equal to the seed are left out.
 
         Example:
           >>> import jax.numpy as jnp, numpy as np
@@ -241,21 +251,16 @@ class Subset(Mapping[str, Entries]):
           >>> seed, tuned = np.ones(3, np.float32), np.array([1, 2, 1.0001], np.float32)
           >>> subset.from_models(seed, tuned, with_seed_values=True).astype(jnp.bfloat16).count
           1
+          >>> both = subset.from_models({"wi": seed, "wo": seed}, {"wi": tuned, "wo": tuned})
+          >>> [str(e.dtype) for e in both.astype([("wo", "float32"), ("", "bfloat16")]).values()]
+          ['bfloat16', 'float32']
         """
-        new = np.dtype(dtype)
-
-        def convert(e: Entries) -> Entries:
-            if e.dtype == new:
-                return e
-            with np.errstate(over="ignore", invalid="ignore"):
-                values = e.values.astype(new)
-                seeds = None if e.seed_values is None else e.seed_values.astype(new)
-            out = Entries(e.shape, e.positions, values, seeds)
-            if seeds is None:
-                return out
-            return out.take(np.flatnonzero(trees.bits(values) != trees.bits(seeds)))
-
-        return Subset({p: convert(e) for p, e in self.items()}, dict(self.metadata))
+        rules = dtype if isinstance(dtype, list | tuple) else [("", dtype)]
+        leaves = {}
+        for path, e in self.items():
+            new = next((np.dtype(d) for pattern, d in rules if re.search(pattern, path)), e.dtype)
+            leaves[path] = e if new == e.dtype or not dtypes.is_float(e.dtype) else _converted(path, e, new)
+        return Subset(leaves, dict(self.metadata))
 
     def intersection(self, other: "Subset") -> "Subset":
         """Entries whose positions are in both; values are this subset's."""
@@ -389,6 +394,36 @@ def _merge(entries: Sequence[Entries], on_conflict: str) -> tuple[Entries, int]:
         seed_values=np.concatenate(seeds)[order][first] if known else None,
     )
     return merged, len(conflicts)
+
+
+def structure(named: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shapes and dtypes by path, see :meth:`Subset.check_structure`.
+
+    Raises:
+      SubsetError: a leaf has a dtype that subsets cannot hold.
+    """
+    return {path: (tuple(x.shape), dtypes.checked(x.dtype, path)) for path, x in named.items()}
+
+
+def _coordinate_system(paths: Iterable[str]) -> str | None:
+    """Who names tensors so: JAX ``a/b``, Hugging Face ``a.b``; None where the names do not tell."""
+    names = list(paths)
+    if any("/" in name for name in names):
+        return "JAX"
+    return "Hugging Face" if any("." in name for name in names) else None
+
+
+def _converted(path: str, e: Entries, dtype: np.dtype) -> Entries:
+    """Entries of the tensor in another floating-point dtype."""
+    if not dtypes.is_float(dtypes.checked(dtype, path)):
+        raise SubsetError(
+            f"{path!r} is {e.dtype}; it cannot become {dtype}, only another floating-point dtype."
+        )
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = e.values.astype(dtype)
+        seeds = None if e.seed_values is None else e.seed_values.astype(dtype)
+    out = Entries(e.shape, e.positions, values, seeds)
+    return out if seeds is None else out.take(np.flatnonzero(trees.bits(values) != trees.bits(seeds)))
 
 
 def _check_same_seed(subsets: Sequence[Subset]) -> None:

@@ -18,13 +18,13 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 from dst_optax.subset import gaps
 from dst_optax.subset.core import Entries, Subset
+from dst_optax.subset.dtypes import BY_NAME, DTYPES, checked
 from dst_optax.subset.errors import SubsetError
 
 FORMAT = "dst-optax-subset"
@@ -33,24 +33,6 @@ TENSORS = "subset.safetensors"
 CONFIG = "subset_config.json"
 CARD = "README.md"
 MAX_CONFIG = 2**26  # bytes
-DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U64": np.dtype(np.uint64),
-    "U32": np.dtype(np.uint32),
-    "U16": np.dtype(np.uint16),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
-_BY_NAME = {d.name: d for d in DTYPES.values()}
 _HEX = re.compile("[0-9a-f]*")
 
 
@@ -67,8 +49,7 @@ def save(subset: Subset, directory: str | os.PathLike[str]) -> None:
     tensors: dict[str, np.ndarray] = {}
     leaves: dict[str, Any] = {}
     for path, e in subset.items():
-        if e.dtype.name not in _BY_NAME:
-            raise SubsetError(f"{path!r} has the dtype {e.dtype}, which safetensors files cannot hold.")
+        checked(e.dtype, path)
         leaves[path] = {
             "shape": [int(n) for n in e.shape],
             "dtype": e.dtype.name,
@@ -165,10 +146,10 @@ def _parse_leaf(path: str, leaf: Any) -> dict[str, Any]:
     size = math.prod(shape)
     _expect(size <= gaps.MAX_SIZE, f"{name} to have at most {gaps.MAX_SIZE} entries")
     _expect(type(count) is int and 0 <= count <= size, f"{name} to have 0 to {size} entries")
-    known = isinstance(leaf["dtype"], str) and leaf["dtype"] in _BY_NAME
-    _expect(known, f"{name} to have one of the dtypes {sorted(_BY_NAME)}")
+    known = isinstance(leaf["dtype"], str) and leaf["dtype"] in BY_NAME
+    _expect(known, f"{name} to have one of the dtypes {sorted(BY_NAME)}")
     _expect(fingerprint is None or _is_hex(fingerprint, 32), f"{name} to have a fingerprint of 32 digits")
-    return {**leaf, "shape": tuple(shape), "dtype": _BY_NAME[leaf["dtype"]]}
+    return {**leaf, "shape": tuple(shape), "dtype": BY_NAME[leaf["dtype"]]}
 
 
 def parse(config: Mapping[str, Any], content: bytes) -> Subset:

@@ -7,33 +7,42 @@ import json
 import math
 import os
 import pathlib
+import re
 import secrets
 import shutil
 import struct
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from dst_optax.subset import checkpoints, files
+from dst_optax.subset import checkpoints, files, tied, trees
 from dst_optax.subset.core import Subset
+from dst_optax.subset.dtypes import DTYPES, checked
 from dst_optax.subset.errors import SubsetError
 
+WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
+_OTHER_WEIGHTS = re.compile(
+    r"adapter_.*|.*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|npz|ot|tflite)(\.data.*|\.index.*)?"
+)
 
 
-def open_model(path: str | os.PathLike[str]) -> dict[str, Any]:
+def open_model(path: str | os.PathLike[str], names: Iterable[str] | None = None) -> dict[str, Any]:
     """The tensors of a model on disk, by path.
 
     Args:
       path: a safetensors file; a Hugging Face directory of one or several; an Orbax checkpoint; or a T5X
-        checkpoint, old (msgpack and zarr) or new. Of checkpoints, what lies under ``target`` or ``params``
-        is taken; they need ``orbax-checkpoint``, or ``msgpack`` and ``tensorstore``.
+        checkpoint, old (msgpack and zarr) or new. Of checkpoints, the parameters are taken and the
+        optimizer's state is left; they need ``orbax-checkpoint``, or ``msgpack`` and ``tensorstore``.
+      names: paths of the tensors, where they are known; see :func:`training_state.parameter_keys`.
 
     Returns:
       Read-only arrays, or what ``numpy.asarray`` makes one.
 
     Raises:
-      SubsetError: there is no model of a known kind.
+      SubsetError: there is no model of a known kind, or files of it are missing or damaged.
     """
     source = pathlib.Path(path)
     if shards := shard_files(source):
@@ -45,7 +54,7 @@ def open_model(path: str | os.PathLike[str]) -> dict[str, Any]:
                 tensors[name] = x
         return tensors
     try:
-        if (found := checkpoints.open_parameters(source)) is not None:
+        if (found := checkpoints.open_parameters(source, names)) is not None:
             return found
     except ModuleNotFoundError as e:
         raise SubsetError(f"{source} is a checkpoint; to read it, pip install {e.name}.") from e
@@ -53,31 +62,65 @@ def open_model(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def shard_files(source: pathlib.Path) -> list[pathlib.Path]:
-    """The safetensors files of a model: the file, those that the index names, or all in the directory."""
+    """The safetensors files of a model: the file, or those of a directory that transformers would read.
+
+    Args:
+      source: a file or a directory.
+
+    Returns:
+      ``model.safetensors``; the files that the index names; or the one model without either. Empty
+      where no safetensors lie.
+
+    Raises:
+      SubsetError: a shard is missing, or several models lie there.
+    """
     if not source.is_dir():
         return [source] if source.suffix == ".safetensors" else []
+    if (source / WEIGHTS).exists():
+        return [source / WEIGHTS]
     if (source / INDEX).exists():
-        try:
-            names = sorted(set(json.loads(files.read_file(source / INDEX))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise SubsetError(f"{source / INDEX} is no index of safetensors files.") from e
-        if any(not isinstance(n, str) or pathlib.PurePath(n).name != n for n in names):
-            raise SubsetError(f"{source / INDEX} names files outside of its directory.")
-        return [source / n for n in names]
-    return sorted(source.glob("*.safetensors"))
+        return _indexed(source)
+    everything = sorted(source.glob("*.safetensors"))
+    found = [file for file in everything if not file.name.startswith("adapter_")]
+    if everything and not found:
+        raise SubsetError(f"{source} holds an adapter, no model; merge it into its model first.")
+    kinds = {(s[1], int(s[2])) if (s := _SHARD.fullmatch(f.name)) else (f.stem, 1) for f in found}
+    if len(kinds) > 1 or any(shards != len(found) for _, shards in kinds):
+        names = ", ".join(file.name for file in found[:5])
+        raise SubsetError(f"{source} holds {names}: several models, or a part of one; name a file.")
+    return found
+
+
+def _indexed(source: pathlib.Path) -> list[pathlib.Path]:
+    """The shards that an index names."""
+    try:
+        names = sorted(set(json.loads(files.read_file(source / INDEX))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise SubsetError(f"{source / INDEX} is no index of safetensors files.") from e
+    if any(not isinstance(n, str) or pathlib.PurePath(n).name != n for n in names):
+        raise SubsetError(f"{source / INDEX} names files outside of its directory.")
+    for name in names:
+        if not (source / name).is_file():
+            raise SubsetError(f"{source / name} is missing, which {INDEX} names; download all shards.")
+    return [source / n for n in names]
 
 
 def apply_to_files(
     subset: Subset, seed: str | os.PathLike[str], out: str | os.PathLike[str], verify: bool = True
-) -> None:
+) -> list[str]:
     """Writes the tuned model as safetensors, tensor by tensor.
 
     Args:
       subset: what to apply.
-      seed: what :func:`open_model` takes. Safetensors keep their names, and the other files in their
-        directory are copied; a checkpoint becomes ``model.safetensors``.
+      seed: what :func:`open_model` takes. Safetensors keep their names, and the other files and folders
+        beside them are copied, but for weights of the seed that a loader might prefer (``*.bin``, ``*.h5``,
+        an adapter, another precision). A checkpoint becomes ``model.safetensors``; tensors that are named
+        as in JAX, ``a/b``, go to ``params.safetensors``, which transformers does not take for its own.
       out: directory that does not exist yet.
       verify: compare fingerprints, which reads the seed once more.
+
+    Returns:
+      The files of the seed's directory that were left out.
 
     Raises:
       SubsetError: the seed is not the subset's, or ``out`` exists; nothing is written then.
@@ -85,23 +128,50 @@ def apply_to_files(
     source, target = pathlib.Path(seed), pathlib.Path(out)
     if target.exists():
         raise SubsetError(f"{target} exists; name a new directory.")
-    model = open_model(source)
+    model = open_model(source, subset)
+    subset = tied.for_model(subset, model)
     subset.check(model, verify=verify)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     temporary.mkdir(parents=True)
     try:
         shards = shard_files(source)
         for file in shards:
-            _write_tuned(subset, *_open_safetensors(file), temporary / file.name)
+            header, tensors = _open_safetensors(file)
+            _write_tuned(subset, header, tensors, temporary / _output_name(file.name, tensors))
         if not shards:
-            _write_tuned(subset, _new_header(model), model, temporary / "model.safetensors")
-        elif source.is_dir():
-            for file in source.iterdir():
-                if file.is_file() and file not in shards:
-                    shutil.copyfile(file, temporary / file.name)
+            _write_tuned(subset, _new_header(model), model, temporary / _output_name(WEIGHTS, model))
+        left_out = _copy_others(source, shards, model, temporary) if source.is_dir() and shards else []
         os.replace(temporary, target)
+        return left_out
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _output_name(name: str, tensors: Iterable[str]) -> str:
+    return "params.safetensors" if name == WEIGHTS and any("/" in t for t in tensors) else name
+
+
+def _copy_others(
+    source: pathlib.Path, shards: Sequence[pathlib.Path], model: Mapping[str, Any], target: pathlib.Path
+) -> list[str]:
+    """Copies what is no weight of the seed, folders too; returns the names of what it leaves out."""
+    left_out = []
+    for file in sorted(source.rglob("*")):
+        path = file.relative_to(source)
+        if not file.is_file() or file in shards or any(part.startswith(".") for part in path.parts[:-1]):
+            continue
+        if file.name == INDEX and len(path.parts) == 1 and shards[0].name != WEIGHTS:
+            stale = False
+        elif file.suffix == ".safetensors" and len(path.parts) > 1:  # a module of its own may lie in a folder
+            stale = any(name in model for name in _open_safetensors(file)[1])
+        else:
+            stale = _OTHER_WEIGHTS.fullmatch(file.name) is not None
+        if stale:
+            left_out.append(str(path))
+        else:
+            (target / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target / path)
+    return left_out
 
 
 def _write_tuned(subset: Subset, header: bytes, tensors: dict[str, Any], target: pathlib.Path) -> None:
@@ -109,7 +179,8 @@ def _write_tuned(subset: Subset, header: bytes, tensors: dict[str, Any], target:
         f.write(header)
         for name, x in tensors.items():
             data = np.array(x, order="C").reshape(-1)
-            data[subset[name].positions] = subset[name].values
+            (path,) = trees.named_leaves({name: x})
+            data[subset[path].positions] = subset[path].values
             f.write(data.view(np.uint8).data)
         f.flush()
         os.fsync(f.fileno())
@@ -118,10 +189,8 @@ def _write_tuned(subset: Subset, header: bytes, tensors: dict[str, Any], target:
 def _new_header(model: dict[str, Any]) -> bytes:
     header, at = {}, 0
     for name, x in model.items():
-        dtype = np.dtype(x.dtype)
-        kind = next((k for k, d in files.DTYPES.items() if d == dtype), None)
-        if kind is None:
-            raise SubsetError(f"{name!r} has the dtype {dtype}, which safetensors files cannot hold.")
+        dtype = checked(x.dtype, name)
+        kind = next(k for k, d in DTYPES.items() if d == dtype)
         stop = at + math.prod(x.shape) * dtype.itemsize
         header[name] = {"dtype": kind, "shape": list(x.shape), "data_offsets": [at, stop]}
         at = stop
@@ -132,8 +201,8 @@ def _new_header(model: dict[str, Any]) -> bytes:
 
 def _header(path: pathlib.Path) -> tuple[int, dict[str, Any]]:
     """Where the data of a safetensors file start, and its checked header."""
-    size = path.stat().st_size
     try:
+        size = path.stat().st_size
         with open(path, "rb") as f:
             (length,) = struct.unpack("<Q", f.read(8))
             if length > min(size - 8, 10**8):
@@ -142,14 +211,20 @@ def _header(path: pathlib.Path) -> tuple[int, dict[str, Any]]:
         header.pop("__metadata__", None)
         header = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
         expected = 0
-        for entry in header.values():
+        for name, entry in header.items():
             first, last = entry["data_offsets"]
-            nbytes = math.prod(entry["shape"]) * files.DTYPES[entry["dtype"]].itemsize
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"{name!r} has the dtype {entry['dtype']!r}, which is not supported")
+            if any(type(n) is not int or n < 0 for n in entry["shape"]):
+                raise ValueError(f"{name!r} has the shape {entry['shape']}")
+            nbytes = math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
             if first != expected or last - first != nbytes:
                 raise ValueError("its tensors overlap or have gaps")
             expected = last
         if 8 + length + expected != size:
             raise ValueError("its size is not that of its tensors")
+    except OSError as e:
+        raise SubsetError(f"{path} cannot be read: {e.strerror}.") from e
     except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as e:
         raise SubsetError(f"{path} is no safetensors file that can be read: {str(e)[:200]}.") from e
     return 8 + length, header
@@ -163,5 +238,5 @@ def _open_safetensors(path: pathlib.Path) -> tuple[bytes, dict[str, np.ndarray]]
     for name, entry in header.items():
         first, last = entry["data_offsets"]
         part = np.asarray(data[start + first : start + last])
-        found[name] = part.view(files.DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        found[name] = part.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return data[:start].tobytes(), found

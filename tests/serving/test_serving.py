@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from oracle import bits
+from precision import x64
 
 from dst_optax import serving, subset
 from dst_optax.subset import SubsetError
@@ -76,6 +77,37 @@ def test_switching_is_in_place_and_does_not_recompile():
         store.activate(name)
     assert pointer() == before
     assert subset.scatter._scatter_donated._cache_size() <= compiled + 4
+
+
+def tied(x):
+    """One buffer under several paths, as arrays and as what shares an array's buffer."""
+    x = jnp.array(x)
+    other = jax.make_array_from_single_device_arrays(x.shape, x.sharding, [x.addressable_shards[0].data])
+    return {"embed": x, "lm_head": x, "scales": [x, other]}
+
+
+@pytest.mark.parametrize("touched", [["lm_head"], ["embed"], ["scales/1"], ["embed", "lm_head", "scales/0"]])
+def test_leaves_of_one_buffer_are_switched_one_by_one(touched):
+    x = np.arange(400, dtype=np.float32)
+    names = ["embed", "lm_head", "scales/0", "scales/1"]
+    seed = dict.fromkeys(names, x)
+    tuned = {
+        p: np.where(np.arange(400) % 7 == i, -x - 1, x) if p in touched else x for i, p in enumerate(names)
+    }
+    store = serving.SubsetStore(tied(x))
+    store.add("a", subset.from_models(seed, tuned))
+    for _ in range(3):
+        assert same(subset.trees.named_leaves(store.activate("a")), tuned)
+        assert same(subset.trees.named_leaves(store.deactivate()), seed)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int64, np.uint64])
+def test_a_seed_that_jax_would_round_is_refused(dtype):
+    seed = {"w": np.ones(3, np.float32), "n": np.arange(3, dtype=dtype)}
+    with pytest.raises(SubsetError, match=f"'n' is {np.dtype(dtype)}, which jax would round"):
+        serving.SubsetStore(seed)
+    with x64():
+        assert serving.SubsetStore(seed).params["n"].dtype == dtype
 
 
 def test_only_what_differs_is_touched():
@@ -178,7 +210,7 @@ def test_threads_see_whole_models():
 
 
 def test_several_subsets_in_one_batch():
-    store, _, tuned = filled(3)
+    store, seed, tuned = filled(3)
     store.activate("s2")
     params, axes = store.stack(["s0", "s1", "s0"])
     got = jax.vmap(lambda p: p["emb"], (axes,))(params)
@@ -186,6 +218,12 @@ def test_several_subsets_in_one_batch():
         assert same({"emb": got[i]}, {"emb": expected["emb"]})
     assert axes["empty"] is None
     assert store.active == "s2"
+    params, axes = store.stack([None, "s1", None])  # the seed in a mixed batch
+    got = jax.vmap(lambda p: p["emb"], (axes,))(params)
+    for i, expected in enumerate((seed, tuned[1], seed)):
+        assert same({"emb": got[i]}, {"emb": expected["emb"]})
+    params, axes = store.stack([None])
+    assert set(axes.values()) == {None}
     with pytest.raises(SubsetError, match="would be shared"):
         store.stack(["s0"], "emb")
     for names in (["nope"], []):

@@ -290,3 +290,28 @@ def test_astype_commutes_with_apply():
         found = subset.from_models(seed, tuned, with_seed_values=stored).astype(jnp.bfloat16)
         assert same(found.apply(cast(seed)), cast(tuned))
     assert found.count == subset.from_models(cast(seed), cast(tuned)).count
+
+
+def test_astype_converts_floats_alone_and_each_as_its_rule_says():
+    rng = np.random.default_rng(0)
+    shapes = {"enc/wi": (4, 5), "enc/wo": (5, 4), "norm": (6,)}
+    seed = {p: rng.normal(size=s).astype(np.float32) for p, s in shapes.items()} | {"ids": np.arange(7)}
+    tuned = {
+        p: np.where(np.arange(x.size).reshape(x.shape) % 2, x + 1, x).astype(x.dtype) for p, x in seed.items()
+    }
+    found = subset.from_models(seed, tuned)
+
+    def converted(model, dtypes):
+        return {p: x.astype(dtypes.get(p, x.dtype)) for p, x in model.items()}
+
+    halves = dict.fromkeys(shapes, ml_dtypes.bfloat16)
+    mixed = {"enc/wi": ml_dtypes.bfloat16, "norm": np.float16}  # the first rule that is found holds
+    rules = [("wo$", "float32"), ("^enc/", ml_dtypes.bfloat16), ("norm", np.float16)]
+    for wanted, dtypes in ((ml_dtypes.bfloat16, halves), (rules, mixed)):
+        got = found.astype(wanted).apply(converted(seed, dtypes))
+        for path, x in converted(tuned, dtypes).items():
+            assert got[path].dtype == x.dtype
+            assert (bits(got[path]) == bits(x)).all()
+    assert found.astype(rules)["enc/wo"].seed_fingerprint == found["enc/wo"].seed_fingerprint
+    with pytest.raises(SubsetError, match="'enc/wi' is float32; it cannot become int32"):
+        found.astype(np.int32)

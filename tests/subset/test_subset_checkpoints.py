@@ -6,10 +6,13 @@ import time
 import weakref
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 import safetensors.numpy
+from flax import serialization
 from oracle import bits
 from typer.testing import CliRunner
 
@@ -113,7 +116,7 @@ def test_the_command_line_takes_checkpoints(tmp_path, kind):
     assert made["entries"] == subset.from_models(seed, tuned).count
     assert call("verify", tmp_path / "subset", "--seed", tmp_path / "seed")["tensors_compared"] == len(PATHS)
     call("apply", "--seed", tmp_path / "seed", "--subset", tmp_path / "subset", "--out", tmp_path / "out")
-    written = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    written = safetensors.numpy.load_file(tmp_path / "out" / "params.safetensors")
     expected = dict(zip(PATHS, jax.tree.leaves(tuned), strict=True))
     assert sorted(written) == PATHS
     assert all((bits(x) == bits(expected[p])).all() for p, x in written.items())
@@ -146,6 +149,103 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path, kind, monkeypatch):
     models.apply_to_files(found, tmp_path / "seed", tmp_path / "out")
     assert len(most) == 5 * 6
     assert max(most) <= 1
+
+
+P = {"dense": {"w": np.arange(6, dtype=np.float32).reshape(2, 3)}}
+ADAM = jax.tree.map(np.asarray, optax.adam(1e-3).init(P))
+SGD = jax.tree.map(np.asarray, optax.sgd(1e-3, momentum=0.9).init(P))
+STATS = {"mean": np.zeros(3, np.float32)}
+
+
+def write_flax(path, tree):
+    path.write_bytes(serialization.to_bytes(tree))
+
+
+@pytest.mark.parametrize("write", [lambda p, x: save_orbax(p, x), write_flax])
+@pytest.mark.parametrize(
+    ("tree", "paths"),
+    [
+        ({"params": P, "optimizer": ADAM, "step": 1}, ["dense/w"]),
+        ({"params": P, "opt_state": SGD, "step": 1}, ["dense/w"]),
+        ({"model": P, "optimizer": ADAM}, ["dense/w"]),
+        ({"model": P, "opt_state": SGD, "step": 1}, ["dense/w"]),
+        ({"target": P, "state": {"step": 1}}, ["dense/w"]),
+        ({"online": P, "target": P}, ["online/dense/w", "target/dense/w"]),  # networks, not T5X's target
+        ({"model": P, "lm_head": P}, ["lm_head/dense/w", "model/dense/w"]),  # modules
+        (P, ["dense/w"]),
+    ],
+)
+def test_the_parameters_are_told_from_what_training_keeps(tmp_path, write, tree, paths):
+    write(tmp_path / "checkpoint", tree)
+    found = models.open_model(tmp_path / "checkpoint")
+    assert sorted(found) == paths
+    assert all((np.asarray(x) == P["dense"]["w"]).all() for x in found.values())
+
+
+@pytest.mark.parametrize("write", [lambda p, x: save_orbax(p, x), write_flax])
+@pytest.mark.parametrize(
+    ("tree", "named"),
+    [
+        ({"optimizer": ADAM, "step": np.int32(1)}, "optimizer/"),
+        ({"weights": P, "opt_state": SGD}, "opt_state/"),
+        ({"state": {"params": P, "opt_state": ADAM}, "data": P}, "state/opt_state/"),
+        ({"0": P, "1": {"mu": P, "nu": P}}, "1/mu/dense/w"),  # a pair of parameters and Adam's state
+    ],
+)
+def test_an_optimizers_state_is_no_model(tmp_path, write, tree, named):
+    write(tmp_path / "checkpoint", tree)
+    with pytest.raises(SubsetError, match=named):
+        models.open_model(tmp_path / "checkpoint")
+
+
+def save_orbax(path, tree):
+    ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).save(path, args=ocp.args.PyTreeSave(tree))
+
+
+@pytest.mark.parametrize(
+    ("variables", "tree"),
+    [
+        ({"params": P}, {"params": P}),
+        ({"params": P, "batch_stats": STATS}, {"params": P, "batch_stats": STATS}),
+        ({"params": P}, {"params": {"params": P}, "opt_state": ADAM, "step": np.int32(3)}),
+        (P, {"params": {"params": P}, "opt_state": ADAM, "step": np.int32(3)}),
+    ],
+)
+def test_a_subset_of_linens_variables_fits_its_own_seed(tmp_path, variables, tree):
+    tuned = jax.tree.map(lambda x: x + 1, variables)
+    found = subset.from_models(variables, tuned)
+    save_orbax(tmp_path / "seed", tree)
+    models.apply_to_files(found, tmp_path / "seed", tmp_path / "out")
+    written = safetensors.numpy.load_file(tmp_path / "out" / "params.safetensors")
+    expected = subset.trees.named_leaves(tuned)
+    assert sorted(written) == sorted(expected)
+    assert all((written[path] == x).all() for path, x in expected.items())
+
+
+def test_a_step_of_a_checkpoint_manager_is_a_model(tmp_path):
+    with ocp.CheckpointManager(tmp_path / "default") as manager:
+        manager.save(3, args=ocp.args.StandardSave(P))
+        manager.save(4, args=ocp.args.StandardSave(P))
+    with ocp.CheckpointManager(tmp_path / "items") as manager:
+        items = {"weights": ocp.args.StandardSave(P), "opt_state": ocp.args.StandardSave(SGD[0]._asdict())}
+        manager.save(3, args=ocp.args.Composite(**items))
+        manager.save(4, args=ocp.args.Composite(**items, ema=ocp.args.StandardSave(P)))
+    for where in ("default/3", "default/3/default", "items/3", "items/3/weights"):
+        assert sorted(models.open_model(tmp_path / where)) == ["dense/w"]
+    with pytest.raises(SubsetError, match="holds the checkpoints 3, 4; name one"):
+        models.open_model(tmp_path / "default")
+    with pytest.raises(SubsetError, match="several trees, ema, weights; name one"):
+        models.open_model(tmp_path / "items" / "4")
+
+
+def test_arrays_that_flax_cut_in_chunks_are_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(serialization, "MAX_CHUNK_SIZE", 100)
+    x = np.arange(300, dtype=np.float32).reshape(3, 100)
+    write_flax(tmp_path / "flax_model.msgpack", {"dense": {"w": x, "b": jnp.ones(3)}})
+    assert b"__msgpack_chunked_array__" in (tmp_path / "flax_model.msgpack").read_bytes()
+    found = models.open_model(tmp_path / "flax_model.msgpack")
+    assert sorted(found) == ["dense/b", "dense/w"]
+    assert (np.asarray(found["dense/w"]) == x).all()
 
 
 def test_damaged_checkpoints_are_refused(tmp_path):

@@ -1,5 +1,6 @@
 """What the trainer, the methods and the tasks know of a model: one small interface, families behind it."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -74,9 +75,7 @@ class LanguageModel(Protocol):
         """
         ...
 
-    def decode(
-        self, params: Params, batch: Batch, vocabulary: Any, max_length: int, num_beams: int
-    ) -> jax.Array:
+    def decode(self, params: Params, batch: Batch, vocabulary: Any, max_length: int) -> jax.Array:
         """Tokens that follow the inputs of a batch, int32, ``(batch, max_length)``."""
         ...
 
@@ -101,22 +100,37 @@ def language_model(model: Any) -> LanguageModel:
     """The model of a configuration or a published name.
 
     Args:
-      model: a ``T5Config``, a ``DecoderConfig``, the name of a published T5, or a model already.
+      model: a ``T5Config`` or ``DecoderConfig``, the name of a published one, a Hugging Face checkpoint whose
+        ``config.json`` is read (a directory, or a name on the hub), or a model already.
 
     Raises:
-      ValueError: no such name.
+      ValueError: no such name, or no configuration that is supported.
 
     Example:
       >>> language_model("t5_1_1_small").decoder_only
       False
     """
+    from dst_optax.finetuning import hub
     from dst_optax.finetuning.models import decoder, t5
 
     if isinstance(model, str):
-        model = t5.published(model)
+        model = _config_of(hub.local_path(model))
     if isinstance(model, t5.T5Config):
         return t5.T5(model)
     return decoder.CausalLM(model) if isinstance(model, decoder.DecoderConfig) else model
+
+
+def _config_of(model: str) -> Any:
+    from dst_optax.finetuning.models import decoder, t5
+
+    if model in decoder.CONFIGS:
+        return decoder.CONFIGS[model]
+    file = Path(model) / "config.json"
+    try:
+        family = json.loads(file.read_text()).get("model_type") if file.is_file() else None
+    except (ValueError, AttributeError) as e:
+        raise ValueError(f"{file} cannot be read as the configuration of a model: {e}.") from e
+    return decoder.read_config(model) if family in decoder.FAMILIES else t5.shape_of(model)
 
 
 def flatten(params: Params) -> dict[str, Any]:

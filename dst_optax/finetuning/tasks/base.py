@@ -47,8 +47,12 @@ class TaskSuite(Protocol):
         """Registers the seqio tasks as a model wants them, and names what to train on."""
         ...
 
-    def check(self) -> None:
-        """Reads every split, so that bad data is known before any work is done."""
+    def check(self, target_length: int) -> None:
+        """Reads every split, so that bad data is known before any work is done.
+
+        Args:
+          target_length: tokens of targets at most.
+        """
         ...
 
     def provider(self, task: str) -> str:

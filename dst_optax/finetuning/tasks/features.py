@@ -16,16 +16,22 @@ def output_features(vocabulary: seqio.Vocabulary, decoder_only: bool) -> dict[st
 
 
 def preprocessors(vocabulary: seqio.Vocabulary, decoder_only: bool) -> list[Callable[..., Any]]:
-    """Tokenises, puts what the model's tokenizer begins texts with before the inputs, and ends."""
+    """Tokenises, cuts inputs that targets continue at their beginning, and ends what is to be ended."""
     prefix = getattr(vocabulary, "prefix_ids", ()) if decoder_only else ()
-    begin = [lambda data: data.map(lambda example: _begun(example, prefix))] if prefix else []
-    return [seqio.preprocessors.tokenize, *begin, seqio.preprocessors.append_eos_after_trim]
+
+    def begin(dataset: tf.data.Dataset, sequence_length: Mapping[str, int] | None) -> tf.data.Dataset:
+        length = None if sequence_length is None else sequence_length["inputs"]
+        return dataset.map(lambda e: {**e, "inputs": _begun(e["inputs"], prefix, length)})
+
+    steps: list[Callable[..., Any]] = [seqio.preprocessors.tokenize]
+    return [*steps, *([begin] if decoder_only else []), seqio.preprocessors.append_eos_after_trim]
 
 
-def _begun(example: Mapping[str, Any], prefix: Sequence[int]) -> dict[str, Any]:
-    """A chat template may have put the prefix there already."""
-    inputs, first = example["inputs"], tf.constant(prefix, tf.int32)
-    has_it = tf.reduce_all(
-        tf.equal(tf.pad(inputs, [[0, len(prefix)]], constant_values=-1)[: len(prefix)], first)
-    )
-    return {**example, "inputs": tf.cond(has_it, lambda: inputs, lambda: tf.concat([first, inputs], 0))}
+def _begun(inputs: tf.Tensor, prefix: Sequence[int], length: int | None) -> Any:
+    """Inputs after what the model's tokenizer begins texts with; a chat template may have put that there."""
+    first = tf.constant(prefix, tf.int32)
+    padded = tf.pad(inputs, [[0, len(prefix)]], constant_values=-1)
+    begins = tf.reduce_all(tf.equal(padded[: len(prefix)], first))
+    rest = tf.cond(begins, lambda: inputs[len(prefix) :], lambda: inputs)
+    kept = rest if length is None else rest[tf.maximum(tf.size(rest) - length + len(prefix), 0) :]
+    return tf.concat([first, kept], 0)

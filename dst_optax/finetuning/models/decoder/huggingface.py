@@ -8,8 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,12 @@ import numpy as np
 import safetensors.numpy
 from jax.typing import DTypeLike
 
+from dst_optax.atomic import atomic_file
 from dst_optax.finetuning.models.base import flatten, unflatten
 from dst_optax.finetuning.models.decoder import config_json, parameters
 from dst_optax.finetuning.models.decoder.config import DecoderConfig
 from dst_optax.subset import models
+from dst_optax.subset.dtypes import is_float
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -165,7 +166,7 @@ def load(
 
 
 def _values(path: Path, name: str, x: Any) -> np.ndarray:
-    if x.dtype.kind not in "fV":
+    if not is_float(x.dtype):
         raise ValueError(f"{path}: {name} has dtype {x.dtype}; parameters are floating-point numbers.")
     return np.asarray(x)
 
@@ -237,21 +238,21 @@ def save_hf(
         config_text = json.dumps(known | {"torch_dtype": dtype, "dtype": dtype}, indent=2) + "\n"
         for file in Path(source).iterdir():
             if file.is_file() and file.name != config_json.CONFIG and ".safetensors" not in file.name:
-                with _replacing(path / file.name) as temporary:
+                with atomic_file(path / file.name) as temporary:
                     shutil.copyfile(file, temporary)
     shards = _shards(tensors(config), flat, shard_bytes)
     for name, rows in shards.items():
         held = {row.name: np.ascontiguousarray(row.take(_on_host(flat[row.path]))) for row in rows}
-        with _replacing(path / name) as temporary:
+        with atomic_file(path / name) as temporary:
             safetensors.numpy.save_file(held, temporary, metadata={"format": "pt"})
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(x.nbytes for x in flat.values())},
             "weight_map": {row.name: name for name, rows in shards.items() for row in rows},
         }
-        with _replacing(path / INDEX) as temporary:
+        with atomic_file(path / INDEX) as temporary:
             temporary.write_text(json.dumps(index, indent=2) + "\n")
-    with _replacing(path / config_json.CONFIG) as temporary:
+    with atomic_file(path / config_json.CONFIG) as temporary:
         temporary.write_text(config_text)
 
 
@@ -273,16 +274,3 @@ def _shards(rows: Sequence[Tensor], params: Mapping[str, Any], limit: int) -> di
 
 def _on_host(x: Any) -> np.ndarray:
     return np.asarray(jax.device_get(x))
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` that is synced and takes its place at the end."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        yield temporary
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

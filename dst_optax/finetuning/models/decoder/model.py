@@ -80,12 +80,8 @@ class CausalLM:
         return logits
 
     def decode(  # noqa: D102
-        self, params: Params, batch: Batch, vocabulary: Any, max_length: int, num_beams: int
+        self, params: Params, batch: Batch, vocabulary: Any, max_length: int
     ) -> jax.Array:
-        if num_beams != 1:
-            raise ValueError(
-                f"recipe: num_beams is {num_beams}, but decoder-only models decode greedily; set 1."
-            )
         lengths = batch["decoder_target_indices"][:, 0] + 1
         return decode(
             self.network, params, batch["decoder_input_tokens"], lengths, max_length, vocabulary.eos_ids

@@ -10,6 +10,8 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
+from dst_optax.finetuning import hub
+
 TOKENIZER = "tokenizer.json"
 
 
@@ -31,7 +33,7 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
-        self._directory = Path(directory)
+        self._directory = Path(hub.local_path(os.fspath(directory)))
         self._tokenizer = _tokenizer(self._directory)
         self._settings = _json(self._directory / "tokenizer_config.json")
         self.eos_ids = self._ends()

@@ -3,7 +3,7 @@
 from dst_optax.finetuning.models.t5.checkpoints import load
 from dst_optax.finetuning.models.t5.config import CONFIGS, T5Config, published
 from dst_optax.finetuning.models.t5.decoding import decode
-from dst_optax.finetuning.models.t5.huggingface import save_hf
+from dst_optax.finetuning.models.t5.huggingface import config_of, save_hf, shape_of
 from dst_optax.finetuning.models.t5.model import T5
 from dst_optax.finetuning.models.t5.network import Transformer
 from dst_optax.finetuning.models.t5.parameters import (
@@ -22,12 +22,14 @@ __all__ = [
     "T5",
     "T5Config",
     "Transformer",
+    "config_of",
     "decode",
     "load",
     "logical_axes",
     "num_params",
     "published",
     "save_hf",
+    "shape_of",
     "shapes",
     "shardings",
     "stack_layers",

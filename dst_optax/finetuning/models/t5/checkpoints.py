@@ -10,6 +10,8 @@ from jax.typing import DTypeLike
 
 from dst_optax.finetuning.models.t5 import huggingface, parameters, t5x
 from dst_optax.finetuning.models.t5.config import T5Config
+from dst_optax.subset import models
+from dst_optax.subset.dtypes import is_float
 
 
 def load(
@@ -17,11 +19,12 @@ def load(
 ) -> dict[str, Any]:
     """Loads parameters from a T5X or a Hugging Face checkpoint.
 
-    Names and shapes are checked, all of them, before any value is read.
+    Names and shapes are checked, all of them, before any value is read; so is ``config.json``.
 
     Args:
       path: a T5X checkpoint (``checkpoint_<step>``, legacy or Orbax), a directory of Hugging Face's
-        (``model.safetensors`` or an index of shards), or one ``.safetensors`` file.
+        (``model.safetensors`` or an index of shards), or one ``.safetensors`` file; safetensors may have
+        T5X's names as well.
       config: the model's shape; with ``scan_layers`` its layers are stacked.
       dtype: dtype of the parameters; None keeps the checkpoint's.
 
@@ -43,27 +46,30 @@ def load(
       (128, 2, 64)
     """
     path = Path(path)
+    _check_kind(path)
+    arrays = models.open_model(path)
     wanted = parameters.shapes(dataclasses.replace(config, scan_layers=False))
-    tensors = huggingface.read(path, wanted) if _is_huggingface(path) else t5x.read(path)
+    if any("/" in name for name in arrays):
+        tensors = t5x.renamed(path, arrays)
+    else:
+        huggingface.check_config(path, config)
+        tensors = huggingface.renamed(path, arrays, wanted)
     parameters.check(path, {name: tensor.shape for name, tensor in tensors.items()}, wanted)
     params = parameters.unflatten({name: _values(path, name, tensors[name], dtype) for name in wanted})
     return parameters.stack_layers(params) if config.scan_layers else params
 
 
-def _is_huggingface(path: Path) -> bool:
+def _check_kind(path: Path) -> None:
     if not path.exists():
         raise ValueError(f"{path} does not exist; give a T5X or a Hugging Face checkpoint.")
-    if path.is_file():
-        return path.suffix == ".safetensors"
     if (path / "pytorch_model.bin").is_file() and not list(path.glob("*.safetensors*")):
         raise ValueError(
             f"{path} holds pickled weights; load them in transformers and save_pretrained writes safetensors."
         )
-    return bool(list(path.glob("model*.safetensors*")))
 
 
 def _values(path: Path, name: str, tensor: parameters.Tensor, dtype: DTypeLike | None) -> np.ndarray:
     x = tensor.read()
-    if x.dtype.kind not in "fV":
+    if not is_float(x.dtype):
         raise ValueError(f"{path}: {name} has dtype {x.dtype}; parameters are floating-point numbers.")
-    return np.ascontiguousarray(x, dtype)
+    return np.array(x, dtype, order="C")

@@ -2,8 +2,20 @@
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 
 from jax.typing import DTypeLike
+
+MLP_ACTIVATIONS: Mapping[tuple[str, ...], str] = {
+    ("relu",): "relu",
+    ("gelu", "linear"): "gated-gelu",
+    ("gelu",): "gelu_new",
+    ("silu",): "silu",
+    ("relu", "linear"): "gated-relu",
+    ("silu", "linear"): "gated-silu",
+}
+"""The feed-forward networks of T5, by the activations' names in ``flax.linen``, as ``transformers`` names
+them; a tuned model could not be exported with another."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,10 +30,14 @@ class T5Config:
       num_decoder_layers: decoder layers.
       head_dim: width of a head.
       mlp_dim: width of the hidden layer.
-      mlp_activations: names in ``flax.linen``, or ``linear``; the hidden layers they make are
-        multiplied: ``("relu",)`` is T5 1.0, ``("gelu", "linear")`` the gated GELU of T5 1.1.
+      mlp_activations: one of :data:`MLP_ACTIVATIONS`, names in ``flax.linen`` or ``linear``; the hidden
+        layers they make are multiplied: ``("relu",)`` is T5 1.0, ``("gelu", "linear")`` the gated GELU of
+        T5 1.1.
       dropout_rate: share of activations to drop when dropout is enabled.
       logits_via_embedding: whether the (scaled) embedding also makes the logits, as in T5 1.0.
+      relpos_buckets: buckets of relative positions.
+      relpos_max_distance: relative positions from here on share a bucket.
+      norm_epsilon: added to the mean square in layer normalisation.
       dtype: dtype of the computation; parameters are initialised in float32 whatever it is.
       scan_layers: whether layers are stacked along axis 1 of their parameters and run in a
         ``lax.scan``: one layer is compiled instead of all.
@@ -44,6 +60,9 @@ class T5Config:
     mlp_activations: tuple[str, ...] = ("gelu", "linear")
     dropout_rate: float = 0.1
     logits_via_embedding: bool = False
+    relpos_buckets: int = 32
+    relpos_max_distance: int = 128
+    norm_epsilon: float = 1e-6
     dtype: DTypeLike = "float32"
     scan_layers: bool = False
     remat: bool = False
@@ -54,6 +73,17 @@ class T5Config:
             value = getattr(self, field.name)
             if field.type is int and value < 1:
                 raise ValueError(f"T5Config: {field.name} must be at least 1, got {value!r}.")
+        if self.mlp_activations not in MLP_ACTIVATIONS:
+            raise ValueError(
+                f"T5Config: mlp_activations is {self.mlp_activations}, no feed-forward network that "
+                f"transformers has; it has {', '.join(map(str, MLP_ACTIVATIONS))}."
+            )
+        if self.relpos_buckets < 4 or self.relpos_max_distance <= self.relpos_buckets // 2:
+            raise ValueError(
+                f"T5Config: {self.relpos_buckets} relpos_buckets and relpos_max_distance "
+                f"{self.relpos_max_distance} do not fit: at least 4 buckets, and a distance of more than "
+                "half as many."
+            )
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"T5Config: dropout_rate must lie in [0, 1), got {self.dropout_rate!r}.")
 

@@ -3,23 +3,23 @@
 import dataclasses
 import json
 import os
-import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import safetensors
 import safetensors.numpy
 
+from dst_optax.atomic import atomic_file
 from dst_optax.finetuning.models.t5 import parameters
-from dst_optax.finetuning.models.t5.config import T5Config
+from dst_optax.finetuning.models.t5.config import MLP_ACTIVATIONS, T5Config, published
 from dst_optax.finetuning.models.t5.parameters import Tensor
+from dst_optax.subset import models
 
-INDEX = "model.safetensors.index.json"
-WEIGHTS = "model.safetensors"
+WEIGHTS = models.WEIGHTS
+CONFIG = "config.json"
 
 _SUBLAYERS = {
     "encoder": {"attention": "0.SelfAttention", "mlp": "1.DenseReluDense"},
@@ -30,9 +30,14 @@ _SUBLAYERS = {
     },
 }
 _NORMED = {"pre_cross_attention_layer_norm": "encoder_decoder_attention", "pre_mlp_layer_norm": "mlp"}
-_FEED_FORWARD = {("relu",): "relu", ("gelu", "linear"): "gated-gelu"}
+_FEED_FORWARD = {name: ours for ours, name in MLP_ACTIVATIONS.items()} | {
+    "gated-gelu_new": ("gelu", "linear"),  # other names of the same functions
+    "gated-swish": ("silu", "linear"),
+    "swish": ("silu",),
+}
 _PROJECTIONS = {"query": "q", "key": "k", "value": "v", "out": "o"}
 
+_FREE = ("dropout_rate", "dtype", "scan_layers", "remat")  # how a model is trained, not what it computes
 SHARED = "shared.weight"
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
 """Names under which a checkpoint may repeat the embedding."""
@@ -82,29 +87,121 @@ def _index(layer: str) -> str:
     return layer.removeprefix("layers_")
 
 
-def read(path: Path, wanted: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def config_of(path: str | os.PathLike[str]) -> T5Config:
+    """The shape of a Hugging Face checkpoint, as its ``config.json`` tells.
+
+    Args:
+      path: its directory.
+
+    Returns:
+      The shape; how to compute (``dtype``, ``scan_layers``, ``remat``) has its defaults.
+
+    Raises:
+      ValueError: there is no ``config.json``, or it describes a model that this T5 is not.
+
+    Example:
+      >>> import tempfile
+      >>> from dst_optax.finetuning.models import t5
+      >>> path = Path(tempfile.mkdtemp())
+      >>> _ = (path / CONFIG).write_text('{"model_type": "t5", "feed_forward_proj": "gated-silu"}')
+      >>> t5.config_of(path).mlp_activations
+      ('silu', 'linear')
+    """
+    file = Path(path) / CONFIG
+    try:
+        found = json.loads(file.read_text())
+        kind = found.get("model_type", "t5")
+    except (OSError, ValueError, AttributeError) as e:
+        raise ValueError(f"{file} cannot be read as the configuration of a model: {e}.") from e
+    if kind not in ("t5", "mt5"):
+        raise ValueError(f"{file}: model_type is {kind!r}; T5 1.0, T5 1.1, mT5 and ByT5 are supported.")
+    for name, fixed in (("pad_token_id", 0), ("decoder_start_token_id", 0), ("is_encoder_decoder", True)):
+        if found.get(name) not in (None, fixed):
+            raise ValueError(f"{file}: {name} is {found[name]!r}; only {fixed!r} is supported.")
+    feed_forward = found.get("feed_forward_proj", "relu")
+    if feed_forward not in _FEED_FORWARD:
+        raise ValueError(
+            f"{file}: feed_forward_proj is {feed_forward!r}; supported are {', '.join(_FEED_FORWARD)}."
+        )
+    layers = found.get("num_layers", 6)
+    untied = found.get("tie_word_embeddings") is False
+    return T5Config(
+        vocab_size=found.get("vocab_size", 32128),  # the defaults are those of transformers
+        emb_dim=found.get("d_model", 512),
+        num_heads=found.get("num_heads", 8),
+        num_encoder_layers=layers,
+        num_decoder_layers=layers if found.get("num_decoder_layers") is None else found["num_decoder_layers"],
+        head_dim=found.get("d_kv", 64),
+        mlp_dim=found.get("d_ff", 2048),
+        mlp_activations=_FEED_FORWARD[feed_forward],
+        dropout_rate=found.get("dropout_rate", 0.1),
+        logits_via_embedding=found.get("scale_decoder_outputs", not untied),  # so since transformers 5
+        relpos_buckets=found.get("relative_attention_num_buckets", 32),
+        relpos_max_distance=found.get("relative_attention_max_distance", 128),
+        norm_epsilon=found.get("layer_norm_epsilon", 1e-6),
+    )
+
+
+def shape_of(model: str) -> T5Config:
+    """The shape of a model.
+
+    Args:
+      model: name of a published one, in :data:`t5.CONFIGS`, or a directory with a Hugging Face
+        ``config.json``.
+
+    Raises:
+      ValueError: neither, or no T5.
+
+    Example:
+      >>> shape_of("byt5_small").vocab_size
+      384
+    """
+    return config_of(model) if (Path(model) / CONFIG).is_file() else published(model)
+
+
+def check_config(path: Path, config: T5Config) -> None:
+    """Raises a ValueError where ``config.json``, if there is one, tells of another T5 than ``config``."""
+    directory = path if path.is_dir() else path.parent
+    if not (directory / CONFIG).is_file():
+        return
+    theirs = config_of(directory)
+    differ = [
+        f"{field.name} is {getattr(theirs, field.name)!r} there and {getattr(config, field.name)!r} here"
+        for field in dataclasses.fields(config)
+        if field.name not in _FREE and getattr(theirs, field.name) != getattr(config, field.name)
+    ]
+    if differ:
+        raise ValueError(
+            f"{directory / CONFIG} describes another T5: {'; '.join(differ)}. Take the model from it, with "
+            "model=t5.config_of(path); in a gin file, MODEL is the path."
+        )
+
+
+def renamed(
+    path: Path, tensors: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
     """The tensors of a checkpoint by our paths, none read yet.
 
     Args:
-      path: a ``.safetensors`` file, or a directory with one or with an index of several.
+      path: of the checkpoint, for errors.
+      tensors: arrays by their Hugging Face names.
       wanted: path to shape of the parameters in the unstacked layout.
 
     Returns:
       Path to tensor; what has no place in ``wanted`` keeps its Hugging Face name.
 
     Raises:
-      ValueError: files are missing, truncated or not safetensors; copies of the embedding differ.
+      ValueError: copies of the embedding differ.
 
     Example:
-      >>> import tempfile, numpy as np
+      >>> import numpy as np
       >>> from dst_optax.finetuning.models import t5
       >>> from dst_optax.finetuning.models.t5 import huggingface
-      >>> file = Path(tempfile.mkdtemp()) / "model.safetensors"
-      >>> safetensors.numpy.save_file({"shared.weight": np.ones((3, 2))}, file)
-      >>> huggingface.read(file, t5.shapes(t5.CONFIGS["tiny"]))["token_embedder/embedding"].shape
-      (3, 2)
+      >>> tensors = {"shared.weight": np.ones((3, 2))}
+      >>> list(huggingface.renamed(Path("m"), tensors, t5.shapes(t5.CONFIGS["tiny"])))
+      ['token_embedder/embedding']
     """
-    found = _tensors(path)
+    found = {name: Tensor(tuple(x.shape), partial(np.asarray, x)) for name, x in tensors.items()}
     found.pop(UNUSED, None)
     names = {name_of(ours): ours for ours in wanted}
     for copy in COPIES:
@@ -114,40 +211,6 @@ def read(path: Path, wanted: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
         names.get(name, name): _turned(tensor) if is_transposed(names.get(name, "")) else tensor
         for name, tensor in found.items()
     }
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    if path.is_file():
-        return _tensors_of_file(path)
-    if not (path / INDEX).is_file():
-        return _tensors_of_file(path / WEIGHTS)
-    try:
-        weight_map = json.loads((path / INDEX).read_text())["weight_map"]
-        files = sorted(set(weight_map.values()))
-        if any(Path(file).name != file for file in files):
-            raise ValueError(f"names files outside of its directory: {files}")
-    except (ValueError, KeyError, AttributeError, TypeError) as e:
-        raise ValueError(f"{path / INDEX} is not an index of safetensors: {e}.") from e
-    found: dict[str, Tensor] = {}
-    for file in files:
-        if not (path / file).is_file():
-            raise ValueError(f"{path / file} is missing, which {INDEX} names; download all shards.")
-        found |= _tensors_of_file(path / file)
-    if absent := sorted(set(weight_map) - set(found)):
-        raise ValueError(f"{path / INDEX} names tensors that its files do not hold: {absent[:5]}.")
-    return found
-
-
-def _tensors_of_file(path: Path) -> dict[str, Tensor]:
-    try:
-        file = safetensors.safe_open(path, "np")
-        return {name: _tensor(file, name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-    except (OSError, safetensors.SafetensorError) as e:
-        raise ValueError(f"{path} is not a whole safetensors file: {e}.") from e
-
-
-def _tensor(file: Any, name: str) -> Tensor:
-    return Tensor(tuple(file.get_slice(name).get_shape()), lambda: file.get_tensor(name))
 
 
 def _turned(tensor: Tensor) -> Tensor:
@@ -173,8 +236,7 @@ def save_hf(params: Any, config: T5Config, path: str | os.PathLike[str]) -> None
       path: a directory; made if missing. Gets ``model.safetensors`` and ``config.json``.
 
     Raises:
-      ValueError: the parameters are not those of ``config``, or ``transformers`` has no such T5;
-        nothing is written.
+      ValueError: the parameters are not those of ``config``; nothing is written.
 
     Example:
       >>> import tempfile, jax, jax.numpy as jnp
@@ -185,10 +247,6 @@ def save_hf(params: Any, config: T5Config, path: str | os.PathLike[str]) -> None
       >>> t5.load(path, config)["token_embedder"]["embedding"].shape
       (384, 64)
     """
-    if config.mlp_activations not in _FEED_FORWARD:
-        raise ValueError(
-            f"transformers' T5 has no mlp_activations={config.mlp_activations}; it has {list(_FEED_FORWARD)}."
-        )
     flat = parameters.flatten(parameters.unstack_layers(params))
     wanted = parameters.shapes(dataclasses.replace(config, scan_layers=False))
     parameters.check("the parameters", {p: x.shape for p, x in flat.items()}, wanted)
@@ -198,10 +256,10 @@ def save_hf(params: Any, config: T5Config, path: str | os.PathLike[str]) -> None
         tensors[name_of(name)] = np.ascontiguousarray(x.T if is_transposed(name) else x)
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    with _replacing(path / "config.json") as temporary:
+    with atomic_file(path / CONFIG) as temporary:
         dtype = flat["token_embedder/embedding"].dtype
         temporary.write_text(json.dumps(_config_json(config, str(dtype)), indent=2) + "\n")
-    with _replacing(path / WEIGHTS) as temporary:
+    with atomic_file(path / WEIGHTS) as temporary:
         safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
 
 
@@ -216,11 +274,11 @@ def _config_json(config: T5Config, dtype: str) -> dict[str, Any]:
         "num_layers": config.num_encoder_layers,
         "num_decoder_layers": config.num_decoder_layers,
         "num_heads": config.num_heads,
-        "relative_attention_num_buckets": 32,
-        "relative_attention_max_distance": 128,
+        "relative_attention_num_buckets": config.relpos_buckets,
+        "relative_attention_max_distance": config.relpos_max_distance,
         "dropout_rate": config.dropout_rate,
-        "layer_norm_epsilon": 1e-6,
-        "feed_forward_proj": _FEED_FORWARD[config.mlp_activations],
+        "layer_norm_epsilon": config.norm_epsilon,
+        "feed_forward_proj": MLP_ACTIVATIONS[config.mlp_activations],
         "is_encoder_decoder": True,
         "tie_word_embeddings": config.logits_via_embedding,
         "pad_token_id": 0,
@@ -228,16 +286,3 @@ def _config_json(config: T5Config, dtype: str) -> dict[str, Any]:
         "decoder_start_token_id": 0,
         "torch_dtype": dtype,
     }
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` that is synced and takes its place at the end."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        yield temporary
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

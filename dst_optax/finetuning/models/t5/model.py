@@ -77,10 +77,10 @@ class T5:
         return logits
 
     def decode(  # noqa: D102
-        self, params: Params, batch: Batch, vocabulary: Any, max_length: int, num_beams: int
+        self, params: Params, batch: Batch, vocabulary: Any, max_length: int
     ) -> jax.Array:
         del vocabulary
-        return decode(self.network, params, batch["encoder_input_tokens"], max_length, num_beams=num_beams)
+        return decode(self.network, params, batch["encoder_input_tokens"], max_length)
 
     def text(self, vocabulary: Any, tokens: Sequence[int]) -> str:
         """The text of decoded tokens, up to the end mark.

@@ -21,22 +21,23 @@ from jax import lax
 
 from dst_optax.finetuning.models.t5.config import T5Config
 
-NUM_BUCKETS = 32
-MAX_DISTANCE = 128
-
 _normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 _truncated_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
 
-def relative_position_bucket(distance: Any, bidirectional: bool) -> Any:
+def relative_position_bucket(
+    distance: Any, bidirectional: bool, num_buckets: int = 32, max_distance: int = 128
+) -> Any:
     """The bucket of a relative position: exact when near, logarithmic when far.
 
     Args:
       distance: key position minus query position, integers of any shape.
       bidirectional: whether keys after the query have buckets of their own (in the encoder).
+      num_buckets: buckets.
+      max_distance: relative positions from here on share a bucket.
 
     Returns:
-      Buckets in ``[0, 32)``, same shape.
+      Buckets in ``[0, num_buckets)``, same shape.
 
     Example:
       >>> import numpy as np
@@ -44,11 +45,11 @@ def relative_position_bucket(distance: Any, bidirectional: bool) -> Any:
       >>> relative_position_bucket(np.array([1, 0, -1, -20, -1000]), bidirectional=False).tolist()
       [0, 0, 1, 17, 31]
     """
-    buckets = NUM_BUCKETS // 2 if bidirectional else NUM_BUCKETS
+    buckets = num_buckets // 2 if bidirectional else num_buckets
     exact = buckets // 2
     # the least distance of each far bucket, as an integer: no logarithm to be rounded at run time
-    far = np.arange(1, exact) / exact
-    starts = np.ceil(exact * (MAX_DISTANCE / exact) ** far - 1e-6).astype(np.int32)
+    far = np.arange(1, buckets - exact) / (buckets - exact)
+    starts = np.ceil(exact * (max_distance / exact) ** far - 1e-6).astype(np.int32)
     behind = abs(distance) if bidirectional else (-distance).clip(0)
     bucket = behind.clip(None, exact) + (behind[..., None] >= starts).sum(-1)
     return bucket + (distance > 0) * buckets if bidirectional else bucket
@@ -63,14 +64,17 @@ class RelativePositionBias(nn.Module):
     @nn.compact
     def __call__(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
         """The bias of attention logits, ``(1, num_heads, queries, keys)``."""
+        cfg = self.config
         table = self.param(
             "rel_embedding",
             nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
-            (self.config.num_heads, NUM_BUCKETS),
+            (cfg.num_heads, cfg.relpos_buckets),
         )
         distance = key_positions[None, :] - query_positions[:, None]
-        bucket = relative_position_bucket(distance, self.bidirectional)
-        return table.astype(self.config.dtype)[None, :, bucket]
+        bucket = relative_position_bucket(
+            distance, self.bidirectional, cfg.relpos_buckets, cfg.relpos_max_distance
+        )
+        return table.astype(cfg.dtype)[None, :, bucket]
 
 
 class Attention(nn.Module):
@@ -448,7 +452,7 @@ def _dense(features: int, config: T5Config, init: nn.initializers.Initializer, n
 
 
 def _norm(config: T5Config, name: str) -> nn.RMSNorm:
-    return nn.RMSNorm(epsilon=1e-6, dtype=config.dtype, name=name)
+    return nn.RMSNorm(epsilon=config.norm_epsilon, dtype=config.dtype, name=name)
 
 
 def _dropout(config: T5Config, deterministic: bool) -> nn.Dropout:

@@ -1,31 +1,31 @@
-"""T5X checkpoints: the legacy format (msgpack and tensorstore) and Orbax."""
+"""Checkpoints with T5X's names, those of the minimal and of the scalable T5."""
 
 import math
+from collections.abc import Mapping
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dst_optax.finetuning.models.t5.parameters import STACKED, Tensor
-from dst_optax.subset import models
 
 
-def read(path: Path) -> dict[str, Tensor]:
-    """The parameters of a checkpoint by their paths, layers unstacked, none read yet.
+def renamed(path: Path, arrays: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by our paths, layers unstacked, none read yet.
 
-    The optimizer's state is left alone. Checkpoints of the scalable T5 fit when all layers have the
-    same relative position bias.
+    Checkpoints of the scalable T5 fit when all layers have the same relative position bias.
 
     Args:
-      path: a directory ``checkpoint_<step>`` that T5X wrote, or a msgpack file of the time before.
+      path: of the checkpoint, for errors.
+      arrays: arrays by T5X's paths.
 
     Returns:
       Path to tensor.
 
     Raises:
-      ValueError: the checkpoint is missing, truncated or of another kind.
+      ValueError: layers have different relative position biases.
     """
-    arrays = models.open_model(path)
     return _unstacked(
         path, {name: Tensor(tuple(x.shape), partial(np.asarray, x)) for name, x in arrays.items()}
     )

@@ -9,6 +9,7 @@ References:
   arXiv 1905.00537.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -143,8 +144,10 @@ def _get(row: Any, name: str, kind: type) -> Any:
 def _index(row: Any) -> int:
     value = _get(row, "idx", object)
     if isinstance(value, str) and value.isascii() and value.isdigit():  # AX-b writes "0"
-        return int(value)
-    return _get(row, "idx", int)
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+        raise ValueError(f"'idx' must be of type int and in [0, 2**63), got {value!r:.80}")
+    return value
 
 
 def _label(task: str, row: dict[str, Any], labelled: bool) -> int:
@@ -212,5 +215,6 @@ def _as_in_text(span: str, text: str, index: int) -> str:
     """Spells a span as the text does: some official spans differ in case, full stops or line breaks."""
     if span in text or not span:
         return span
-    first = span[0].lower() if text.split()[index][0].islower() else span[0].upper()
+    letter = re.search(r"\w", text.split()[index])
+    first = span[0].lower() if letter and letter[0].islower() else span[0].upper()
     return (first + span[1:]).rstrip(".").replace("\n", " ")

@@ -61,6 +61,7 @@ class JsonlSource:
 @lru_cache(maxsize=64)
 def _read(path: Path, task: str, split: str) -> list[dict[str, Any]]:
     found, bad = [], []
+    lines: dict[str, int] = {}  # where an index was read first
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -69,7 +70,12 @@ def _read(path: Path, task: str, split: str) -> list[dict[str, Any]]:
                 row = json.loads(line.decode("utf-8"))
                 flat = flatten(task, row, labelled=split != "test")
                 for example in flat:
-                    to_text(task, example)
+                    for text in (*to_text(task, example), *example.get("answers", ())):
+                        text.encode()  # half of a surrogate pair is no text
+                    index = str(example["idx"])
+                    if index in lines and split != "train":  # predictions and groups go by it
+                        raise ValueError(f"the index {index} is already that of line {lines[index]}")
+                    lines[index] = number
                 found += flat
             except (ValueError, RecursionError) as error:
                 bad.append(f"{path}:{number}: {error}")

@@ -70,15 +70,35 @@ class SuperGlue:
         )
         return f"{tasks.PREFIX}_proportional"
 
-    def check(self) -> None:
+    def check(self, target_length: int | None = None) -> None:
         """Reads every split, so that bad data is known before any work is done.
 
+        Args:
+          target_length: tokens that are decoded at most; None for no bound.
+
         Raises:
-          ValueError: bad, empty or missing data.
+          ValueError: bad, empty or missing data, or a label that is longer than ``target_length``.
         """
         for task in (*self.names, *self.diagnostics):
-            for split in spec(task).splits:
-                tasks.examples(task, split, self.source)
+            decoder_only = not seqio.TaskRegistry.get(self.provider(task)).output_features["inputs"].add_eos
+            made = [
+                example
+                for split in spec(task).splits
+                for example in tasks.examples(task, split, self.source, decoder_only)
+            ]
+            if decoder_only:
+                self._check_options(task, made, target_length)
+            else:
+                tasks.check_labels(task, self.vocabulary, target_length)
+
+    def _check_options(self, task: str, made: Sequence[Mapping[str, Any]], target_length: int | None) -> None:
+        for option in {option for example in made for option in example["options"]}:
+            size = len(self.vocabulary.encode(option))
+            if target_length is not None and size > target_length:
+                raise ValueError(
+                    f"{task}: the option {option!r} has {size} tokens, but targets only {target_length}; "
+                    f"set the length of the targets to {size + 1} or more."
+                )
 
     def provider(self, task: str) -> str:
         """Name of the seqio task."""

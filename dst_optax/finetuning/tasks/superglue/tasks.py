@@ -43,7 +43,7 @@ def register(
       The registered name of each task; the mixture is ``<prefix>_proportional``.
 
     Raises:
-      ValueError: unknown task, or bad data of a training split.
+      ValueError: unknown task, bad data of a training split, or the vocabulary cannot spell a label.
 
     Example:
       >>> from dst_optax.finetuning.tasks.superglue.sources import SyntheticSource
@@ -52,6 +52,9 @@ def register(
       >>> example["targets_pretokenized"].numpy() in (b"entailment", b"not_entailment")
       True
     """
+    if not decoder_only:
+        for task in tasks:
+            check_labels(task, vocabulary)
     names = {task: f"{prefix}_{task}" for task in tasks}
     for task, name in names.items():
         _add(seqio.TaskRegistry, name, _task(task, name, source, vocabulary, decoder_only))
@@ -60,6 +63,36 @@ def register(
         mixture = f"{prefix}_proportional"
         _add(seqio.MixtureRegistry, mixture, seqio.Mixture(mixture, rates))
     return names
+
+
+def check_labels(task: str, vocabulary: seqio.Vocabulary, length: int | None = None) -> None:
+    """Makes sure that a model can say each label of a task.
+
+    Args:
+      task: name of the task.
+      vocabulary: of the targets.
+      length: tokens that are decoded at most; None for no bound.
+
+    Raises:
+      ValueError: a label is another text after encoding and decoding, or is longer: right answers would
+        score as wrong ones.
+
+    Example:
+      >>> check_labels("rte", seqio.ByteVocabulary(), length=14)
+    """
+    for label in spec(task).labels:
+        ids = list(vocabulary.encode(label))
+        said = vocabulary.decode(ids)
+        if label_of(task, said) != label_of(task, label) or 0 in ids:
+            raise ValueError(
+                f"{task}: the vocabulary makes {said!r} of the label {label!r}, so that right answers would "
+                "score as wrong ones; give the vocabulary that the model was trained with."
+            )
+        if length is not None and len(ids) > length:
+            raise ValueError(
+                f"{task}: the label {label!r} has {len(ids)} tokens, but only {length} are decoded; set the "
+                f"length of the targets to {len(ids) + 1} or more."
+            )
 
 
 def examples(task: str, split: str, source: Source, decoder_only: bool = False) -> list[dict[str, Any]]:

@@ -100,16 +100,25 @@ def _record_inputs(row: Mapping[str, Any]) -> str:
 
 
 def _wsc_inputs(row: Mapping[str, Any]) -> str:
-    """Marks the pronoun with stars; where the index misses it, the nearest occurrence is meant."""
-    words, pronoun = row["text"].split(" "), row["span2_text"]
-    at = _nearest(words, pronoun, row["span2_index"])
-    after = words[at][len(pronoun) :]  # punctuation that sticks to the pronoun
-    marked = [f"*{pronoun}*", *([after] if after else [])]
-    return " ".join(["wsc:", *words[:at], *marked, *words[at + 1 :]])
+    """Marks the pronoun with stars, apart from what sticks to it."""
+    text = row["text"]
+    word = _nearest(text, row["span2_text"], row["span2_index"])
+    before, pronoun, after = word.groups()
+    marked = " ".join(part for part in (before, f"*{pronoun}*", after) if part)
+    return f"wsc: {text[: word.start()]}{marked}{text[word.end() :]}"
 
 
-def _nearest(words: list[str], pronoun: str, index: int) -> int:
-    begins = [i for i, word in enumerate(words) if re.fullmatch(re.escape(pronoun) + r"\W*", word)]
-    if not begins:
-        raise ValueError(f"the pronoun {pronoun!r} is not a word of the text {' '.join(words)!r:.200}")
-    return min(begins, key=lambda i: abs(i - index))
+def _nearest(text: str, pronoun: str, index: int) -> re.Match[str]:
+    """The word that is the pronoun, but for punctuation and endings such as ``'s``: the nearest to the index.
+
+    Its groups are what stands before the pronoun, the pronoun, and what stands behind it.
+    """
+    starts = [word.start() for word in re.finditer(r"\S+", text)]
+    found: list[re.Match[str]] = []
+    for spelled in (pronoun, re.sub(r"^\W+|\W+$", "", pronoun)):
+        if spelled and not found:
+            before, after = r"(?<!\S)((?:\S*[^\w\s])?)", r"((?:[^\w\s]\S*)?)(?!\S)"
+            found = list(re.finditer(f"{before}({re.escape(spelled)}){after}", text))
+    if not found:
+        raise ValueError(f"the pronoun {pronoun!r} is not a word of the text {text!r:.200}")
+    return min(found, key=lambda word: abs(starts.index(word.start()) - index))

@@ -30,6 +30,14 @@ CONFIGS = {
         _V1_1, vocab_size=384, num_encoder_layers=3, num_decoder_layers=1, num_heads=3, head_dim=4
     ),
 }
+VARIANTS = {
+    "ul2": dataclasses.replace(
+        _V1_1, mlp_activations=("silu", "linear"), relpos_max_distance=64, norm_epsilon=1e-2
+    ),
+    "gated_relu": dataclasses.replace(_V1_1, mlp_activations=("relu", "linear"), relpos_buckets=12),
+    "gelu": dataclasses.replace(_V1_1, mlp_activations=("gelu",), logits_via_embedding=True),
+}
+"""Other T5s that transformers has; T5X's example has not all of them."""
 
 
 def weights(config, scale=0.4):
@@ -109,13 +117,14 @@ def record():
     import tempfile
 
     found = {}
-    for name, config in CONFIGS.items():
+    for name, config in (CONFIGS | VARIANTS).items():
         with tempfile.TemporaryDirectory() as path:
             t5.save_hf(weights(config), config, path)
             model = hugging_face(path)
         x, y_in, _ = batch(config)
         found[f"{name}/logits"] = hugging_face_logits(model, x, y_in)
-        found[f"{name}/greedy"] = hugging_face_greedy(model, x, EOS[name])
+        if name in EOS:
+            found[f"{name}/greedy"] = hugging_face_greedy(model, x, EOS[name])
     np.savez_compressed(RECORD, **found)
 
 

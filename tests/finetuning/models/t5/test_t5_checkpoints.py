@@ -322,10 +322,68 @@ def test_saving_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
 def test_saving_refuses_what_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match="does not fit the config"):
         t5.save_hf(PARAMS, dataclasses.replace(CONFIG, num_encoder_layers=3), tmp_path / "x")
-    silu = dataclasses.replace(CONFIG, mlp_activations=("silu", "linear"))
-    with pytest.raises(ValueError, match="silu"):
-        t5.save_hf(PARAMS, silu, tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("config", [*cases.CONFIGS.values(), *cases.VARIANTS.values()])
+def test_the_shape_comes_from_config_json(tmp_path, config):
+    params = cases.weights(config)
+    t5.save_hf(params, config, tmp_path)
+    assert t5.config_of(tmp_path) == t5.shape_of(str(tmp_path)) == config
+    assert_same(t5.load(tmp_path, dataclasses.replace(config, dropout_rate=0.5)), params)
+    described = json.loads((tmp_path / "config.json").read_text())
+    described |= {"scale_decoder_outputs": described.pop("tie_word_embeddings"), "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(described))  # as transformers 5 does
+    assert t5.config_of(tmp_path) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            {"feed_forward_proj": "gated-silu"},
+            r"mlp_activations is \('silu', 'linear'\) there and \('gelu', 'l",
+        ),
+        ({"relative_attention_max_distance": 64}, "relpos_max_distance is 64 there and 128 here"),
+        ({"layer_norm_epsilon": 1e-2}, r"norm_epsilon is 0\.01 there and 1e-06 here"),
+        ({"tie_word_embeddings": True}, "logits_via_embedding is True there and False here"),
+        ({"d_kv": 4, "num_heads": 4}, "num_heads is 4 there and 2 here; head_dim is 4 there and 8 here"),
+        ({"pad_token_id": 3}, "pad_token_id is 3"),
+        ({"decoder_start_token_id": 2}, "decoder_start_token_id is 2"),
+        ({"model_type": "umt5"}, "model_type is 'umt5'"),
+        ({"feed_forward_proj": "gelu"}, "feed_forward_proj is 'gelu'"),  # the exact one, which flax's is not
+    ],
+)
+def test_a_config_json_of_another_t5_is_refused(tmp_path, change, says):
+    t5.save_hf(PARAMS, CONFIG, tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(ValueError, match=says):
+            t5.load(path, CONFIG)
+
+
+def test_a_damaged_config_json_is_named(tmp_path):
+    t5.save_hf(PARAMS, CONFIG, tmp_path)
+    for text in ("", "[]", "{"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+            t5.load(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"mlp_activations": ("tanh",)}, {"relpos_buckets": 2}, {"relpos_max_distance": 16}]
+)
+def test_what_could_not_be_exported_is_no_config(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        dataclasses.replace(CONFIG, **wrong)
+
+
+def test_safetensors_may_have_our_names(tmp_path):
+    file = tmp_path / "params.safetensors"  # as a subset that is applied to a run's seed makes it
+    safetensors.numpy.save_file({p: np.ascontiguousarray(x) for p, x in FLAT.items()}, file)
+    for path in (tmp_path, file):
+        assert_same(t5.load(path, CONFIG))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -344,7 +402,7 @@ def test_transformers_reads_what_is_saved_and_agrees(tmp_path, name):
     np.testing.assert_array_equal(greedy, cases.hugging_face_greedy(model, x, cases.EOS[name]))
     model.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
     assert (tmp_path / "theirs" / "model.safetensors.index.json").is_file()
-    assert_same(t5.load(tmp_path / "theirs", config), params)
+    assert_same(t5.load(tmp_path / "theirs", t5.config_of(tmp_path / "theirs")), params)
 
 
 def test_a_run_starts_from_a_t5x_checkpoint(tmp_path):

@@ -33,6 +33,13 @@ def test_logits_are_those_of_transformers(name, scan):
     np.testing.assert_allclose(found, RECORD[f"{name}/logits"], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", cases.VARIANTS)
+def test_logits_of_other_t5s_are_those_of_transformers(name):
+    config = dataclasses.replace(cases.VARIANTS[name], scan_layers=True)
+    found = cases.logits(config, cases.weights(config), *cases.batch(config))
+    np.testing.assert_allclose(found, RECORD[f"{name}/logits"], atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("name", cases.CONFIGS)
 def test_logits_names_and_shapes_are_those_of_t5x(name, scan):

@@ -44,6 +44,38 @@ def test_bytes_that_are_no_text(tmp_path):
         JsonlSource(str(tmp_path)).rows("rte", "train")
 
 
+def record(**change):
+    passage = {"text": "Bob ran", "entities": [{"start": 0, "end": 2}]}
+    qas = [{"idx": 0, "query": "@placeholder ran", "answers": [{"text": "Bob"}]} | change]
+    return {"idx": 0, "passage": passage, "qas": qas}
+
+
+@pytest.mark.parametrize(
+    ("task", "file", "split", "row"),
+    [
+        ("rte", "RTE/test.jsonl", "test", {**GOOD, "premise": "half \ud83d of a pair"}),
+        ("record", "ReCoRD/val.jsonl", "validation", record(answers=[{"text": "A"}, {"text": "Z\udc00"}])),
+    ],
+)
+def test_a_row_that_cannot_be_encoded_is_named_when_it_is_read(tmp_path, task, file, split, row):
+    good = record() if task == "record" else GOOD
+    source = write(tmp_path, file, json.dumps(good | {"idx": 7}), json.dumps(row))
+    with pytest.raises(ValueError, match=rf"{file}:2: .*surrogates not allowed"):
+        source.rows(task, split)
+
+
+def test_rows_of_one_index_are_told(tmp_path):
+    rows = [json.dumps(GOOD | {"idx": i}) for i in (3, 4, 3)]
+    with pytest.raises(ValueError, match=r"RTE/val\.jsonl:3: the index 3 is already that of line 1"):
+        write(tmp_path, "RTE/val.jsonl", *rows).rows("rte", "validation")
+    assert len(write(tmp_path, "RTE/train.jsonl", *rows).rows("rte", "train")) == 3  # no one asks there
+    answers = [{"idx": i, "text": "a", "label": 0} for i in (0, 1, 0)]
+    passage = {"text": "t", "questions": [{"idx": 0, "question": "q", "answers": answers}]}
+    source = write(tmp_path, "MultiRC/test.jsonl", json.dumps({"idx": 5, "passage": passage}))
+    with pytest.raises(ValueError, match=r"test\.jsonl:1: the index .*'paragraph': 5.* of line 1"):
+        source.rows("multirc", "test")
+
+
 def test_a_pronoun_that_is_not_in_the_text(tmp_path):
     target = {"span1_text": "Bob", "span1_index": 0, "span2_text": "she", "span2_index": 1}
     row = {"text": "Bob ran off", "target": target, "label": True, "idx": 0}

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from real_data import REAL_DATA, needs_data
 
 seqio = pytest.importorskip("seqio")
 
@@ -11,6 +12,7 @@ from dst_optax.finetuning.tasks.superglue import submission, tasks  # noqa: E402
 from dst_optax.finetuning.tasks.superglue.benchmark import MAIN, TASKS  # noqa: E402
 from dst_optax.finetuning.tasks.superglue.metrics import METRICS  # noqa: E402
 from dst_optax.finetuning.tasks.superglue.sources import SyntheticSource  # noqa: E402
+from dst_optax.finetuning.tasks.superglue.suite import SuperGlue  # noqa: E402
 
 SOURCE = SyntheticSource(train_size=50)
 
@@ -109,3 +111,55 @@ def test_submission_of_multirc_is_nested():
         {"idx": 3, "passage": {"questions": [{"idx": 0, "answers": [{"idx": 0, "label": 0}]}]}},
     ]
     json.dumps(lines)
+
+
+class Folding(seqio.ByteVocabulary):
+    """Knows small letters alone."""
+
+    def _encode(self, s):
+        return super()._encode(s.lower())
+
+
+class WithoutUnderscore(seqio.ByteVocabulary):
+    def _encode(self, s):
+        return super()._encode(s.replace("_", " "))
+
+
+class FromZero(seqio.ByteVocabulary):
+    """Has no token of padding: the first letter is 0."""
+
+    def _encode(self, s):
+        return [i - 100 for i in super()._encode(s)]
+
+    def _decode(self, ids):
+        return super()._decode([i + 100 for i in ids])
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "task", "said"),
+    [
+        (Folding, "boolq", "'false' of the label 'False'"),
+        (WithoutUnderscore, "rte", "'not entailment' of the label 'not_entailment'"),
+        (FromZero, "rte", "of the label 'entailment'"),
+    ],
+)
+def test_a_vocabulary_that_cannot_spell_the_labels_is_refused(vocabulary, task, said):
+    with pytest.raises(ValueError, match=f"{task}: the vocabulary makes .*{said}"):
+        tasks.register(SOURCE, vocabulary(), [task])
+    other = {"boolq": "rte", "rte": "copa"}[task]
+    if vocabulary is not FromZero:
+        tasks.register(SOURCE, vocabulary(), [other])
+
+
+def test_labels_longer_than_what_is_decoded_are_refused():
+    suite = SuperGlue(SOURCE, seqio.ByteVocabulary(), ("rte",))
+    suite.check(target_length=14)
+    with pytest.raises(ValueError, match="'not_entailment' has 14 tokens, but only 13 are decoded"):
+        suite.check(target_length=13)
+
+
+@needs_data
+def test_t5s_own_vocabulary_spells_all_labels():
+    vocabulary = seqio.SentencePieceVocabulary(str(REAL_DATA / "t5_vocab" / "spiece.model"))
+    for task in TASKS:
+        tasks.check_labels(task, vocabulary, length=8)

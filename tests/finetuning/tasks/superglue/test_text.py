@@ -115,6 +115,26 @@ def test_wsc_marks_the_pronoun_and_nothing_else(words, data):
 
 
 @pytest.mark.parametrize(
+    ("text", "pronoun", "index", "want"),
+    [
+        ('Tom left. "he said', "he", 2, 'Tom left. " *he* said'),
+        ("Tom (and he.) left", "he", 2, "Tom (and *he* .) left"),
+        ("Tom knew he's late", "he", 2, "Tom knew *he* 's late"),
+        ("Tom knew he\u2019d left", "he", 2, "Tom knew *he* \u2019d left"),
+        ("Tom left. He hid", "he.)", 2, "Tom left. *He* hid"),
+        ("Tom left,\nand\the  hid", "he", 3, "Tom left,\nand\t*he*  hid"),
+        ("he left and (he hid", "he", 3, "he left and ( *he* hid"),
+        ("the other he saw", "he", 0, "the other *he* saw"),  # not within a word
+        ("Tom gave it, and it, too", "it,", 2, "Tom gave *it,* and it, too"),  # as T5 marks it
+    ],
+)
+def test_wsc_finds_the_pronoun_beside_punctuation_and_any_white_space(text, pronoun, index, want):
+    target = {"span1_text": "Tom", "span1_index": 0, "span2_text": pronoun, "span2_index": index}
+    row = {"text": text, "target": target, "label": True, "idx": 0}
+    assert to_text("wsc", flatten("wsc", row, labelled=True)[0])[0] == f"wsc: {want}"
+
+
+@pytest.mark.parametrize(
     ("said", "referent", "want"),
     [
         ("the fuzzy bunny", "bunny", 1),
@@ -137,6 +157,8 @@ def test_referents(said, referent, want):
         ("rte", {"label": None}, "'label' must be one of"),
         ("rte", {"premise": 3}, "'premise' must be of type str"),
         ("rte", {"idx": True}, "'idx' must be of type int"),
+        ("rte", {"idx": 2**63}, "'idx' must be of type int and in [0, 2**63)"),
+        ("rte", {"idx": -1}, "'idx' must be of type int and in [0, 2**63)"),
         ("boolq", {"label": 1}, "'label' must be one of False, True"),
         ("copa", {"label": True}, "'label' must be one of 0, 1"),
         ("wsc", {"target": {"span1_text": "x", "span1_index": 99}}, "'span1_index' is 99, but"),
