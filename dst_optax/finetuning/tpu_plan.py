@@ -338,6 +338,7 @@ def _update(job: Job, params: Any, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
 def _step(job: Job, program: str, network: Any, params: Any, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
     from dst_optax.finetuning.methods.dst import DST
     from dst_optax.finetuning.methods.full import Full
+    from dst_optax.finetuning.models import t5
     from dst_optax.finetuning.steps import TrainState, make_step
 
     optimizer = getattr(optax, job.optimizer)(1e-3)
@@ -352,7 +353,7 @@ def _step(job: Job, program: str, network: Any, params: Any, mesh: Mesh) -> tupl
     }
     key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=NamedSharding(mesh, PartitionSpec()))
     state = TrainState({}, params, _state(method.transform, params, mesh))
-    return make_step(network, method), (state, batch, key)
+    return make_step(t5.T5(network.config), method), (state, batch, key)
 
 
 def parse_mesh(text: str) -> tuple[int, int]:

@@ -290,7 +290,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     state = TrainState({}, params, method.transform.init(params))
     batch = batch_of(np.random.default_rng(0), 8)
     made = [
-        jax.jit(make_step(network, method, accumulate=n))(state, batch, jax.random.key(1)) for n in (1, 4)
+        jax.jit(make_step(t5.T5(network.config), method, accumulate=n))(state, batch, jax.random.key(1))
+        for n in (1, 4)
     ]
     (one, facts), (four, same) = made
     for name, x in facts.items():
