@@ -10,9 +10,9 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from dst_optax.silos import leaf_path
 from dst_optax.subset import training_state, trees
 from dst_optax.subset.errors import SubsetError
+from dst_optax.tree import leaf_path
 
 _PLACEHOLDER = "PLACEHOLDER://"
 _METADATA = "_METADATA"
