@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
 
 from dst_optax import subset
 from dst_optax.finetuning import placement, processes, storage
+from dst_optax.finetuning.display import make_console
 from dst_optax.finetuning.evaluator import Evaluator
 from dst_optax.finetuning.methods import Params
 from dst_optax.finetuning.models import t5
@@ -63,7 +63,7 @@ class RunContext:
     ):
         model = t5.shape_of(model) if isinstance(model, str) else model
         self.data, self.recipe, self.mesh = data, recipe, placement.make_mesh(mesh_shape)
-        self.console = Console(quiet=not processes.is_primary())
+        self.console = make_console()
         if recipe.batch_size % (self.mesh.shape["data"] * recipe.accumulate):
             raise ValueError(
                 f"recipe: batch_size {recipe.batch_size} must be a multiple of accumulate "

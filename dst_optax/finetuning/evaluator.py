@@ -19,7 +19,7 @@ class Evaluator:
     Args:
       network: the T5.
       data: tasks and vocabulary.
-      recipe: lengths, batch size and beams.
+      recipe: lengths and batch size.
       mesh: devices.
     """
 
@@ -30,9 +30,7 @@ class Evaluator:
         self._batch_size = -(-recipe.eval_batch_size // devices) * devices
         self._splits: dict[tuple[str, str], inputs.EvalSplit] = {}
         self._decode = jax.jit(
-            lambda params, tokens: t5.decode(
-                network, params, tokens, recipe.lengths["targets"], num_beams=recipe.num_beams
-            ),
+            lambda params, tokens: t5.decode(network, params, tokens, recipe.lengths["targets"]),
             out_shardings=placement.replicated(mesh),
         )
 

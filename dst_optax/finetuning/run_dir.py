@@ -56,8 +56,8 @@ class RunDir:
         if not claimed:
             storage.write_text(self.root / "run.json", json.dumps(self.identity, indent=1))
         if seed is not None and not kept:
-            with storage.whole(self.root / "seed") as there:
-                storage.save_model(there / "model.safetensors", seed)
+            with storage.shared_directory(self.root / "seed") as temporary:
+                storage.save_model(temporary / "model.safetensors", seed)
 
     def seed(self, init: Callable[[], Params], load: Callable[[], Params] | None) -> Params:
         """The seed model on the host: the one kept here, or a new one.

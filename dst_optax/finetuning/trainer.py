@@ -250,8 +250,8 @@ class Run:
 
     def _export(self, path: Path, state: TrainState) -> None:
         if not path.exists():
-            with storage.whole(path) as there:
-                self.method.export(there, state.tuned, state.slots, self.context.save_model)
+            with storage.shared_directory(path) as temporary:
+                self.method.export(temporary, state.tuned, state.slots, self.context.save_model)
 
     def _finish(self, state: TrainState, progress: Progress) -> dict[str, Any]:
         """Exports the best model, predicts and scores with it."""

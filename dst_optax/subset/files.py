@@ -12,7 +12,6 @@ import math
 import os
 import pathlib
 import re
-import secrets
 import stat
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from dst_optax.atomic import atomic_file
 from dst_optax.subset import gaps
 from dst_optax.subset.core import Entries, Subset
 from dst_optax.subset.dtypes import BY_NAME, DTYPES, checked
@@ -214,16 +214,9 @@ def read_file(path: pathlib.Path, limit: int | None = None) -> bytes:
 
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file under a temporary name, syncs it and renames it."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with open(temporary, "xb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Writes a file, whole or not at all."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def card(subset: Subset, file_bytes: int) -> str:

@@ -36,7 +36,6 @@ def serving_latency(
     requests: int = 20,
     input_length: int = 64,
     target_length: int = 4,
-    config: str = "",
 ) -> list[Row]:
     """Measures loading, switching, and requests that each want another tuned model.
 
@@ -47,7 +46,6 @@ def serving_latency(
       requests: timed ones of each kind.
       input_length: tokens of a request's one input.
       target_length: tokens that are decoded.
-      config: not used.
 
     Returns:
       Rows of ``model``, ``parameters``, the three settings, ``way``, ``fraction``, ``entries``, and
@@ -58,7 +56,6 @@ def serving_latency(
     Raises:
       ValueError: ``run_dir`` has rows of other models, fractions or settings.
     """
-    del config
     root = Path(run_dir)
     root.mkdir(parents=True, exist_ok=True)
     settings = {"requests": requests, "input_length": input_length, "target_length": target_length}
