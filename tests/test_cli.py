@@ -177,6 +177,16 @@ def test_every_config_has_a_value_for_all_that_it_reads(run, gin_files):
     gin_files.check(["RUN_DIR='x'"], function)
 
 
+def test_without_warmup_the_rate_is_constant(gin_files):
+    import gin
+
+    from dst_optax.finetuning import optimizers
+
+    gin_files.configure(["superglue/synthetic.gin"], ["WARMUP=0", "LEARNING_RATE=0.5"])
+    rate = gin.get_configurable(optimizers.warmup_constant)()
+    assert [float(rate(step)) for step in (0, 1, 100)] == [0.5] * 3
+
+
 def test_a_resumed_command_may_ask_for_more_runs(gin_files):
     config = (
         "A = 1\nBUDGETS = \\\n    [1,\n     2]\nB.run_dir = %RUN_DIR\nRUN_DIR = 'x'\nRNG_SEEDS = [0]\nC = 2"

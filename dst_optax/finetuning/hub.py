@@ -29,8 +29,8 @@ def local_path(checkpoint: str) -> str:
     if Path(checkpoint).exists() or name is None:
         return checkpoint
     try:
-        import huggingface_hub
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+        import huggingface_hub  # pyright: ignore[reportMissingImports]
+        from huggingface_hub import errors  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{checkpoint} does not exist. If it is a model on the Hugging Face hub, "
@@ -39,13 +39,13 @@ def local_path(checkpoint: str) -> str:
     model, revision = name["model"], name["revision"]
     try:
         return huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=list(FILES))
-    except LocalEntryNotFoundError as error:
+    except errors.LocalEntryNotFoundError as error:
         raise ValueError(
             f"{checkpoint} is neither a path nor in the Hugging Face cache, and the hub cannot be reached. "
-            f"Where there is a network, run 'hf download {model}{f' --revision {revision}' if revision else ''}' "
-            "and set HF_HOME to the directory that it fills; or give the path of a checkpoint."
+            f"Run 'hf download {model} --revision {revision or 'main'}' where there is a network and set "
+            "HF_HOME to the directory that it fills; or give the path of a checkpoint."
         ) from error
-    except (HfHubHTTPError, HFValidationError) as error:
+    except (errors.HfHubHTTPError, errors.HFValidationError) as error:
         raise ValueError(
             f"{checkpoint} is no path, and the Hugging Face hub refuses it: {error} Check the name and the "
             "revision; private and gated models need 'hf auth login'."

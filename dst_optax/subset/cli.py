@@ -187,6 +187,37 @@ def _difference(
     return from_models(before, after, fraction, with_seed_values=with_seed_values)
 
 
+@app.command()
+def convert(
+    directory: Directory,
+    to: Annotated[
+        str, typer.Option(help="hf for Hugging Face's names and layouts, jax for those of training.")
+    ],
+    seed: Annotated[pathlib.Path, typer.Option(help="Hugging Face directory of the seed, with config.json.")],
+    out: Out,
+    stacked: Annotated[
+        bool, typer.Option(help="With --to jax: layers are stacked, as scan_layers has them.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a subset in other coordinates, for another engine."""
+    from dst_optax.finetuning.models import huggingface
+
+    def command() -> dict[str, Any]:
+        found, model = Subset.load(directory), models.open_model(seed)
+        if to == "hf":
+            table = huggingface.tensors_of(seed, stacked=huggingface.is_stacked(found, seed))
+            found = found.to_hf(table, model)
+        elif to == "jax":
+            found = found.from_hf(huggingface.tensors_of(seed, stacked=stacked), model)
+        else:
+            raise ValueError(f'--to: got {to!r}; it is "hf" or "jax".')
+        found.save(out)
+        return {"out": str(out), "entries": found.count, "parameters": found.size}
+
+    run(command, as_json, _wrote)
+
+
 @app.command("compose")
 def compose_(
     subsets: Annotated[list[pathlib.Path], typer.Argument(help="Directories of subsets of one seed.")],

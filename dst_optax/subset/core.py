@@ -7,10 +7,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from dst_optax.subset import dtypes, gaps, scatter, trees
+from dst_optax.subset import dtypes, gaps, trees
 from dst_optax.subset.errors import SubsetError
 from dst_optax.subset.fingerprint import fingerprints
 
@@ -276,6 +275,18 @@ class Subset(Mapping[str, Entries]):
         either = self.count + other.count - both
         return both / either if either else 1.0
 
+    def to_hf(self, table: Sequence[Any], seed: Mapping[str, Any]) -> "Subset":
+        """The subset for a Hugging Face checkpoint; see :func:`dst_optax.subset.coordinates.to_hf`."""
+        from dst_optax.subset import coordinates
+
+        return coordinates.to_hf(self, table, seed)
+
+    def from_hf(self, table: Sequence[Any], seed: Mapping[str, Any]) -> "Subset":
+        """The subset for parameters; see :func:`dst_optax.subset.coordinates.from_hf`."""
+        from dst_optax.subset import coordinates
+
+        return coordinates.from_hf(self, table, seed)
+
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes ``subset.safetensors``, ``subset_config.json`` and ``README.md``, each atomically.
 
@@ -444,7 +455,9 @@ def _check_same_seed(subsets: Sequence[Subset]) -> None:
 
 def _written(x: Any, positions: np.ndarray, values: np.ndarray | None) -> Any:
     assert values is not None
-    if isinstance(x, jax.Array):
+    if trees.is_jax_array(x):
+        from dst_optax.subset import scatter
+
         return scatter.scatter(x, scatter.pieces([(x, positions, values)])[0])
     out = np.array(x, order="C")
     out.reshape(-1)[positions] = values

@@ -77,9 +77,10 @@ def save(subset: Subset, directory: str | os.PathLike[str]) -> None:
         raise SubsetError(f"metadata must be values that JSON can express: {e}.") from e
     target = pathlib.Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    write_atomically(target / TENSORS, content)
-    write_atomically(target / CONFIG, text.encode())
-    write_atomically(target / CARD, card(subset, len(content)).encode())
+    readme = card(subset, len(content))
+    for name, data in ((TENSORS, content), (CONFIG, text.encode()), (CARD, readme.encode())):
+        with atomic_file(target / name) as temporary:
+            temporary.write_bytes(data)
 
 
 def load(directory: str | os.PathLike[str]) -> Subset:
@@ -211,12 +212,6 @@ def read_file(path: pathlib.Path, limit: int | None = None) -> bytes:
             return f.read(status.st_size)
     except OSError as e:
         raise SubsetError(f"{path} cannot be read: {e.strerror}.") from e
-
-
-def write_atomically(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file, whole or not at all."""
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(content)
 
 
 def card(subset: Subset, file_bytes: int) -> str:

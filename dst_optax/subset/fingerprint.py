@@ -10,24 +10,24 @@ are the same in any order, so every device adds up what it holds, and streams ne
 it is no protection against someone who looks for a collision.
 """
 
-import functools
 import hashlib
+import sys
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dst_optax.subset import trees
 
-_A = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)
-_B = (0x165667B1, 0xD3A2646D, 0xFD7046C5, 0xB55A4F09)
-_C = (0x2C1B3C6D, 0x297A2D39, 0xAC4C1B51, 0x31848BAB)
-_D = (0x6C8E9CF5, 0x7FEB352D, 0x846CA68B, 0xA2D9BB45)
-_E = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
-_COLUMNS = 4096
-_ROWS = (256, 16, 1)  # blocks of host arrays; few shapes, so few compilations
+A = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)
+B = (0x165667B1, 0xD3A2646D, 0xFD7046C5, 0xB55A4F09)
+C = (0x2C1B3C6D, 0x297A2D39, 0xAC4C1B51, 0x31848BAB)
+D = (0x6C8E9CF5, 0x7FEB352D, 0x846CA68B, 0xA2D9BB45)
+E = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
+MIX = (0x85EBCA6B, 0xC2B2AE35)
+_BLOCK = 2**16  # entries that numpy works on at a time; their words stay in the cache
+_STRIPE = 2**20  # entries that a thread takes at a time
 
 
 def fingerprint(x: Any) -> str:
@@ -80,117 +80,43 @@ def _salt(dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 def _partial(x: Any) -> Any:
     """Lanes of what this process holds of ``x``, each entry once; (4,) uint32."""
-    if not isinstance(x, jax.Array):
-        return _of_host_array(np.asarray(x))
-    if x.size == 0:
-        return np.zeros(4, np.uint32)
-    parts = [
-        _of_shard(s.data, x.shape, [slc.start or 0 for slc in s.index])
-        for s in x.addressable_shards
-        if s.replica_id == 0 and s.data.size
-    ]
-    return functools.reduce(np.add, [np.asarray(p) for p in parts], np.zeros(4, np.uint32))
+    if "jax" not in sys.modules:
+        return lanes(np.asarray(x))
+    from dst_optax.subset import fingerprint_jax  # a compiled program is several times as fast
+
+    return fingerprint_jax.lanes(x)
 
 
-def _of_shard(data: jax.Array, shape: tuple[int, ...], offset: list[int]) -> jax.Array:
-    """Lanes of a box of a tensor, computed where it lies."""
-    if len(shape) <= 1:
-        rows = np.zeros(1, np.uint64)
-        first = offset[0] if offset else 0
-    else:
-        rows = np.zeros(data.shape[:-1], np.uint64)
-        for axis, (extent, start) in enumerate(zip(data.shape[:-1], offset[:-1], strict=True)):
-            stride = int(np.prod(shape[axis + 1 :], dtype=object))
-            index = (np.arange(extent, dtype=np.uint64) + np.uint64(start)) * np.uint64(stride)
-            rows += index.reshape((-1,) + (1,) * (rows.ndim - axis - 1))
-        first = offset[-1]
-    rows = rows.reshape(-1) + np.uint64(first)
-    lo, hi = (rows & np.uint64(0xFFFFFFFF)).astype(np.uint32), (rows >> np.uint64(32)).astype(np.uint32)
-    columns = data.shape[-1] if data.ndim else 1
-    return _lanes(data, lo, hi, np.uint32(columns), columns)
-
-
-def _of_host_array(x: np.ndarray) -> np.ndarray:
-    """Lanes of a numpy array, streamed in blocks."""
+def lanes(x: np.ndarray) -> np.ndarray:
+    """Lanes of a numpy array, (4,) uint32, without jax."""
     flat = x.reshape(-1).view(np.dtype(f"u{x.dtype.itemsize}"))
     total = np.zeros(4, np.uint32)
-    running: list[jax.Array] = []
-    start = 0
-    with jax.default_device(_host_device()):
-        while start < flat.size:
-            left = flat.size - start
-            rows = next((r for r in _ROWS if r * _COLUMNS <= left), 1)
-            block = flat[start : start + rows * _COLUMNS]
-            valid = len(block)
-            if valid < _COLUMNS:
-                block = np.pad(block, (0, _COLUMNS - valid))
-            first = np.arange(rows, dtype=np.uint64) * np.uint64(_COLUMNS) + np.uint64(start)
-            lo = (first & np.uint64(0xFFFFFFFF)).astype(np.uint32)
-            hi = (first >> np.uint64(32)).astype(np.uint32)
-            words = block.view(np.uint32) if flat.itemsize == 8 else block
-            running.append(_lanes(words, lo, hi, np.uint32(valid), _COLUMNS))
-            start += valid
-            if len(running) == 8:
-                total += np.asarray(running.pop(0))
-    return functools.reduce(np.add, [np.asarray(r) for r in running], total)
+    with ThreadPoolExecutor() as pool:
+        starts = range(0, flat.size, _STRIPE)
+        for part in pool.map(lambda start: _stripe(flat[start : start + _STRIPE], start), starts):
+            total += part
+    return total
 
 
-def _host_device() -> Any:
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # the platform runs without a CPU backend
-        return jax.local_devices()[0]
-
-
-@functools.partial(jax.jit, static_argnums=4)
-def _lanes(data: jax.Array, lo: jax.Array, hi: jax.Array, valid: jax.Array, columns: int) -> jax.Array:
-    """Sums of the lanes of ``data``, whose rows start at the 64-bit indices (hi, lo); (4,) uint32.
-
-    Args:
-      data: entries of any dtype and shape, or pairs of uint32 words of wider entries.
-      lo: low words of the rows' first indices, (rows,) uint32.
-      hi: high words, (rows,) uint32.
-      valid: entries of a row that count, () uint32.
-      columns: entries of a row.
-    """
-    word, word_hi = _words(data, lo.shape[0], columns)
-    column = jnp.arange(columns, dtype=jnp.uint32)[None]
-    index = lo[:, None] + column
-    index_hi = hi[:, None] + (index < column).astype(jnp.uint32)
-    used = jnp.broadcast_to(column < valid, index.shape)
-    lanes = []
-    for a, b, c, d, e in zip(_A, _B, _C, _D, _E, strict=True):
-        h = word * np.uint32(a) + index * np.uint32(c) + index_hi * np.uint32(d) + np.uint32(e)
-        if word_hi is not None:
-            h += word_hi * np.uint32(b)
-        lanes.append(jnp.where(used, _mix(h), np.uint32(0)))
-    return jnp.stack(_sums(_sums(lanes, (1,)), (0,)))
-
-
-def _words(data: jax.Array, rows: int, columns: int) -> tuple[jax.Array, jax.Array | None]:
-    """Bits of each entry as a low and, where it is wider than 32 bits, a high word."""
-    if data.dtype == jnp.bool_:
-        data = data.astype(jnp.uint8)
-    width = data.dtype.itemsize
-    if width == 8 or data.size == 2 * rows * columns:
-        pairs = data if width == 4 else jax.lax.bitcast_convert_type(data, jnp.uint32)
-        pairs = pairs.reshape(rows, columns, 2)
-        return pairs[..., 0], pairs[..., 1]
-    bits = jax.lax.bitcast_convert_type(data, jnp.dtype(f"uint{8 * width}"))
-    return bits.reshape(rows, columns).astype(jnp.uint32), None
-
-
-def _mix(h: jax.Array) -> jax.Array:
-    h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
-    h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
-    return h ^ (h >> 16)
-
-
-def _sums(lanes: list[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
-    """Sums of the lanes in one read."""
-
-    def add(a: Any, b: Any) -> Any:
-        return tuple(x + y for x, y in zip(a, b, strict=True))
-
-    zeros = tuple(jnp.uint32(0) for _ in lanes)
-    return list(jax.lax.reduce(tuple(lanes), zeros, add, axes))
+def _stripe(flat: np.ndarray, start: int) -> np.ndarray:
+    """Lanes of unsigned integers whose first one has the index ``start``."""
+    total = np.zeros(4, np.uint32)
+    for at in range(0, flat.size, _BLOCK):  # aligned, so a block's indices share their high word
+        block, first = flat[at : at + _BLOCK], start + at
+        column, other = np.arange(block.size, dtype=np.uint32), np.empty(block.size, np.uint32)
+        word_hi = (block >> np.uint64(32)).astype(np.uint32) if block.itemsize == 8 else None
+        word = block.astype(np.uint32)  # the low word of wider ones
+        sums = []
+        for a, b, c, d, e in zip(A, B, C, D, E, strict=True):
+            h = column * np.uint32(c)
+            h += np.uint32(((first & 0xFFFFFFFF) * c + (first >> 32) * d + e) & 0xFFFFFFFF)
+            h += np.multiply(word, np.uint32(a), out=other)
+            if word_hi is not None:
+                h += np.multiply(word_hi, np.uint32(b), out=other)
+            for shift, factor in zip((16, 13), MIX, strict=True):
+                h ^= np.right_shift(h, shift, out=other)
+                h *= np.uint32(factor)
+            h ^= np.right_shift(h, 16, out=other)
+            sums.append(h.sum(dtype=np.uint32))
+        total += np.array(sums)
+    return total

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dst_optax.atomic import atomic_directory
-from dst_optax.subset import checkpoints, files, tied, trees
+from dst_optax.subset import files, tied, trees
 from dst_optax.subset.core import Subset
 from dst_optax.subset.dtypes import DTYPES, checked
 from dst_optax.subset.errors import SubsetError
@@ -53,6 +53,8 @@ def open_model(path: str | os.PathLike[str], names: Iterable[str] | None = None)
                     raise SubsetError(f"{source}: two files hold the tensor {name!r}.")
                 tensors[name] = x
         return tensors
+    from dst_optax.subset import checkpoints
+
     try:
         if (found := checkpoints.open_parameters(source, names)) is not None:
             return found

@@ -13,7 +13,7 @@ import re
 import numpy as np
 import safetensors.numpy
 
-from dst_optax.subset import files
+from dst_optax.atomic import atomic_file
 from dst_optax.subset.core import Entries, Subset
 from dst_optax.subset.errors import SubsetError
 
@@ -83,9 +83,10 @@ def save_shira(
     }
     target = pathlib.Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    content = safetensors.numpy.save(tensors, {"format": "pt"})
-    files.write_atomically(target / "adapter_model.safetensors", content)
-    files.write_atomically(target / "adapter_config.json", json.dumps(config, indent=1).encode())
+    with atomic_file(target / "adapter_model.safetensors") as temporary:
+        safetensors.numpy.save_file(tensors, temporary, {"format": "pt"})
+    with atomic_file(target / "adapter_config.json") as temporary:
+        temporary.write_text(json.dumps(config, indent=1))
 
 
 def _filled_up(e: Entries, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,13 +1,18 @@
-"""Models as mappings from a path to an array, and boxes of sharded arrays."""
+"""Models as mappings from a path to an array, and boxes of sharded arrays.
 
+Where jax is not imported there are no jax arrays, and no trees but of dictionaries, lists and tuples.
+"""
+
+import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-import jax
 import numpy as np
 
-from dst_optax.silos import is_masked, leaf_path
 from dst_optax.subset.errors import SubsetError
+
+if TYPE_CHECKING:
+    import jax
 
 
 def named_leaves(model: Any, what: str = "the model") -> dict[str, Any]:
@@ -24,10 +29,7 @@ def named_leaves(model: Any, what: str = "the model") -> dict[str, Any]:
       SubsetError: a leaf is no array, or two leaves have one path.
     """
     found: dict[str, Any] = {}
-    for key_path, x in jax.tree_util.tree_flatten_with_path(model, is_leaf=is_masked)[0]:
-        path = leaf_path(key_path)
-        if is_masked(x):
-            continue
+    for path, x in _flat(model):
         if not hasattr(x, "dtype") or not hasattr(x, "shape"):
             raise SubsetError(f"{what}: {path!r} is {type(x).__name__}, not an array.")
         if path in found:
@@ -38,14 +40,59 @@ def named_leaves(model: Any, what: str = "the model") -> dict[str, Any]:
 
 def map_leaves(model: Any, new: Mapping[str, Any]) -> Any:
     """The pytree with the leaves named in ``new`` replaced."""
+    if "jax" not in sys.modules:
+        return _map_plain(model, new, ())
+    import jax
+
+    from dst_optax.silos import is_masked, leaf_path
+
     return jax.tree_util.tree_map_with_path(
         lambda k, x: x if is_masked(x) else new.get(leaf_path(k), x), model, is_leaf=is_masked
     )
 
 
+def is_jax_array(x: Any) -> "TypeGuard[jax.Array]":
+    """Whether ``x`` is a jax array; jax is not imported to find out."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(x, jax.Array)
+
+
+def _flat(model: Any) -> Iterator[tuple[str, Any]]:
+    """Paths and leaves in tree order."""
+    if "jax" not in sys.modules:
+        yield from _flat_plain(model, ())
+        return
+    import jax
+
+    from dst_optax.silos import is_masked, leaf_path
+
+    for key_path, x in jax.tree_util.tree_flatten_with_path(model, is_leaf=is_masked)[0]:
+        if not is_masked(x):
+            yield leaf_path(key_path), x
+
+
+def _flat_plain(tree: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for key in sorted(tree):
+            yield from _flat_plain(tree[key], (*keys, str(key)))
+    elif isinstance(tree, list | tuple):
+        for i, x in enumerate(tree):
+            yield from _flat_plain(x, (*keys, str(i)))
+    elif tree is not None:
+        yield "/".join(keys), tree
+
+
+def _map_plain(tree: Any, new: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
+    if isinstance(tree, dict):
+        return {key: _map_plain(x, new, (*keys, str(key))) for key, x in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_map_plain(x, new, (*keys, str(i))) for i, x in enumerate(tree))
+    return new.get("/".join(keys), tree)
+
+
 def spans_processes(x: Any) -> bool:
     """Whether some of an array's shards are on devices of other processes."""
-    return isinstance(x, jax.Array) and not x.is_fully_addressable
+    return is_jax_array(x) and not x.is_fully_addressable
 
 
 def boxes(x: Any) -> Iterator[tuple[Any, tuple[int, ...]]]:
@@ -54,7 +101,7 @@ def boxes(x: Any) -> Iterator[tuple[Any, tuple[int, ...]]]:
     Yields:
       The part as a numpy array, and the index of its first entry along each axis.
     """
-    if not isinstance(x, jax.Array):
+    if not is_jax_array(x):
         yield np.asarray(x), (0,) * len(x.shape)
         return
     for shard in x.addressable_shards:

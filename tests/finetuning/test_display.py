@@ -7,7 +7,7 @@ import pytest
 for needed in ("clu", "rich", "tensorboard"):
     pytest.importorskip(needed)
 
-from dst_optax.finetuning import display
+from dst_optax.finetuning import display  # noqa: E402
 
 VALUES = {"loss": 1.0, "free_params": 5.0}
 
@@ -35,10 +35,8 @@ def test_lines_are_not_wrapped_where_there_is_no_terminal(tmp_path, capsys):
     with display.Log(tmp_path, "a name of a method " * 10, 0, 9) as log:
         log.training(1, VALUES)
     assert len(capsys.readouterr().out.splitlines()) == 1
-    console = display.make_console()
-    console.print(
-        display.results_table([{"method": "m" * 100, "score": 1, "free_params": 1, "seconds": 1}], 9)
-    )
+    row = {"method": "m" * 100, "score": 1, "free_params": 1, "seconds": 1}
+    display.make_console().print(display.results_table([row], 9))
     assert "m" * 100 in capsys.readouterr().out
 
 

@@ -115,7 +115,7 @@ class _Bench:
         self.size = sum(x.size for x in self._seed.values())
         self._random = random
         tokens = jnp.asarray(random.integers(2, model.vocab_size, (1, input_length)), jnp.int32)
-        network = t5.Transformer(model)
+        self._model, network = t5.T5(model), t5.Transformer(model)
         self._decode = lambda params: t5.decode(network, params, tokens, target_length)
         jax.block_until_ready(self._decode(self._placed()))
 
@@ -187,7 +187,7 @@ class _Bench:
     def _merge(self, fraction: float) -> Row:
         """Requests that each merge another LoRA of as many parameters into the seed."""
         method = LoRA(optax.identity(), num_free_params=round(fraction * self.size))
-        frozen, tuned = method.split(self._placed(), jax.random.key(0))
+        frozen, tuned = method.split(self._placed(), jax.random.key(0), self._model)
         file = self._scratch / f"lora_{fraction:g}.safetensors"
         storage.save_model(file, tuned)
         merge = jax.jit(method.merge)

@@ -16,7 +16,7 @@ from dst_optax.atomic import atomic_file
 from dst_optax.finetuning.models.t5 import parameters
 from dst_optax.finetuning.models.t5.config import MLP_ACTIVATIONS, T5Config, published
 from dst_optax.finetuning.models.t5.parameters import Tensor
-from dst_optax.subset import models
+from dst_optax.subset import coordinates, models
 
 WEIGHTS = models.WEIGHTS
 CONFIG = "config.json"
@@ -81,6 +81,46 @@ def name_of(path: str) -> str:
 def is_transposed(path: str) -> bool:
     """Whether ``transformers`` holds this parameter the other way round."""
     return path.endswith(("/kernel", "/rel_embedding"))
+
+
+def tensors(config: T5Config) -> list[coordinates.Tensor]:
+    """Every tensor of a checkpoint, and where it lies in our parameters.
+
+    Args:
+      config: the model's shape; ``scan_layers`` decides where the tensors lie.
+
+    Returns:
+      One row a tensor. Together they fill every parameter.
+
+    Example:
+      >>> import dataclasses
+      >>> from dst_optax.finetuning.models import t5
+      >>> from dst_optax.finetuning.models.t5 import huggingface
+      >>> config = dataclasses.replace(t5.CONFIGS["tiny"], scan_layers=True)
+      >>> row = next(r for r in huggingface.tensors(config) if r.layer == 1)
+      >>> row.name
+      'decoder.block.1.layer.1.EncDecAttention.k.weight'
+      >>> row.path
+      'decoder/decoder/encoder_decoder_attention/key/kernel'
+    """
+    rows = []
+    for path, shape in parameters.shapes(dataclasses.replace(config, scan_layers=False)).items():
+        name, transposed, layer = name_of(path), is_transposed(path), None
+        if config.scan_layers and (found := parameters.LAYER.match(path)):
+            stack, index, rest = found.groups()
+            path, layer = f"{stack}/{stack}/{rest}", int(index)
+        copies = COPIES if config.logits_via_embedding else COPIES[:2]
+        rows.append(
+            coordinates.Tensor(
+                name,
+                shape[::-1] if transposed else shape,
+                path,
+                transposed,
+                layer,
+                copies if name == SHARED else (),
+            )
+        )
+    return rows
 
 
 def _index(layer: str) -> str:

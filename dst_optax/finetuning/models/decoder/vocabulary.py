@@ -1,0 +1,197 @@
+"""A model's own tokenizer as a seqio vocabulary."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import seqio
+import tensorflow as tf
+
+from dst_optax.finetuning import hub
+
+TOKENIZER = "tokenizer.json"
+
+
+class HuggingFaceVocabulary(seqio.Vocabulary):
+    """Text as the ids of a ``tokenizer.json``; what ends a text is what the model's configuration says.
+
+    Encoding adds no special tokens. Id 0 may be a token like any other: padding is told by lengths.
+
+    Attributes:
+      prefix_ids: what the tokenizer puts before every text, e.g. the id of ``<bos>``; may be empty.
+      eos_ids: ids that end a text.
+
+    Args:
+      directory: of a checkpoint: ``tokenizer.json`` with ``generation_config.json`` or ``config.json``, and
+        ``tokenizer_config.json`` if there is one.
+
+    Raises:
+      ValueError: files are missing or damaged, or no end of text is named.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]):
+        self._directory = Path(hub.local_path(os.fspath(directory)))
+        self._tokenizer = _tokenizer(self._directory)
+        self._settings = _json(self._directory / "tokenizer_config.json")
+        self.eos_ids = self._ends()
+        self.prefix_ids = self._prefix()
+        pieces = self._tokenizer.get_vocab(with_added_tokens=False).values()
+        self._size = 1 + max(*pieces, *self.eos_ids, *self.prefix_ids)
+        super().__init__()
+
+    def __repr__(self) -> str:
+        return f"HuggingFaceVocabulary({str(self._directory)!r})"
+
+    @property
+    def eos_id(self) -> int:
+        """The id that ends what is trained on: the tokenizer's own, if the model knows several."""
+        own = self._id(self._settings.get("eos_token"))
+        return own if own in self.eos_ids else self.eos_ids[0]
+
+    @property
+    def bos_id(self) -> int | None:
+        """The first of ``prefix_ids``."""
+        return self.prefix_ids[0] if self.prefix_ids else None
+
+    @property
+    def unk_id(self) -> None:
+        """None: bytes have no unknown pieces."""
+
+    @property
+    def _base_vocab_size(self) -> int:
+        return self._size
+
+    def _encode(self, s: str) -> list[int]:
+        return self._tokenizer.encode(s, add_special_tokens=False).ids
+
+    def _decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+        def encode(text: tf.Tensor) -> Any:
+            return tf.constant(self._encode(tf.compat.as_text(text.numpy())), tf.int32)
+
+        ids = tf.py_function(encode, [s], tf.int32)
+        ids.set_shape([None])
+        return ids
+
+    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+        text = tf.py_function(lambda x: self._decode(x.numpy().tolist()), [ids], tf.string)
+        text.set_shape([])
+        return text
+
+    def decode_until_end(self, ids: Sequence[int]) -> str:
+        """The text of generated tokens, up to the first of ``eos_ids``.
+
+        Args:
+          ids: tokens, not padded with anything but what ends a text.
+
+        Returns:
+          Text without special tokens.
+        """
+        ends = [i for i, token in enumerate(ids) if token in self.eos_ids]
+        return self._decode(ids[: ends[0]] if ends else ids)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+        """A conversation in the words of the model's chat template; needs ``jinja2``.
+
+        Args:
+          messages: ``{"role": ..., "content": ...}``, the last of them to be learned.
+
+        Returns:
+          What the model is given, and what it shall answer, without the end of text.
+
+        Raises:
+          ValueError: there is no template, it refuses the messages, or what it makes of them does not begin
+            with what it makes of all but the last.
+        """
+        given = self._rendered(messages[:-1], True)
+        whole = self._rendered(messages, False)
+        if not messages or not whole.startswith(given):
+            raise ValueError("the chat template words earlier messages anew when an answer is added.")
+        answer = whole[len(given) :]
+        for end in self.eos_ids:
+            answer = answer.rstrip().removesuffix(self._tokenizer.id_to_token(end))
+        return given, answer
+
+    def _rendered(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        import jinja2  # pyright: ignore[reportMissingImports]
+
+        def refuse(message: str) -> None:
+            raise ValueError(f"the chat template refuses the messages: {message}")
+
+        settings = {name: _content(x) for name, x in self._settings.items() if name.endswith("_token")}
+        try:
+            return self._template.render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                raise_exception=refuse,
+                **settings,
+            )
+        except jinja2.TemplateError as e:
+            raise ValueError(f"the chat template refuses the messages: {e}.") from e
+
+    @cached_property
+    def _template(self) -> Any:
+        try:
+            from jinja2.sandbox import (  # pyright: ignore[reportMissingImports]
+                ImmutableSandboxedEnvironment,
+            )
+        except ModuleNotFoundError as e:
+            raise ValueError("chat templates need jinja2: pip install jinja2.") from e
+        file = self._directory / "chat_template.jinja"
+        text = file.read_text() if file.is_file() else self._settings.get("chat_template")
+        if not isinstance(text, str):
+            raise ValueError(f"{self._directory} has no chat template; give prompts and completions.")
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        return environment.from_string(text)
+
+    def _ends(self) -> tuple[int, ...]:
+        for name in ("generation_config.json", "config.json"):
+            found = _json(self._directory / name).get("eos_token_id")
+            if found is not None:
+                return tuple(found) if isinstance(found, list) else (found,)
+        own = self._id(self._settings.get("eos_token"))
+        if own is None:
+            raise ValueError(
+                f"{self._directory}: neither generation_config.json nor config.json names an eos_token_id."
+            )
+        return (own,)
+
+    def _prefix(self) -> tuple[int, ...]:
+        text = "a"
+        bare = self._tokenizer.encode(text, add_special_tokens=False).ids
+        full = self._tokenizer.encode(text, add_special_tokens=True).ids
+        return tuple(full[: full.index(bare[0])])
+
+    def _id(self, token: Any) -> int | None:
+        return None if token is None else self._tokenizer.token_to_id(_content(token))
+
+
+def _tokenizer(directory: Path) -> Any:
+    try:
+        import tokenizers  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as e:
+        raise ValueError(f"{TOKENIZER} is read by tokenizers: pip install tokenizers.") from e
+    file = directory / TOKENIZER
+    if not file.is_file():
+        raise ValueError(f"{file} is missing; the directory of a checkpoint holds its tokenizer, too.")
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as e:  # tokenizers raises nothing narrower
+        raise ValueError(f"{file} is no tokenizer that can be read: {e}.") from e
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as e:
+        raise ValueError(f"{file} is not JSON: {e}.") from e
+
+
+def _content(token: Any) -> Any:
+    """The text of a special token, which may be spelled with its properties."""
+    return token["content"] if isinstance(token, dict) else token

@@ -1,0 +1,48 @@
+"""Hugging Face checkpoints of every family: which table relates their tensors to our parameters."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Container
+from pathlib import Path
+
+from dst_optax.subset.coordinates import Tensor
+
+
+def tensors_of(directory: str | os.PathLike[str], *, stacked: bool) -> list[Tensor]:
+    """The table of the model that a checkpoint's ``config.json`` describes.
+
+    Args:
+      directory: of the checkpoint.
+      stacked: whether our parameters stack all layers, as ``scan_layers`` has them.
+
+    Returns:
+      One row a tensor.
+
+    Raises:
+      ValueError: there is no ``config.json``, or its model is of no family that we have.
+
+    Example:
+      >>> import tempfile
+      >>> directory = Path(tempfile.mkdtemp())
+      >>> _ = (directory / "config.json").write_text('{"model_type": "t5"}')
+      >>> tensors_of(directory, stacked=False)[-1].path
+      'token_embedder/embedding'
+    """
+    file = Path(directory) / "config.json"
+    try:
+        kind = json.loads(file.read_text()).get("model_type", "t5")
+    except (OSError, ValueError, AttributeError) as e:
+        raise ValueError(f"{file} cannot be read as the configuration of a model: {e}.") from e
+    if kind in ("t5", "mt5"):
+        from dst_optax.finetuning.models.t5 import huggingface as t5
+
+        return t5.tensors(dataclasses.replace(t5.config_of(directory), scan_layers=stacked))
+    from dst_optax.finetuning.models import decoder
+
+    return decoder.tensors(decoder.read_config(directory, scan_layers=stacked))
+
+
+def is_stacked(paths: Container[str], directory: str | os.PathLike[str]) -> bool:
+    """Whether these are the paths of a model whose layers are stacked."""
+    return all(row.path in paths for row in tensors_of(directory, stacked=True))

@@ -1,0 +1,281 @@
+"""Where an engine keeps each entry of a checkpoint, learnt from the engine's own loader.
+
+An engine packs a checkpoint's tensors as it likes: query, key and value in one matrix, the slice of this
+device, a padded vocabulary. Its loader knows how. It is run once on tensors without storage, and each copy
+that it would make is recorded instead: which view of the model's memory receives which part of which tensor.
+Positions then go where the loader would have put them, at a cost that depends on their number alone.
+"""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dst_optax.serving import in_place
+from dst_optax.serving.in_place import InPlaceStore, Piece
+from dst_optax.serving.store import Loaded
+from dst_optax.subset import Subset, SubsetError, dtypes, fingerprints
+
+_TORCH_DTYPES = {d.name: getattr(torch, d.name) for d in dtypes.DTYPES.values() if hasattr(torch, d.name)}
+_PADDING = (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default)
+
+
+class Route(NamedTuple):
+    """One copy that the loader makes.
+
+    Attributes:
+      target: the view of the model's memory that is written.
+      start: row-major position in the checkpoint's tensor of what the view's first entry gets.
+      strides: how far that position moves along each axis of the view.
+      owner: the module's dictionary that holds the tensor which the view is of, and its key there.
+    """
+
+    target: torch.Tensor
+    start: int
+    strides: tuple[int, ...]
+    owner: tuple[dict[str, Any], str]
+
+    def is_current(self) -> bool:
+        """Whether the model still keeps its tensor in this memory."""
+        tensors, key = self.owner
+        return key in tensors and _storage(tensors[key]) == _storage(self.target)
+
+    def follow(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where positions of the checkpoint's tensor go.
+
+        Args:
+          positions: (k,) row-major positions.
+
+        Returns:
+          The indices of those that take this route, (j,), and for each the offset from the view's first entry
+          in the model's memory, (j,) int64.
+        """
+        left = positions.astype(np.int64) - self.start
+        inside = left >= 0
+        offsets = np.zeros_like(left)
+        axes = zip(self.strides, self.target.shape, self.target.stride(), strict=True)
+        for stride, extent, step in sorted((a for a in axes if a[1] > 1), reverse=True):
+            index, left = np.divmod(left, stride)
+            inside &= index < extent
+            offsets += index * step
+        chosen = np.flatnonzero(inside & (left == 0))
+        return chosen, offsets[chosen]
+
+
+def trace(model: torch.nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, list[Route]]:
+    """Learns where a model's loader puts a checkpoint's tensors; the model is not changed.
+
+    Args:
+      model: has ``load_weights``, which takes pairs of name and tensor.
+      checkpoint: the checkpoint's tensors by name; only shapes and dtypes are read.
+
+    Returns:
+      For each tensor the copies that are made of it; none where the loader passes it over.
+
+    Raises:
+      SubsetError: the loader does anything but copy views of a tensor to views of the model in one dtype.
+    """
+    tensors = {
+        name: torch.empty(tuple(x.shape), dtype=_TORCH_DTYPES[np.dtype(x.dtype).name], device="meta")
+        for name, x in checkpoint.items()
+    }
+    held = [(m, k, p, p.data) for m in model.modules() for k, p in m._parameters.items() if p is not None]
+    recorder = _Recorder(tensors, model)
+    try:
+        with recorder:
+            model.load_weights(recorder.announced(tensors))
+    except SubsetError:
+        raise
+    except Exception as e:  # a loader that reads values cannot be traced; models raise what they like
+        raise SubsetError(f"{recorder.name!r} is not copied as it is: {type(e).__name__}: {e}") from e
+    finally:
+        replaced = [k for m, k, p, x in held if m._parameters.get(k) is not p or p.data_ptr() != x.data_ptr()]
+        for module, name, parameter, x in held:
+            parameter.data = x
+            module._parameters[name] = parameter
+    if replaced:
+        raise SubsetError(f"the loader replaces the parameters {replaced[:3]} instead of copying into them.")
+    return recorder.routes
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes copies from tensors without storage, and keeps the loader from writing to the model."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], model: torch.nn.Module) -> None:
+        super().__init__()
+        self.name = ""
+        self.routes: dict[str, list[Route]] = {name: [] for name in tensors}
+        self._names = {_storage(x): name for name, x in tensors.items()}
+        self._taken: dict[tuple[Any, ...], tuple[str, Route]] = {}
+        self._owners = {
+            _storage(x): (held, key)
+            for module in model.modules()
+            for held in (module._parameters, module._buffers)
+            for key, x in held.items()
+            if x is not None
+        }
+
+    def announced(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors one by one, so that an error can name the one that was being loaded."""
+        for self.name, x in tensors.items():
+            yield self.name, x
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func._schema.is_mutable or not isinstance(args[0], torch.Tensor):
+            return func(*args, **(kwargs or {}))
+        target = args[0]
+        if func is torch.ops.aten.copy_.default and _storage(args[1]) in self._names:
+            self._record(target, args[1])
+        elif _storage(target) not in self._owners and not target.is_meta:
+            return func(*args, **(kwargs or {}))
+        elif func not in _PADDING:
+            raise SubsetError(f"{self.name!r} is not copied as it is: the loader calls {func}.")
+        return target
+
+    def _record(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        name = self._names[_storage(source)]
+        if _storage(target) not in self._owners:
+            raise SubsetError(f"{name!r} is not copied as it is: the loader makes a copy of its own first.")
+        if target.dtype != source.dtype:
+            raise SubsetError(
+                f"{name!r} is {source.dtype} in the checkpoint and {target.dtype} in the model; serve it "
+                "in the checkpoint's dtype."
+            )
+        if target.shape != source.shape or not in_place.is_nested(source.shape, source.stride()):
+            raise SubsetError(f"{name!r} is not copied entry by entry: the loader broadcasts it.")
+        in_place.check_writable(name, target)
+        route = Route(
+            target.detach(), source.storage_offset(), source.stride(), self._owners[_storage(target)]
+        )
+        if target.numel() and self._is_new(name, route):
+            self.routes[name].append(route)
+
+    def _is_new(self, name: str, route: Route) -> bool:
+        """Whether nothing went to the route's place so far; raises if something else did."""
+        place = (route.target.device, route.target.data_ptr())
+        other, before = self._taken.setdefault(place, (name, route))
+        if before is route:
+            return True
+        if other != name or (before.start, before.strides) != (route.start, route.strides):
+            raise SubsetError(f"{other!r} and {name!r} are loaded into the same place.")
+        return False
+
+
+def _storage(x: torch.Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+class RoutedStore(InPlaceStore):
+    """Named subsets on a model that an engine keeps in an order of its own.
+
+    Subsets name tensors and positions of the checkpoint. Before a subset is taken, what the engine holds at
+    its positions is compared with the checkpoint, bit for bit: an engine may reorder weights in place after
+    loading, and nothing else would tell.
+    """
+
+    def __init__(self, model: torch.nn.Module, checkpoint: Mapping[str, Any]) -> None:
+        """Takes over an engine's model.
+
+        Args:
+          model: the seed, as the engine has it after loading; has ``load_weights``.
+          checkpoint: the tensors that the engine loaded, by name; read for the fingerprints, and at the
+            positions of each subset that is loaded.
+
+        Raises:
+          SubsetError: the model's loader does more than copy; see :func:`trace`.
+        """
+        super().__init__(model)
+        self._checkpoint = checkpoint
+        self._routes = trace(model, checkpoint)
+        self._fingerprints = dict(zip(checkpoint, fingerprints(checkpoint.values()), strict=True))
+        self._by_key = {f"{n}#{i}": r for n, found in self._routes.items() for i, r in enumerate(found)}
+
+    def missed(self, subset: Subset) -> dict[str, np.ndarray]:
+        """Which entries of each tensor have no place in this process's part of the model.
+
+        Args:
+          subset: for this store's seed.
+
+        Returns:
+          (k,) bool by name, for tensors with such entries.
+        """
+        found = {}
+        for name, e in subset.items():
+            missed = np.ones(len(e), bool)
+            for route in self._routes[name]:
+                missed[route.follow(e.positions)[0]] = False
+            if missed.any():
+                found[name] = missed
+        return found
+
+    def _place(self, subset: Subset) -> Loaded[dict[str, Piece]]:
+        subset.check_structure({n: (tuple(x.shape), np.dtype(x.dtype)) for n, x in self._checkpoint.items()})
+        subset.check_fingerprints(self._fingerprints)
+        pieces = {}
+        for name, e in subset.items():
+            if not len(e):
+                continue
+            seed = np.asarray(self._checkpoint[name]).reshape(-1)[e.positions]
+            for i, route in enumerate(self._routes[name]):
+                chosen, offsets = route.follow(e.positions)
+                if len(chosen):
+                    device = route.target.device
+                    values = (in_place.bits(x[chosen], device) for x in (e.values, seed))
+                    key, piece = f"{name}#{i}", Piece(torch.from_numpy(offsets).to(device), *values)
+                    self._guard(name, key, piece)
+                    pieces[key] = piece
+        return in_place.loaded(subset, pieces)
+
+    def _guard(self, name: str, key: str, piece: Piece) -> None:
+        """Raises unless the engine holds the checkpoint's values at a piece's offsets."""
+        wrong = int((self._seed_bits(key, piece.offsets) != piece.seed).sum())
+        if wrong:
+            raise SubsetError(
+                f"{name!r}: at {wrong} of {len(piece.seed)} positions the engine holds other values than the "
+                "checkpoint. It was changed after loading, or the engine keeps these weights in an order of "
+                "its own; subsets cannot be served on it."
+            )
+
+    def _memory(self, path: str) -> torch.Tensor:
+        route = self._by_key[path]
+        if not route.is_current():
+            name = path.rsplit("#", 1)[0]
+            raise SubsetError(f"{name!r} was moved or replaced since it was loaded; restart the engine.")
+        return in_place.memory(route.target)
+
+
+def answer(store: RoutedStore, verb: str, *args: Any) -> Any:
+    """Does what a server asks of one of its engine's processes.
+
+    Args:
+      store: this process's.
+      verb: ``load``, ``check``, ``activate``, ``unload``, ``discard`` or ``list``.
+      *args: a subset's name, None for the seed; of ``load`` its directory, too.
+
+    Returns:
+      Of ``load`` which entries have no place in this process, as bits by tensor; of ``list`` what is loaded.
+    """
+    match verb, *args:
+        case "load", name, directory:
+            subset = Subset.load(directory)
+            store.add(name, subset)
+            return {path: np.packbits(missed).tobytes() for path, missed in store.missed(subset).items()}
+        case "check", name:
+            store.check(name)
+        case "activate", None:
+            store.deactivate()
+        case "activate", name:
+            store.activate(name)
+        case "unload", name:
+            store.unload(name)
+        case "discard", name:
+            if any(x.name == name for x in store.list()):
+                store.unload(name)
+        case ["list"]:
+            return [tuple(x) for x in store.list()]
+        case _:
+            raise ValueError(f"no verb {verb!r} with {len(args)} arguments.")
+    return None

@@ -1,0 +1,263 @@
+"""From the coordinates of parameters to those of a Hugging Face checkpoint, and back.
+
+A subset's positions are row-major indices in tensors of certain names and layouts: those of the parameters
+that it was extracted from, unless its metadata say ``"coordinates": "huggingface"``. A family of models has
+one table of how the two relate. Every entry is mapped by it exactly, at a cost that depends on their number.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dst_optax.subset import trees
+from dst_optax.subset.core import Entries, Subset
+from dst_optax.subset.errors import SubsetError
+from dst_optax.subset.fingerprint import fingerprint
+
+KEY = "coordinates"
+HUGGING_FACE = "huggingface"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor of a checkpoint, and where it lies in our parameters.
+
+    Attributes:
+      name: in the checkpoint.
+      shape: in the checkpoint.
+      path: of the parameter that it is, or a part of.
+      transposed: whether the parameter holds it the other way round.
+      layer: its index along axis 1 of a parameter that stacks all layers; None if it is all of the parameter.
+      copies: names under which a checkpoint may repeat it, because the model ties them.
+
+    Example:
+      >>> import numpy as np
+      >>> from dst_optax.subset.coordinates import Tensor
+      >>> x = np.arange(6).reshape(2, 3)
+      >>> stacked = np.zeros((3, 5, 2), int)
+      >>> row = Tensor("q_proj.weight", (2, 3), "layers/q_proj/kernel", True, layer=4)
+      >>> row.place(stacked, x)
+      >>> row.take(stacked).tolist() == x.tolist() == stacked[:, 4].T.tolist()
+      True
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    path: str
+    transposed: bool
+    layer: int | None = None
+    copies: tuple[str, ...] = ()
+
+    def take(self, parameter: np.ndarray) -> np.ndarray:
+        """What the checkpoint holds of a parameter."""
+        part = parameter if self.layer is None else parameter[:, self.layer]
+        return part.T if self.transposed else part
+
+    def place(self, parameter: np.ndarray, values: np.ndarray) -> None:
+        """Writes what the checkpoint holds into a parameter."""
+        part = parameter if self.layer is None else parameter[:, self.layer]
+        part[...] = values.T if self.transposed else values
+
+
+def to_hf(subset: Subset, table: Sequence[Tensor], seed: Mapping[str, Any]) -> Subset:
+    """A subset of parameters as one of the Hugging Face checkpoint of the same model.
+
+    Args:
+      subset: its paths are the parameters', stacked or not as the table says.
+      table: the family's, such as ``decoder.tensors(config)``.
+      seed: the seed's tensors by name or by path, of either side; read once.
+
+    Returns:
+      The subset for the checkpoint. What the seed has beyond the table is left as it is.
+
+    Raises:
+      SubsetError: paths or shapes are not the table's, or the seed is another one.
+
+    Example:
+      >>> import numpy as np
+      >>> from dst_optax import subset
+      >>> from dst_optax.subset import coordinates
+      >>> table = [coordinates.Tensor("proj.weight", (3, 2), "proj/kernel", True)]
+      >>> seed = {"proj/kernel": np.zeros((2, 3))}
+      >>> tuned = {"proj/kernel": np.array([[0.0, 0, 7], [0, 0, 0]])}
+      >>> found = coordinates.to_hf(subset.from_models(seed, tuned), table, seed)
+      >>> found["proj.weight"].positions.tolist(), found["proj.weight"].values.tolist()
+      ([4], [7.0])
+    """
+    if subset.metadata.get(KEY) == HUGGING_FACE:
+        raise SubsetError("the subset is in Hugging Face's coordinates already.")
+    rows = _by_path(table, subset)
+    both = _Seed(seed, rows)
+    leaves = {}
+    for path, e in subset.items():
+        _check_print(path, e, lambda path=path: both.parameter(path, subset[path].shape))
+        for row, chosen, local in _split(e, rows[path]):
+            part = dataclasses.replace(e.take(chosen), shape=_untransposed(row), positions=local)
+            part = _transposed(part) if row.transposed else part
+            leaves[row.name] = dataclasses.replace(part, seed_fingerprint=fingerprint(both.tensor(row)))
+    for row in table:
+        leaves |= {copy: leaves[row.name] for copy in row.copies if copy in both.named}
+    if both.is_hf:
+        leaves |= {name: _untouched(x) for name, x in both.named.items() if name not in leaves}
+    return Subset(leaves, subset.metadata | {KEY: HUGGING_FACE})
+
+
+def from_hf(subset: Subset, table: Sequence[Tensor], seed: Mapping[str, Any]) -> Subset:
+    """The inverse of :func:`to_hf`.
+
+    Args:
+      subset: its names are those of a Hugging Face checkpoint.
+      table: the family's, stacked or not as the parameters are to be.
+      seed: the seed's tensors by name or by path, of either side; read once.
+
+    Returns:
+      The subset for the parameters.
+
+    Raises:
+      SubsetError: names or shapes are not the table's, entries are in tensors that the model does not have,
+        or the seed is another one.
+    """
+    known = {row.name for row in table} | {copy for row in table for copy in row.copies}
+    for row in table:
+        if row.name not in subset or subset[row.name].shape != row.shape:
+            raise SubsetError(
+                f"the subset lacks {row.name!r} of shape {list(row.shape)}, which the model has."
+            )
+    for name, e in subset.items():
+        if name not in known and len(e):
+            raise SubsetError(f"{name!r} has {len(e)} entries, and the model has no place for them.")
+    rows: dict[str, list[Tensor]] = {}
+    for row in table:
+        rows.setdefault(row.path, []).append(row)
+    both = _Seed(seed, rows)
+    leaves = {}
+    for path, parts in rows.items():
+        found = []
+        for row in parts:
+            e = subset[row.name]
+            _check_print(row.name, e, lambda row=row: both.tensor(row))
+            found.append(_transposed(e) if row.transposed else e)
+        e = _joined(found) if parts[0].layer is not None else found[0]
+        leaves[path] = dataclasses.replace(e, seed_fingerprint=fingerprint(both.parameter(path, e.shape)))
+    return Subset(leaves, {k: v for k, v in subset.metadata.items() if k != KEY})
+
+
+class _Seed:
+    """A seed model, seen from both sides."""
+
+    def __init__(self, seed: Mapping[str, Any], rows: Mapping[str, Sequence[Tensor]]) -> None:
+        self.named = trees.named_leaves(seed, "the seed")
+        self._rows = rows
+        self.is_hf = all(row.name in self.named for parts in rows.values() for row in parts)
+        if not self.is_hf and (missing := next((p for p in rows if p not in self.named), None)):
+            raise SubsetError(
+                f"the seed has neither the checkpoint's tensors nor {missing!r}; name the seed."
+            )
+
+    def tensor(self, row: Tensor) -> np.ndarray:
+        return np.asarray(self.named[row.name]) if self.is_hf else row.take(np.asarray(self.named[row.path]))
+
+    def parameter(self, path: str, shape: tuple[int, ...]) -> np.ndarray:
+        if not self.is_hf:
+            return np.asarray(self.named[path])
+        whole = np.empty(shape, self.tensor(self._rows[path][0]).dtype)
+        for row in self._rows[path]:
+            row.place(whole, self.tensor(row))
+        return whole
+
+
+def _by_path(table: Sequence[Tensor], subset: Subset) -> dict[str, list[Tensor]]:
+    """The table by our paths, after a check that it is the subset's."""
+    rows: dict[str, list[Tensor]] = {}
+    for row in table:
+        rows.setdefault(row.path, []).append(row)
+    for path in [*rows, *subset]:
+        if path not in rows or path not in subset:
+            where = "the table of the model" if path not in rows else "the subset"
+            raise SubsetError(
+                f"{where} lacks {path!r}: they are of different models, or layers are stacked in one."
+            )
+    for path, parts in rows.items():
+        shape = _untransposed(parts[0])
+        shape = shape if parts[0].layer is None else (shape[0], len(parts), *shape[1:])
+        if subset[path].shape != shape:
+            raise SubsetError(
+                f"{path!r} is {list(subset[path].shape)} in the subset, {list(shape)} in the model."
+            )
+    return rows
+
+
+def _untransposed(row: Tensor) -> tuple[int, ...]:
+    """The shape that the parameter, or its layer, has."""
+    return row.shape[::-1] if row.transposed else row.shape
+
+
+def _split(e: Entries, rows: Sequence[Tensor]) -> Iterator[tuple[Tensor, Any, np.ndarray]]:
+    """For each layer which of the entries are in it, and where, sorted."""
+    if rows[0].layer is None:
+        yield rows[0], slice(None), e.positions
+        return
+    inner = math.prod(e.shape[2:])
+    outer, rest = np.divmod(e.positions.astype(np.int64), e.shape[1] * inner)
+    layer, within = np.divmod(rest, inner)
+    order = np.argsort(layer, kind="stable")
+    ends = np.searchsorted(layer[order], np.arange(e.shape[1] + 1))
+    for row in rows:
+        assert row.layer is not None
+        chosen = order[ends[row.layer] : ends[row.layer + 1]]
+        yield row, chosen, outer[chosen] * inner + within[chosen]
+
+
+def _joined(layers: Sequence[Entries]) -> Entries:
+    """The entries of a stacked parameter, from those of each layer."""
+    shape, count = layers[0].shape, len(layers)
+    inner = math.prod(shape[1:])
+    positions = []
+    for i, e in enumerate(layers):
+        outer, within = np.divmod(e.positions.astype(np.int64), inner)
+        positions.append((outer * count + i) * inner + within)
+    seeds = [e.seed_values for e in layers if e.seed_values is not None]
+    return _ordered(
+        (shape[0], count, *shape[1:]),
+        np.concatenate(positions),
+        np.concatenate([e.values for e in layers]),
+        np.concatenate(seeds) if len(seeds) == count else None,
+    )
+
+
+def _transposed(e: Entries) -> Entries:
+    """The entries of the transposed matrix."""
+    rows, columns = e.shape
+    row, column = np.divmod(e.positions.astype(np.int64), columns)
+    return _ordered((columns, rows), column * rows + row, e.values, e.seed_values)
+
+
+def _ordered(
+    shape: tuple[int, ...], positions: np.ndarray, values: np.ndarray, seeds: np.ndarray | None
+) -> Entries:
+    order = np.argsort(positions)
+    return Entries(shape, positions[order], values[order], None if seeds is None else seeds[order])
+
+
+def _untouched(x: Any) -> Entries:
+    """No entries of a tensor of the seed."""
+    return Entries(
+        tuple(x.shape),
+        np.empty(0, np.int64),
+        np.empty(0, np.dtype(x.dtype)),
+        None,
+        fingerprint(np.asarray(x)),
+    )
+
+
+def _check_print(name: str, e: Entries, seed: Callable[[], np.ndarray]) -> None:
+    x = seed()
+    if x.dtype != e.dtype:
+        raise SubsetError(
+            f"{name!r} is {x.dtype} in the seed, {e.dtype} in the subset; convert it with astype."
+        )
+    if e.seed_fingerprint is not None and fingerprint(x) != e.seed_fingerprint:
+        raise SubsetError(f"{name!r} is not the seed's that the subset was made for.")

@@ -1,0 +1,174 @@
+"""A subset in Hugging Face's coordinates makes of their seed what save_hf makes of the tuned parameters."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from oracle import bits
+from typer.testing import CliRunner
+
+from dst_optax import subset
+from dst_optax.finetuning.models import decoder, t5
+from dst_optax.finetuning.models.t5 import huggingface as t5_hf
+from dst_optax.subset import SubsetError, models
+
+T5 = dataclasses.replace(
+    t5.CONFIGS["tiny"], vocab_size=19, emb_dim=6, num_heads=2, head_dim=4, mlp_dim=10, num_encoder_layers=2
+)
+DECODER = decoder.DecoderConfig("llama", 19, 6, 3, 2, 1, 4, 10, tie_embeddings=True)
+FAMILIES = {
+    "t5": (t5, T5),
+    "t5 stacked": (t5, dataclasses.replace(T5, scan_layers=True)),
+    "t5 untied": (t5, dataclasses.replace(T5, logits_via_embedding=False)),
+    "llama": (decoder, DECODER),
+    "llama stacked": (decoder, dataclasses.replace(DECODER, scan_layers=True)),
+    "qwen2 untied": (decoder, dataclasses.replace(DECODER, family="qwen2", tie_embeddings=False)),
+    "qwen3 stacked": (decoder, dataclasses.replace(DECODER, family="qwen3", scan_layers=True)),
+    "gemma3": (decoder, dataclasses.replace(DECODER, family="gemma3_text", sliding_window=4)),
+}
+
+
+def table_of(family, config):
+    return t5_hf.tensors(config) if family is t5 else decoder.tensors(config)
+
+
+def noise(rng, shape, dtype):
+    words = f"u{np.dtype(dtype).itemsize}"
+    return rng.integers(0, np.iinfo(words).max, shape, words, endpoint=True).view(dtype)
+
+
+def tuned_of(rng, seed, share=0.2):
+    return {
+        p: np.where(rng.random(x.shape) < share, noise(rng, x.shape, x.dtype), x) for p, x in seed.items()
+    }
+
+
+def tree(flat):
+    out = {}
+    for path, x in flat.items():
+        *keys, last = path.split("/")
+        node = out
+        for key in keys:
+            node = node.setdefault(key, {})
+        node[last] = jnp.asarray(x)
+    return out
+
+
+def saved(family, flat, config, path):
+    family.save_hf(tree(flat), config, path)
+    return {name: np.asarray(x) for name, x in models.open_model(path).items()}
+
+
+def case(name, tmp_path, dtype=np.float32):
+    """Table, seed and tuned parameters by path, and both as save_hf writes them."""
+    family, config = FAMILIES[name]
+    rng = np.random.default_rng(0)
+    seed = {p: noise(rng, shape, dtype) for p, shape in family.shapes(config).items()}
+    tuned = tuned_of(rng, seed)
+    written = [saved(family, x, config, tmp_path / w) for x, w in ((seed, "seed"), (tuned, "tuned"))]
+    return table_of(family, config), seed, tuned, *written
+
+
+def same(a, b):
+    return set(a) == set(b) and all((bits(np.asarray(a[p])) == bits(np.asarray(b[p]))).all() for p in b)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_conversion_commutes_with_applying(name, dtype, tmp_path):
+    table, seed, tuned, hf_seed, hf_tuned = case(name, tmp_path, dtype)
+    ours = subset.from_models(seed, tuned, with_seed_values=True)
+    for given in (hf_seed, seed):  # the seed may be given on either side
+        theirs = ours.to_hf(table, given)
+        assert same(theirs.apply(hf_seed), hf_tuned)
+        assert same(theirs.revert(hf_tuned), hf_seed)
+        assert theirs.count == ours.count
+        again = theirs.from_hf(table, given)
+        assert same(again.apply(seed), tuned)
+        assert same(again.revert(tuned), seed)
+        assert all(again[p].seed_fingerprint == e.seed_fingerprint for p, e in ours.items())
+
+
+def test_another_seed_is_refused_on_both_sides(tmp_path):
+    table, seed, tuned, hf_seed, hf_tuned = case("llama", tmp_path)
+    ours = subset.from_models(seed, tuned)
+    theirs = ours.to_hf(table, hf_seed)
+    for wrong in (hf_tuned, tuned):
+        with pytest.raises(SubsetError, match="is not the seed"):
+            ours.to_hf(table, wrong)
+        with pytest.raises(SubsetError, match="is not the seed"):
+            theirs.from_hf(table, wrong)
+    with pytest.raises(SubsetError, match="neither"):
+        ours.to_hf(table, {"a": np.zeros(3)})
+    with pytest.raises(SubsetError, match="astype"):
+        ours.to_hf(table, {n: np.zeros(x.shape) for n, x in hf_seed.items()})
+    with pytest.raises(SubsetError, match="already"):
+        theirs.to_hf(table, hf_seed)
+
+
+def test_another_models_table_is_refused(tmp_path):
+    _, seed, tuned, hf_seed, _ = case("llama", tmp_path)
+    ours = subset.from_models(seed, tuned)
+    for config in (
+        dataclasses.replace(DECODER, scan_layers=True),
+        dataclasses.replace(DECODER, num_layers=4),
+        dataclasses.replace(DECODER, mlp_dim=12),
+    ):
+        with pytest.raises(SubsetError, match=r"lacks|the model"):
+            ours.to_hf(decoder.tensors(config), hf_seed)
+
+
+def test_what_only_the_checkpoint_has_stays(tmp_path):
+    table, seed, tuned, hf_seed, hf_tuned = case("t5", tmp_path)
+    extra = {
+        "unread.weight": np.ones((2, 3), np.float32),
+        "encoder.embed_tokens.weight": hf_seed["shared.weight"],
+    }
+    theirs = subset.from_models(seed, tuned).to_hf(table, hf_seed | extra)
+    found = theirs.apply(hf_seed | extra)
+    assert same({"x": found["unread.weight"]}, {"x": extra["unread.weight"]})
+    assert same({"x": found["encoder.embed_tokens.weight"]}, {"x": hf_tuned["shared.weight"]})
+    assert same(theirs.from_hf(table, hf_seed | extra).apply(seed), tuned)
+    changed = subset.from_models(
+        hf_seed | extra, hf_tuned | extra | {"unread.weight": np.zeros((2, 3), np.float32)}
+    )
+    with pytest.raises(SubsetError, match=r"'unread.weight' has 6 entries"):
+        changed.from_hf(table, hf_seed | extra)
+
+
+@pytest.mark.parametrize("name", ["t5 stacked", "qwen3 stacked"])
+def test_the_command(name, tmp_path):
+    from dst_optax.subset.cli import app
+
+    _, seed, tuned, _, hf_tuned = case(name, tmp_path)
+    subset.from_models(seed, tuned).save(tmp_path / "ours")
+    arguments = ["--seed", str(tmp_path / "seed")]
+    run = CliRunner().invoke
+    to_hf = run(
+        app, ["convert", str(tmp_path / "ours"), "--to", "hf", *arguments, "--out", str(tmp_path / "hf")]
+    )
+    assert to_hf.exit_code == 0, to_hf.output
+    applied = run(
+        app, ["apply", *arguments, "--subset", str(tmp_path / "hf"), "--out", str(tmp_path / "applied")]
+    )
+    assert applied.exit_code == 0, applied.output
+    assert same(models.open_model(tmp_path / "applied"), hf_tuned)
+    back = [
+        "convert",
+        str(tmp_path / "hf"),
+        "--to",
+        "jax",
+        "--stacked",
+        *arguments,
+        "--out",
+        str(tmp_path / "back"),
+    ]
+    assert run(app, back).exit_code == 0
+    assert same(subset.Subset.load(tmp_path / "back").apply(seed), tuned)
+    wrong = run(
+        app, ["convert", str(tmp_path / "ours"), "--to", "tf", *arguments, "--out", str(tmp_path / "no")]
+    )
+    assert wrong.exit_code == 1
+    assert not (tmp_path / "no").exists()
