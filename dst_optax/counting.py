@@ -292,7 +292,7 @@ def _search(
         t = jnp.where(first & (guess.at >= 0)[:, None], around_guess(), by_rank(b))
         t = jnp.clip(t, b.lo[:, None] + 1, jnp.maximum(b.hi, 1)[:, None] - 1)
         # the first pass also learns how many keys there are at all
-        return jnp.where(first & (jnp.arange(PROBES) == 0), -1, t)
+        return jnp.where(first & (jnp.arange(PROBES) == 0)[None], -1, t)
 
     def narrow(carry: tuple[Bracket, jax.Array]) -> tuple[Bracket, jax.Array]:
         b, t = carry

@@ -102,11 +102,6 @@ def test_absolute_budget_is_shared():
     assert silos.make_plan(PARAMS, None, num_free_params=10**6).budgets == plan.sizes
 
 
-def test_value_of_an_nnx_path_is_dropped():
-    key_path = jax.tree_util.tree_flatten_with_path({"a": {"kernel": {"value": 0}}})[0][0][0]
-    assert tree.leaf_path(key_path) == "a/kernel"
-
-
 def test_fingerprint_tells_plans_apart_but_not_budgets():
     def fingerprint(params=PARAMS, rule=None, fraction=0.1):
         return silos.make_plan(params, rule, fraction).fingerprint
