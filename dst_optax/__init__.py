@@ -4,9 +4,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dst_optax import diagnostics, distances, serving, silos, subset
+    from dst_optax import diagnostics, distances, project, serving, silos, subset
+    from dst_optax.state import DynamicSubsetTuningState
     from dst_optax.transform import (
-        DynamicSubsetTuningState,
         apply_updates,
         dynamic_subset_tuning,
         finalize,
@@ -22,6 +22,7 @@ __all__ = [
     "distances",
     "dynamic_subset_tuning",
     "finalize",
+    "project",
     "reseed",
     "serving",
     "silos",
@@ -30,10 +31,18 @@ __all__ = [
     "wrap",
 ]
 
+_MODULES = ("diagnostics", "distances", "project", "serving", "silos", "subset")
+
 
 def __getattr__(name: str) -> Any:
-    if name in ("diagnostics", "distances", "serving", "silos", "subset"):
+    """Imports what is asked for, so that a serving host can read subset files without jax."""
+    if name in _MODULES:
         return importlib.import_module(f"dst_optax.{name}")
-    if name in __all__:
-        return getattr(importlib.import_module("dst_optax.transform"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module 'dst_optax' has no attribute {name!r}")
+    owner = "state" if name == "DynamicSubsetTuningState" else "transform"
+    return getattr(importlib.import_module(f"dst_optax.{owner}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -6,8 +6,11 @@ import inspect
 import json
 import logging
 import os
+import re
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated
 
 try:
@@ -39,6 +42,10 @@ GinBindings = Annotated[
 GinSearchPaths = Annotated[
     str, typer.Option("--gin_search_paths", help="Directories to look for gin files in, separated by commas.")
 ]
+
+
+BANNER = re.compile(r"WARNING: All log messages before absl|[IW]\d{4} \d\d:\d\d:")
+"""Lines that TensorFlow's libraries write about the machine."""
 
 
 class Experiment(enum.StrEnum):
@@ -159,33 +166,44 @@ def _run(
       search_paths: directories, separated by commas.
       defaults: settings that the function need not read.
     """
-    _silence_banners()
+    with _without_banners():
+        function = getattr(importlib.import_module(module), name)
     import gin  # pyright: ignore[reportMissingImports]
+    from absl import logging as absl_logging
 
     from dst_optax.finetuning import gin_files
     from dst_optax.finetuning.interrupts import Interrupted
 
-    function = getattr(importlib.import_module(module), name)
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    logging.getLogger().addFilter(lambda record: "Path not found" not in str(record.msg))  # gin's search
     gin_files.add_search_paths(*filter(None, search_paths.split(",")))
     gin.clear_config()
     gin_files.configure(files, [*defaults, *bindings])
     gin_files.check(bindings, function)
-    keep = {"config": gin_files.identity(gin.config_str())}
-    known = inspect.signature(function).parameters
+    takes_config = "config" in inspect.signature(function).parameters
+    config = {"config": gin_files.identity(gin.config_str())} if takes_config else {}
     try:
-        gin.get_configurable(function)(**{k: v for k, v in keep.items() if k in known})
+        gin.get_configurable(function)(**config)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         raise typer.Exit(130) from stopped
 
 
-def _silence_banners() -> None:
-    """Keeps TensorFlow, XLA and gin from speaking of themselves."""
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # jax has set it to 1 already
-    from absl import logging as absl_logging
-
-    absl_logging.set_verbosity(absl_logging.ERROR)
-    logging.getLogger().addFilter(lambda record: "Path not found" not in str(record.msg))  # gin's search
+@contextmanager
+def _without_banners() -> Iterator[None]:
+    """Drops what TensorFlow's libraries write of themselves when they are imported, and nothing else."""
+    with tempfile.TemporaryFile() as written:
+        stderr = os.dup(2)
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            written.seek(0)
+            for line in written.read().decode(errors="replace").splitlines():
+                if not BANNER.match(line):
+                    print(line, file=sys.stderr)
 
 
 @app.command()

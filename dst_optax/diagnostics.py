@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dst_optax import budget, silos
+from dst_optax import silos
 from dst_optax.state import states
 from dst_optax.transform import subset_mask
 
@@ -30,9 +30,9 @@ def metrics(
         ``budget/<silo>``, and with ``params`` ``subset_size/<silo>`` and ``share/<silo>``.
 
     Returns:
-      Float32 scalars by name: ``free`` (entries above the thresholds in the last step), ``budget``,
-      ``passes``, ``nonfinite``, ``unresolved``, ``step`` and what the arguments add; all 0 before
-      the first step. Counts above 2**24 are rounded.
+      Float32 scalars by name: ``num_free`` (entries chosen in the last step), ``budget``,
+      ``num_nonfinite``, ``passes``, ``step`` and what the arguments add; all 0 before the first
+      step. Counts above 2**24 are rounded.
 
     Example:
       >>> import dst_optax, jax.numpy as jnp, optax
@@ -45,12 +45,12 @@ def metrics(
       1
     """
     found = states(state)
+    last = [s.memory.diagnostics for s in found]
     out = {
-        "free": sum(budget.to_float(s.free) for s in found),
-        "budget": sum(budget.to_float(s.budget) for s in found),
-        "passes": jnp.max(jnp.stack([s.passes for s in found])),
-        "nonfinite": sum(s.nonfinite for s in found),
-        "unresolved": sum(s.unresolved for s in found),
+        "num_free": sum(x.num_free for x in last),
+        "budget": sum(x.budget for x in last),
+        "num_nonfinite": sum(x.num_nonfinite for x in last),
+        "passes": jnp.max(jnp.stack([x.passes for x in last])),
         "step": jnp.max(jnp.stack([s.step for s in found])),
     }
     mask = None if params is None else subset_mask(params, state)
@@ -93,7 +93,7 @@ def overlap(before: Any, after: Any) -> dict[str, jax.Array]:
 
 
 def _per_silo(state: Any, mask: Any, plan: silos.SiloPlan) -> dict[str, jax.Array]:
-    out = {f"threshold/{name}": state.threshold[i] for i, name in enumerate(plan.labels)}
+    out = {f"threshold/{name}": state.memory.threshold[i] for i, name in enumerate(plan.labels)}
     if plan.budgets is not None:
         out |= {f"budget/{name}": jnp.float32(m) for name, m in zip(plan.labels, plan.budgets, strict=True)}
     if mask is None:

@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from dst_optax import budget
+from dst_optax.counts import Counts
+from dst_optax.tree import are_rules, by_prefix, first_match, named_leaves
 
 Stacked = Sequence[tuple[str, int]]
 FractionRules = Sequence[tuple[str, float]]
@@ -27,13 +28,14 @@ class Silos:
     """A rule that assigns every leaf, or every slice of a stacked leaf, to a silo.
 
     Attributes:
-      label: maps a leaf path, and the slice index of a stacked leaf (else None), to a silo's name.
+      label: maps a leaf path, and the slice index of a stacked leaf (else None), to a silo's name; or a
+        pytree of names with the parameters' structure or a prefix of it.
       stacked: ``(regex, axis)`` pairs; the first that matches a path makes each slice of that axis
         an entry of its own for ``label``.
       patterns: regexes that must match at least one path.
     """
 
-    label: Callable[[str, int | None], str]
+    label: Callable[[str, int | None], str] | Any
     stacked: tuple[tuple[str, int], ...] = ()
     patterns: tuple[str, ...] = ()
 
@@ -90,12 +92,13 @@ def per_layer(pattern: str, stacked: Stacked = ()) -> Silos:
     return Silos(label, tuple(stacked), (pattern, *(p for p, _ in stacked)))
 
 
-def per_group(groups: Callable[[str], str] | Sequence[tuple[str, str]]) -> Silos:
+def per_group(groups: Callable[[str], str] | Sequence[tuple[str, str]] | Any) -> Silos:
     """Tensors with the same label form one silo.
 
     Args:
-      groups: a function from a path to a label, or ``(regex, label)`` pairs of which the first match
-        wins. A path that no pair matches is an error.
+      groups: a function from a path to a label, ``(regex, label)`` pairs of which the first match wins,
+        or a pytree of labels with the parameters' structure or a prefix of it. A path that no pair
+        matches is an error.
 
     Returns:
       The rule, for ``dynamic_subset_tuning(silos=...)``.
@@ -103,9 +106,12 @@ def per_group(groups: Callable[[str], str] | Sequence[tuple[str, str]]) -> Silos
     Example:
       >>> from dst_optax import silos
       >>> rule = silos.per_group([("embed", "embedding"), (".*", "rest")])
+      >>> rule = silos.per_group({"embed": "embedding", "layers": "rest"})
     """
     if callable(groups):
         return Silos(lambda path, index: groups(path))
+    if not are_rules(groups):
+        return Silos(groups)
     rules = tuple(groups)
     return Silos(
         lambda path, index: first_match(rules, path, "silos.per_group"),
@@ -175,6 +181,30 @@ class SiloPlan:
             i for i, leaf in enumerate(self.leaves) if not self.is_free(leaf) and not self.is_frozen(leaf)
         )
 
+    def budgets_at(self, step: jax.Array | None = None, fraction: Any = None) -> Counts:
+        """Entries that each silo may free at a step.
+
+        Args:
+          step: int32 scalar, updates so far.
+          fraction: an optax schedule or a traced scalar, where the plan does not know the budgets.
+
+        Returns:
+          Budgets, (silos,).
+
+        Raises:
+          ValueError: a fraction that is no scalar.
+        """
+        if self.budgets is not None:
+            return Counts.of(self.budgets)
+        now = jnp.asarray(fraction(step) if callable(fraction) else fraction)
+        if now.shape:
+            raise ValueError(
+                f"fraction_of_free_params: it must be a scalar at every step, got the shape {now.shape}."
+            )
+        if not jnp.issubdtype(now.dtype, jnp.floating):
+            now = now.astype(jnp.float32)
+        return budget.traced_rank(now, self.sizes)
+
     @property
     def fingerprint(self) -> int:
         """32 bits over the paths, shapes, dtypes and silos (budgets may change between runs)."""
@@ -183,33 +213,12 @@ class SiloPlan:
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
-def first_match(rules: Sequence[tuple[str, Any]], path: str, owner: str) -> Any:
-    """The value of the first rule whose regex is found in ``path``."""
-    for pattern, value in rules:
-        if re.search(pattern, path):
-            return value
-    raise ValueError(
-        f"{owner}: no rule matches the parameter {path!r}; rules are {[p for p, _ in rules]}. "
-        "Add a rule for it, for example a last one with the pattern '.*'."
-    )
-
-
-def leaf_path(key_path: Any) -> str:
-    """A key path as ``a/b/c``; the ``/value`` that nnx adds to a variable is dropped."""
-    return jax.tree_util.keystr(key_path, simple=True, separator="/").removesuffix("/value")
-
-
-def is_masked(x: Any) -> bool:
-    """Whether ``x`` marks a place that a wrapper such as ``optax.masked`` has taken out."""
-    return isinstance(x, optax.MaskedNode)
-
-
 def check_fraction(value: Any, where: str) -> None:
     """Raises if a concrete fraction is not a number in [0, 1]."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
         raise TypeError(
-            f"{where}: a fraction must be a number, a traced scalar, an optax schedule or a list of "
-            f"(regex, number), got {value!r} of type {type(value).__name__}."
+            f"{where}: a fraction must be a number, a traced scalar, an optax schedule, a list of (regex, "
+            f"number) or a pytree of numbers, got {value!r} of type {type(value).__name__}."
         )
     if not 0 <= value <= 1:
         raise ValueError(
@@ -220,7 +229,7 @@ def check_fraction(value: Any, where: str) -> None:
 def make_plan(
     params: Any,
     silos: Silos | None = None,
-    fraction_of_free_params: float | FractionRules | None = 0.1,
+    fraction_of_free_params: Any = 0.1,
     num_free_params: int | None = None,
 ) -> SiloPlan:
     """Applies silo and budget rules to parameters.
@@ -229,7 +238,8 @@ def make_plan(
       params: pytree of floating-point arrays or ``jax.ShapeDtypeStruct``; ``None`` and
         ``optax.MaskedNode`` are passed over.
       silos: the silo rule; None means :func:`per_tensor`.
-      fraction_of_free_params: a number, or ``(regex, number)`` pairs; None if it is known at run time.
+      fraction_of_free_params: a number, ``(regex, number)`` pairs, or a pytree of numbers with the
+        parameters' structure or a prefix of it; None if it is known at run time.
       num_free_params: absolute budget of all silos together, instead of a fraction.
 
     Returns:
@@ -252,15 +262,14 @@ def make_plan(
         raise TypeError(
             f"silos: got {silos!r}; use silos.per_tensor(), per_layer(...), per_group(...) or whole_model()."
         )
-    found = jax.tree_util.tree_flatten_with_path(params)[0]
-    named = [(leaf_path(key_path), leaf) for key_path, leaf in found]
+    named = named_leaves(params, is_leaf=lambda x: False)
     for path, leaf in named:
         _check_leaf(path, leaf)
     fractions = fraction_of_free_params
     if num_free_params is not None:
         fractions = None
     patterns = list(rule.patterns)
-    if isinstance(fractions, Sequence):
+    if are_rules(fractions):
         patterns += [p for p, _ in fractions]
     _check_patterns(patterns, [path for path, _ in named])
 
@@ -274,7 +283,7 @@ def make_plan(
         size = int(np.prod(leaf.shape, dtype=object)) // max(len(slices), 1)
         ids, offsets = [], []
         for index in slices:
-            name = rule.label(path, index)
+            name = _label(rule, path, index)
             if not isinstance(name, str):
                 raise TypeError(f"silos: the label of parameter {path!r} must be a str, got {name!r}.")
             silo = indices.setdefault(name, len(sizes))
@@ -297,13 +306,15 @@ def make_plan(
     return SiloPlan(tuple(leaves), tuple(indices), tuple(sizes), budgets)
 
 
+def _label(rule: Silos, path: str, index: int | None) -> Any:
+    return rule.label(path, index) if callable(rule.label) else by_prefix(rule.label, path, "silos.per_group")
+
+
 def _assign_fraction(
     per_silo: dict[int, tuple[float, str]], silo: int, name: str, fractions: Any, path: str
 ) -> None:
-    if isinstance(fractions, Sequence):
-        fraction = first_match(fractions, path, "fraction_of_free_params")
-    else:
-        fraction = fractions
+    take = first_match if are_rules(fractions) else by_prefix
+    fraction = take(fractions, path, "fraction_of_free_params")
     check_fraction(fraction, f"fraction_of_free_params for {path!r}")
     other, other_path = per_silo.setdefault(silo, (fraction, path))
     if other != fraction:

@@ -1,4 +1,4 @@
-"""What the transform remembers, and how it is found again in any optimizer's state."""
+"""What is remembered between steps, and how it is found again in any optimizer's state."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,29 +7,39 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 from jax.core import Tracer
 
-from dst_optax.silos import SiloPlan, is_masked, leaf_path
+from dst_optax.silos import SiloPlan
+from dst_optax.tree import is_masked, map_named, named_leaves, paths
 
-FREE = -1.0  # in `gap`: every entry of the leaf is free at this step
+
+class Diagnostics(NamedTuple):
+    """Numbers about the last step; counts above 2**24 are rounded."""
+
+    num_free: jax.Array  # (), float32: entries chosen
+    budget: jax.Array  # (), float32: entries that could be chosen
+    num_nonfinite: jax.Array  # (), float32: entries kept because they are NaN or infinite
+    passes: jax.Array  # (), int32: counting passes
+
+
+class Memory(NamedTuple):
+    """What a step learned, for the next one to look first where thresholds should be by then."""
+
+    threshold: jax.Array  # (silos,), float32; 0 where all or none of the silo is free
+    threshold_delta: jax.Array  # (silos,), float32: its change in the last step
+    diagnostics: Diagnostics
 
 
 class DynamicSubsetTuningState(NamedTuple):
-    """State of :func:`dynamic_subset_tuning`."""
+    """State of :func:`dst_optax.dynamic_subset_tuning`."""
 
-    seed: Any  # like params, their dtypes; a MaskedNode (Free, Frozen) where a leaf is so at every step
+    seed: Any  # like params, their dtypes; Free or Frozen where a leaf is so at every step
+    mask: Any  # like seed, bool: entries that may differ from it; None where a trainer sets parameters
     captured: jax.Array  # (), bool: the seed is the model that training started from
-    threshold: jax.Array  # (silos,), float32: the last threshold; -1 free, inf frozen
-    movement: jax.Array  # (silos,), float32: its change in the last step
-    gap: jax.Array  # (leaves with a seed,), float32: no kept entry is nearer to its seed; -1 free
-    reach: jax.Array  # (leaves with a seed,), float32: no kept entry is farther from its seed
     step: jax.Array  # (), int32: updates so far
-    passes: jax.Array  # (), int32: counting passes of the last step
-    free: jax.Array  # (2,), int32 limbs: entries above the thresholds in the last step
-    budget: jax.Array  # (2,), int32 limbs: entries that could be free in the last step
-    nonfinite: jax.Array  # (), int32: entries that passed because they were NaN or infinite
-    unresolved: jax.Array  # (), int32: reverted entries that finalize may take for kept ones
-    plan: jax.Array  # (), uint32: fingerprint of the silo plan
+    fingerprint: jax.Array  # (), uint32: of the plan
+    memory: Memory
 
 
 class Free(optax.MaskedNode):
@@ -40,12 +50,108 @@ class Frozen(optax.MaskedNode):
     """In place of a seed: no entry of the leaf ever moves."""
 
 
-class Place(NamedTuple):
+class LeafState(NamedTuple):
     """What the state knows of one leaf."""
 
-    seed: jax.Array
-    gap: jax.Array  # (), float32
+    seed: Any  # an array, Free or Frozen
+    mask: Any  # bool; None where the state has no masks
     captured: jax.Array  # (), bool
+
+
+def init(plan: SiloPlan, params: Any, *, with_mask: bool = True) -> DynamicSubsetTuningState:
+    """The state before the first step: a copy of the parameters stands where the seed will.
+
+    Args:
+      plan: the silos.
+      params: pytree of arrays.
+      with_mask: whether to keep masks; a trainer that sets parameters itself needs none.
+
+    Returns:
+      The state.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    ranked = set(plan.ranked)
+
+    def arrange(make: Callable[[Any], jax.Array]) -> Any:
+        return treedef.unflatten(
+            make(x) if i in ranked else Free() if plan.is_free(leaf) else Frozen()
+            for i, (x, leaf) in enumerate(zip(leaves, plan.leaves, strict=True))
+        )
+
+    return DynamicSubsetTuningState(
+        seed=arrange(copy),
+        mask=arrange(_nowhere) if with_mask else None,
+        captured=jnp.zeros((), bool),
+        step=jnp.zeros((), jnp.int32),
+        fingerprint=jnp.uint32(plan.fingerprint),
+        memory=new_memory(len(plan.sizes)),
+    )
+
+
+def new_memory(num_silos: int) -> Memory:
+    """The memory before the first step."""
+    return Memory(
+        threshold=jnp.zeros(num_silos, jnp.float32),
+        threshold_delta=jnp.zeros(num_silos, jnp.float32),
+        diagnostics=Diagnostics(*[jnp.zeros((), jnp.float32)] * 3, jnp.zeros((), jnp.int32)),
+    )
+
+
+def copy(x: Any) -> jax.Array:
+    """A copy; zeros for a ``jax.ShapeDtypeStruct``."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jnp.zeros(x.shape, x.dtype)
+    return jnp.array(x, copy=True)
+
+
+def _nowhere(x: Any) -> jax.Array:
+    """False for every entry, sharded like ``x``: a constant would lie on every device (test_sharding.py)."""
+    x = copy(x)
+    return jnp.isnan(x) & jnp.isinf(x)
+
+
+def capture(state: DynamicSubsetTuningState, params: list[jax.Array]) -> DynamicSubsetTuningState:
+    """The state with a seed: its own once it is captured, before that the parameters.
+
+    Args:
+      state: the state.
+      params: the leaves that compete, like those of ``state.seed``.
+
+    Returns:
+      The state, captured.
+    """
+    seeds, treedef = jax.tree.flatten(state.seed)
+    if seeds:
+        # a loop of no or one turn: a captured seed is passed on in place instead of being rewritten
+        # (test_the_seed_is_not_rewritten)
+        _, seeds = lax.while_loop(
+            lambda carry: ~carry[0],
+            lambda carry: (jnp.ones_like(carry[0]), [jnp.asarray(p) for p in params]),
+            (state.captured, seeds),
+        )
+    return state._replace(seed=treedef.unflatten(seeds), captured=jnp.ones((), bool))
+
+
+def reseed(state: DynamicSubsetTuningState, params: Any) -> DynamicSubsetTuningState:
+    """The state with a copy of ``params`` as its seed, as before the first step otherwise."""
+    by_path = dict(named_leaves(params))
+
+    def renew(path: str, old: Any) -> jax.Array:
+        new = by_path.get(path)
+        if new is None:
+            raise ValueError(f"reseed: the parameters lack {path!r}; pass the whole seed model.")
+        _check_like(path, new, "the seed before", old)
+        return copy(new)
+
+    mask = None
+    if state.mask is not None:
+        mask = jax.tree.map(lambda x: ~_nowhere(x), state.seed)
+    return state._replace(
+        seed=map_named(renew, state.seed),
+        mask=mask,
+        captured=jax.tree.map(jnp.ones_like, state.captured),
+        memory=jax.tree.map(jnp.zeros_like, state.memory),
+    )
 
 
 def is_state(x: Any) -> bool:
@@ -56,6 +162,12 @@ def is_state(x: Any) -> bool:
 def states(state: Any) -> list[DynamicSubsetTuningState]:
     """All DST states in a pytree.
 
+    Args:
+      state: any optimizer state, that of ``nnx.Optimizer`` included.
+
+    Returns:
+      The states; flax variables around their arrays are taken off.
+
     Raises:
       ValueError: there is none.
     """
@@ -65,7 +177,22 @@ def states(state: Any) -> list[DynamicSubsetTuningState]:
             f"no DynamicSubsetTuningState in the state of type {type(state).__name__}; pass the optimizer "
             "state that tx.update returned."
         )
-    return found
+    return [_bare(x) for x in found]
+
+
+def _bare(state: DynamicSubsetTuningState) -> DynamicSubsetTuningState:
+    def bare(x: Any) -> Any:
+        (array,) = jax.tree.leaves(x)
+        return array
+
+    memory = state.memory
+    diagnostics = Diagnostics(*map(bare, memory.diagnostics))
+    return state._replace(
+        captured=bare(state.captured),
+        step=bare(state.step),
+        fingerprint=bare(state.fingerprint),
+        memory=Memory(bare(memory.threshold), bare(memory.threshold_delta), diagnostics),
+    )
 
 
 def map_states(change: Callable[[DynamicSubsetTuningState], Any], state: Any) -> Any:
@@ -73,64 +200,84 @@ def map_states(change: Callable[[DynamicSubsetTuningState], Any], state: Any) ->
     return jax.tree.map(lambda x: change(x) if is_state(x) else x, state, is_leaf=is_state)
 
 
-def paths(params: Any) -> list[tuple[str, Any]]:
-    """Leaves with their paths, ``a/b/c``."""
-    return [(leaf_path(k), x) for k, x in jax.tree_util.tree_flatten_with_path(params)[0]]
+def leaf_states(state: Any) -> dict[str, LeafState]:
+    """What the DST states in a pytree know of each leaf, by path.
 
-
-def places_of(state: Any) -> dict[str, Place | Free | Frozen]:
-    """What the DST states in a pytree know of each leaf, by path."""
-    places: dict[str, Place | Free | Frozen] = {}
+    Raises:
+      ValueError: two states know of one leaf.
+    """
+    found: dict[str, LeafState] = {}
     for dst in states(state):
-        leaves = jax.tree_util.tree_flatten_with_path(dst.seed, is_leaf=is_masked)[0]
-        ranked = iter(range(len(leaves)))
-        for key_path, seed in leaves:
-            path = leaf_path(key_path)
-            marked = isinstance(seed, Free | Frozen)
-            if is_masked(seed) and not marked:
+        masks = {} if dst.mask is None else dict(named_leaves(dst.mask))
+        for path, seed in named_leaves(dst.seed):
+            if is_masked(seed) and not isinstance(seed, Free | Frozen):
                 continue
-            if path in places:
+            if path in found:
                 raise ValueError(
                     f"two DST states hold the parameter {path!r}; their leaves must be disjoint."
                 )
-            places[path] = seed if marked else Place(seed, dst.gap[next(ranked)], dst.captured)
-    return places
+            found[path] = LeafState(seed, masks.get(path), dst.captured)
+    return found
 
 
-def map_places(f: Callable[..., Any], params: Any, state: Any, *rest: Any) -> Any:
-    """Maps ``f(leaf, *rest_leaves, place)`` over parameters; MaskedNode stays as it is."""
-    places = places_of(state)
-    used = set()
+def map_leaf_states(change: Callable[[str, Any, LeafState | None], Any], params: Any, state: Any) -> Any:
+    """Maps ``change(path, leaf, leaf_state)`` over parameters; the state of an unknown leaf is None.
 
-    def visit(key_path: Any, p: Any, *others: Any) -> Any:
-        if p is None or is_masked(p):
-            return p
-        path = leaf_path(key_path)
-        place = places.get(path)
-        used.add(path)
-        if isinstance(place, Place) and place.seed.shape != jnp.shape(p):
-            raise ValueError(
-                f"parameter {path!r} has the shape {jnp.shape(p)}, its seed {place.seed.shape}; the state "
-                "belongs to another model."
-            )
-        others = tuple(None if is_masked(o) else o for o in others)
-        return f(p, *others, place)
-
-    out = jax.tree_util.tree_map_with_path(visit, params, *rest, is_leaf=lambda x: x is None or is_masked(x))
-    missing = [path for path in places if path not in used]
+    Raises:
+      ValueError: a parameter is missing, or not of its seed's shape and dtype.
+    """
+    known = leaf_states(state)
+    missing = sorted(set(known) - set(paths(params)))
     if missing:
         raise ValueError(
             f"the state knows of {missing[0]!r}, which the parameters lack; pass the parameters "
             "that the state was made for."
         )
-    return out
+
+    def visit(path: str, p: Any) -> Any:
+        leaf = known.get(path)
+        if leaf is not None and not is_masked(leaf.seed):
+            _check_like(path, p, "its seed", leaf.seed)
+        return change(path, p, leaf)
+
+    return map_named(visit, params)
+
+
+def seed_leaves(params: Any, state: Any) -> list[tuple[str, Any]]:
+    """The seed of every leaf of ``params``, in order, with its path; a frozen leaf is its own seed.
+
+    Args:
+      params: current parameters.
+      state: any optimizer state that holds DST states.
+
+    Returns:
+      Pairs of path and seed; None where none is kept, as for a leaf that is free at every step.
+
+    Raises:
+      ValueError: the seed is not captured yet.
+    """
+    known = leaf_states(state)
+    for leaf in known.values():
+        if not bool(leaf.captured):
+            raise ValueError(
+                "the seed is not captured yet: take a training step first, or call dst_optax.reseed(state, "
+                "params) with the seed model."
+            )
+
+    def seed(path: str, p: Any) -> Any:
+        leaf = known.get(path)
+        if leaf is None or isinstance(leaf.seed, Free):
+            return None
+        return p if isinstance(leaf.seed, Frozen) else leaf.seed
+
+    return [(path, seed(path, p)) for path, p in named_leaves(params, is_leaf=lambda x: False)]
 
 
 def check_structure(plan: SiloPlan, updates: Any, state: DynamicSubsetTuningState, params: Any) -> None:
     """Raises if updates, state and params are not of one model."""
-    given = dict(paths(params))
+    given = dict(named_leaves(params, is_leaf=lambda x: False))
     for name, tree in (("updates", updates), ("the seed in the state", state.seed)):
-        for path, leaf in paths(tree):
+        for path, leaf in named_leaves(tree, is_leaf=lambda x: False):
             if path not in given:
                 raise ValueError(
                     f"{name} has a leaf {path!r} that params lacks; was tx.init called with these parameters?"
@@ -140,25 +287,42 @@ def check_structure(plan: SiloPlan, updates: Any, state: DynamicSubsetTuningStat
                     f"parameter {path!r} has the shape {jnp.shape(given[path])}, but {name} has "
                     f"{jnp.shape(leaf)} there; call tx.init again for a changed model."
                 )
-    if len(paths(updates)) != len(given):
-        lost = next(path for path in given if path not in dict(paths(updates)))
+    named_updates = paths(updates)
+    if len(named_updates) != len(given):
+        lost = next(path for path in given if path not in named_updates)
         raise ValueError(f"updates lacks the parameter {lost!r}; pass an update for every parameter.")
-    seeds = [path for path, _ in paths(state.seed)]
+    seeds = named_leaves(state.seed, is_leaf=lambda x: False)
     expected = [plan.leaves[i].path for i in plan.ranked]
-    if seeds != expected or state.threshold.shape != (len(plan.sizes),):
-        odd = sorted(set(seeds) ^ set(expected))
+    threshold = state.memory.threshold
+    if [path for path, _ in seeds] != expected or threshold.shape != (len(plan.sizes),):
+        differing = sorted({path for path, _ in seeds} ^ set(expected))
         raise ValueError(
-            f"the state was made by another transform: it has {state.threshold.shape[0]} silos and "
+            f"the state was made by another transform: it has {threshold.shape[0]} silos and "
             f"{len(seeds)} seeds, this transform {len(plan.sizes)} and {len(expected)}"
-            f"{f' (first difference: {odd[0]!r})' if odd else ''}; use the silos and fractions it was "
-            "made with or call tx.init again."
+            f"{f' (first difference: {differing[0]!r})' if differing else ''}; use the silos and fractions "
+            "it was made with or call tx.init again."
         )
-    if isinstance(state.plan, Tracer):
+    for path, seed in seeds:
+        _check_like(path, given[path], "its seed", seed)
+    if isinstance(state.fingerprint, Tracer):
         return
-    fingerprint = int(np.asarray(state.plan).max())
+    fingerprint = int(np.asarray(state.fingerprint).max())
     if fingerprint != plan.fingerprint:
         raise ValueError(
             f"the state carries the plan fingerprint {fingerprint:#010x}, this transform has "
             f"{plan.fingerprint:#010x}: paths, dtypes or silos differ; use those it was made with or call "
             "tx.init again."
+        )
+
+
+def _check_like(path: str, p: Any, other_name: str, other: Any) -> None:
+    if jnp.shape(p) != other.shape:
+        raise ValueError(
+            f"parameter {path!r} has the shape {jnp.shape(p)}, {other_name} {other.shape}; the state "
+            "belongs to another model."
+        )
+    if jnp.result_type(p) != other.dtype:
+        raise ValueError(
+            f"parameter {path!r} has the dtype {jnp.result_type(p)}, {other_name} {other.dtype}; restore the "
+            "parameters in the seed's dtype, or make the seed anew with dst_optax.reseed."
         )

@@ -7,46 +7,38 @@ moved furthest from it stay; all others return to the seed:
     delta = d(seed, theta_hat, seed)
     params <- where(delta > q, theta_hat, seed),   q: the (1 - fraction) quantile of the silo
 
-Kept entries pass u through, all others get ``seed - params``. That difference alone does not
-always lead back to the seed, because ``params + (seed - params)`` rounds; :func:`apply_updates`
-recognises it and sets the seed itself, so reverted entries equal the seed bit for bit.
+:mod:`dst_optax.project` is that method; here it is an ``optax.GradientTransformation``. Kept entries
+pass u through, all others get ``seed - params``. That difference alone does not always lead back to
+the seed, because ``params + (seed - params)`` rounds; so the state holds the subset as a mask, and
+:func:`apply_updates` sets everything outside of it to the seed, bit for bit.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 
-from dst_optax import budget, distances, projection, rounding
+from dst_optax import distances
 from dst_optax import silos as silos_lib
-from dst_optax.silos import SiloPlan, leaf_path
-from dst_optax.state import (
-    FREE,
-    DynamicSubsetTuningState,
-    Free,
-    Frozen,
-    Place,
-    check_structure,
-    map_places,
-    map_states,
-    paths,
-    places_of,
-    states,
-)
+from dst_optax import state as state_lib
+from dst_optax.project import project_updates
+from dst_optax.select import add, bits
+from dst_optax.silos import SiloPlan
+from dst_optax.state import DynamicSubsetTuningState, Free, Frozen, LeafState
+from dst_optax.tree import are_rules, is_masked, named_leaves
 
+DEFAULT_FRACTION = 0.1
 NO_PARAMS = "dynamic_subset_tuning needs the current parameters: call tx.update(updates, state, params)."
 
 
 def dynamic_subset_tuning(
-    fraction_of_free_params: Any = 0.1,
+    fraction_of_free_params: Any = None,
     *,
     num_free_params: int | None = None,
     silos: silos_lib.Silos | None = None,
-    distance: distances.Distance = distances.absolute,
+    distance: distances.Distance | None = None,
     ties: str = "strict",
 ) -> optax.GradientTransformationExtraArgs:
     """Lets only a small, moving subset of the parameters differ from the seed model.
@@ -57,14 +49,15 @@ def dynamic_subset_tuning(
     sees, so parameters may be restored between ``init`` and the first step.
 
     Args:
-      fraction_of_free_params: a number in [0, 1], an optax schedule, a traced float32 scalar, or
-        ``[(regex, number), ...]`` of which the first match counts for each leaf path. 0 freezes, 1
-        frees.
+      fraction_of_free_params: a number in [0, 1], an optax schedule, a traced scalar,
+        ``[(regex, number), ...]`` of which the first match counts for each leaf path, or a pytree of
+        numbers with the parameters' structure or a prefix of it. 0 freezes, 1 frees. One tenth unless
+        it or ``num_free_params`` is given.
       num_free_params: absolute budget, shared over the silos in proportion to their sizes, instead
         of a fraction.
       silos: which entries compete, see :mod:`dst_optax.silos`; None makes every tensor a silo.
       distance: component-wise ``d(theta, theta_hat, theta_seed)``, non-negative, computed in float32
-        at least.
+        at least; None means :func:`dst_optax.distances.absolute`.
       ties: "strict" keeps what lies above the threshold, so fewer than the budget when distances tie
         there; "fill" fills the budget from the tied entries in a fixed pseudo-random order.
 
@@ -73,7 +66,8 @@ def dynamic_subset_tuning(
 
     Raises:
       ValueError: a fraction outside [0, 1], a rule that matches nothing or a leaf that no rule
-        matches, both kinds of budget, ``params=None``, a state of other parameters.
+        matches, both kinds of budget, ``params=None``, a state of other parameters, or an update inside
+        ``shard_map`` that sees only a part of each tensor.
       TypeError: parameters that are not floating-point arrays.
 
     Example:
@@ -91,34 +85,14 @@ def dynamic_subset_tuning(
     """
     if ties not in ("strict", "fill"):
         raise ValueError(f"ties: got {ties!r}; it must be 'strict' or 'fill'.")
-    fraction = _static_fraction(fraction_of_free_params, num_free_params)
+    fraction = _checked_fraction(fraction_of_free_params, num_free_params)
+    at_run_time = callable(fraction) or isinstance(fraction, jax.Array)
 
     def plan_of(params: Any) -> SiloPlan:
-        return silos_lib.make_plan(params, silos, fraction, num_free_params)
+        return silos_lib.make_plan(params, silos, None if at_run_time else fraction, num_free_params)
 
     def init(params: Any) -> DynamicSubsetTuningState:
-        plan = plan_of(params)
-        ranked = set(plan.ranked)
-        leaves, treedef = jax.tree.flatten(params)
-        seed = [
-            _copy(x) if i in ranked else Free() if plan.is_free(leaf) else Frozen()
-            for i, (x, leaf) in enumerate(zip(leaves, plan.leaves, strict=True))
-        ]
-        return DynamicSubsetTuningState(
-            seed=jax.tree.unflatten(treedef, seed),
-            captured=jnp.zeros((), bool),
-            threshold=jnp.zeros(len(plan.sizes), jnp.float32),
-            movement=jnp.zeros(len(plan.sizes), jnp.float32),
-            gap=jnp.zeros(len(ranked), jnp.float32),
-            reach=jnp.full(len(ranked), jnp.inf, jnp.float32),
-            step=jnp.zeros((), jnp.int32),
-            passes=jnp.zeros((), jnp.int32),
-            free=jnp.zeros(2, jnp.int32),
-            budget=jnp.zeros(2, jnp.int32),
-            nonfinite=jnp.zeros((), jnp.int32),
-            unresolved=jnp.zeros((), jnp.int32),
-            plan=jnp.uint32(plan.fingerprint),
-        )
+        return state_lib.init(plan_of(params), params)
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -127,27 +101,28 @@ def dynamic_subset_tuning(
         if params is None:
             raise ValueError(NO_PARAMS)
         plan = plan_of(params)
-        check_structure(plan, updates, state, params)
-        if plan.budgets is not None:
-            budgets = jnp.asarray(budget.limbs(plan.budgets))
-        else:
-            now = fraction_of_free_params
-            now = jnp.asarray(now(state.step) if callable(now) else now)
-            budgets = budget.traced_rank(now, plan.sizes)
-        update_leaves, treedef = jax.tree.flatten(updates)
-        seeds = _capture(state, [jax.tree.leaves(params)[i] for i in plan.ranked])
-        out, facts = projection.project(
-            plan, distance, ties, update_leaves, jax.tree.leaves(params), seeds, budgets, state
+        state_lib.check_structure(plan, updates, state, params)
+        leaves = jax.tree.leaves(params)
+        state = state_lib.capture(state, [leaves[i] for i in plan.ranked])
+        proposed, treedef = jax.tree.flatten(updates)
+        projected, masks, memory = project_updates(
+            plan,
+            proposed,
+            leaves,
+            jax.tree.leaves(state.seed),
+            plan.budgets_at(state.step, fraction),
+            state.memory,
+            distances.absolute if distance is None else distance,
+            ties,
         )
-        seed = jax.tree.unflatten(jax.tree.structure(state.seed), seeds)
-        state = state._replace(seed=seed, captured=jnp.ones((), bool), step=state.step + 1, **facts)
-        return jax.tree.unflatten(treedef, out), state
+        mask = jax.tree.unflatten(jax.tree.structure(state.seed), masks)
+        return treedef.unflatten(projected), state._replace(mask=mask, step=state.step + 1, memory=memory)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def wrap(
-    inner: optax.GradientTransformation, fraction_of_free_params: Any = 0.1, **kwargs: Any
+    inner: optax.GradientTransformation, fraction_of_free_params: Any = None, **kwargs: Any
 ) -> optax.GradientTransformationExtraArgs:
     """``optax.chain(inner, dynamic_subset_tuning(...))``: the order is guaranteed.
 
@@ -167,11 +142,12 @@ def wrap(
 
 
 def apply_updates(params: Any, updates: Any, state: Any) -> Any:
-    """``params + updates``, and exactly the seed where the update asks for the seed.
+    """``params + updates`` inside the subset, exactly the seed outside of it.
 
     Args:
       params: current parameters.
-      updates: what ``tx.update`` returned with ``state``.
+      updates: what ``tx.update`` returned with ``state``; leaves may be missing or None where nothing
+        changes.
       state: the new optimizer state, or any pytree that holds DST states of disjoint leaves.
 
     Returns:
@@ -189,31 +165,31 @@ def apply_updates(params: Any, updates: Any, state: Any) -> Any:
       >>> dst_optax.apply_updates(params, updates, state).tolist()
       [1.0, 2.5, 3.0]
     """
+    moves = dict(named_leaves(updates))
 
-    def apply(p: jax.Array, u: jax.Array, place: Any) -> jax.Array:
-        if u is None or isinstance(place, Frozen):
+    def apply(path: str, p: Any, leaf: LeafState | None) -> Any:
+        u = moves.get(path)
+        if u is None or is_masked(u) or u.dtype == jax.dtypes.float0:
             return p
-        p = jnp.asarray(p)
-        if not isinstance(place, Place):
-            return rounding.add(p, u)
-        return _apply_exactly(p, u, place.seed, (place.gap != FREE) & place.captured)
+        if leaf is not None and isinstance(leaf.seed, Frozen):
+            return p
+        moved = add(jnp.asarray(p), u)
+        return moved if leaf is None else _inside(moved, leaf)
 
-    return map_places(apply, params, state, updates)
+    return state_lib.map_leaf_states(apply, params, state)
 
 
 def finalize(params: Any, state: Any) -> Any:
-    """Sets to the seed what a plain ``optax.apply_updates`` left a rounding error away from it.
+    """Sets everything outside the subset to the seed, where ``optax.apply_updates`` rounded.
 
-    An entry returns to the seed when it is nearer to it than half the smallest distance of a kept
-    entry of its tensor. After :func:`apply_updates` nothing changes.
+    After :func:`apply_updates` nothing changes.
 
     Args:
       params: parameters after the last step.
       state: the optimizer state after that step.
 
     Returns:
-      The parameters; outside the subset they equal the seed bit for bit, but for the entries that
-      ``diagnostics.metrics(state)["unresolved"]`` counts.
+      The parameters; outside the subset they equal the seed bit for bit.
 
     Example:
       >>> import dst_optax, jax.numpy as jnp, optax
@@ -223,15 +199,9 @@ def finalize(params: Any, state: Any) -> Any:
       >>> dst_optax.finalize(optax.apply_updates(params, updates), state).tolist()
       [1.0, 2.5, 3.0]
     """
-
-    def settle(p: jax.Array, place: Any) -> jax.Array:
-        if not isinstance(place, Place):
-            return p
-        wide = rounding.wide(p.dtype)
-        near = jnp.abs(p.astype(wide) - place.seed.astype(wide)) < 0.5 * place.gap.astype(wide)
-        return jnp.where(near & place.captured, place.seed, p)
-
-    return map_places(settle, params, state)
+    return state_lib.map_leaf_states(
+        lambda path, p, leaf: p if leaf is None else _inside(p, leaf), params, state
+    )
 
 
 def reseed(state: Any, params: Any) -> Any:
@@ -242,41 +212,23 @@ def reseed(state: Any, params: Any) -> Any:
       params: the model that the tuned one shall be compared with from now on.
 
     Returns:
-      The state with a copy of ``params`` as the seed and no memory of thresholds.
+      The state with a copy of ``params`` as the seed and no memory of thresholds. Until the next update
+      every entry counts as tuned, since it is not known which parameters will be.
+
+    Raises:
+      ValueError: a parameter is missing or has another shape or dtype than before.
 
     Example:
       >>> import dst_optax, jax.numpy as jnp, optax
       >>> tx = dst_optax.wrap(optax.sgd(0.1))
       >>> state = dst_optax.reseed(tx.init(jnp.zeros(3)), jnp.ones(3))
     """
-    by_path = dict(paths(params))
-
-    def renew(dst: DynamicSubsetTuningState) -> DynamicSubsetTuningState:
-        def copy(key_path: Any, old: Any) -> Any:
-            path = leaf_path(key_path)
-            new = by_path.get(path)
-            if new is None or jnp.shape(new) != old.shape:
-                raise ValueError(
-                    f"reseed: parameter {path!r} must have the shape {old.shape}, got "
-                    f"{None if new is None else jnp.shape(new)}."
-                )
-            return _copy(new)
-
-        return dst._replace(
-            seed=jax.tree_util.tree_map_with_path(copy, dst.seed),
-            captured=jnp.ones((), bool),
-            threshold=jnp.zeros_like(dst.threshold),
-            movement=jnp.zeros_like(dst.movement),
-            gap=jnp.zeros_like(dst.gap),
-            reach=jnp.full_like(dst.reach, jnp.inf),
-        )
-
-    states(state)
-    return map_states(renew, state)
+    state_lib.states(state)
+    return state_lib.map_states(lambda dst: state_lib.reseed(dst, params), state)
 
 
 def subset_mask(params: Any, state: Any) -> Any:
-    """Which entries differ from the seed, by their bits.
+    """Which entries differ from the seed, by their bits, as the optimizer allows them to.
 
     Args:
       params: current parameters.
@@ -296,45 +248,27 @@ def subset_mask(params: Any, state: Any) -> Any:
       [False, True, False]
     """
 
-    def differs(p: jax.Array, place: Any) -> jax.Array:
-        if isinstance(place, Free):
-            return jnp.ones(jnp.shape(p), bool)
-        if not isinstance(place, Place):
-            return jnp.zeros(jnp.shape(p), bool)
-        return (rounding.bits(jnp.asarray(p)) != rounding.bits(place.seed)) & place.captured
+    def differs(path: str, p: Any, leaf: LeafState | None) -> jax.Array:
+        del path
+        if leaf is None or isinstance(leaf.seed, Free | Frozen):
+            return jnp.full(jnp.shape(p), leaf is not None and isinstance(leaf.seed, Free))
+        moved = (bits(jnp.asarray(p)) != bits(leaf.seed)) & leaf.captured
+        return moved if leaf.mask is None else moved & leaf.mask
 
-    return map_places(differs, params, state)
-
-
-def seed_leaves(params: Any, state: Any) -> list[tuple[str, Any]]:
-    """The seed of every leaf of ``params``, in order, with its path; a frozen leaf is its own seed.
-
-    Returns:
-      Pairs of path and seed; None where none is kept, as for a leaf that is statically free.
-
-    Raises:
-      ValueError: the seed is not captured yet.
-    """
-    for dst in states(state):
-        if not bool(dst.captured):
-            raise ValueError(
-                "the seed is not captured yet: take a training step first, or call dst_optax.reseed(state, "
-                "params) with the seed model."
-            )
-    places = places_of(state)
-
-    def seed(leaf: Any, place: Any) -> Any:
-        if isinstance(place, Frozen):
-            return leaf
-        return place.seed if isinstance(place, Place) else None
-
-    return [(path, seed(leaf, places.get(path))) for path, leaf in paths(params)]
+    return state_lib.map_leaf_states(differs, params, state)
 
 
-def _static_fraction(fraction: Any, num_free_params: int | None) -> Any:
-    """The fraction for the plan: checked, or None if it is known at run time only."""
+def _inside(p: Any, leaf: LeafState) -> Any:
+    """``p`` in the subset, the seed elsewhere; as it is where nothing competes, or before there is a seed."""
+    if leaf.mask is None or isinstance(leaf.seed, Free | Frozen):
+        return p
+    return jnp.where(leaf.mask | ~leaf.captured, p, leaf.seed)
+
+
+def _checked_fraction(fraction: Any, num_free_params: int | None) -> Any:
+    """The fraction: checked where it is known, None if a number of parameters takes its place."""
     if num_free_params is not None:
-        if not isinstance(fraction, float) or fraction != 0.1:
+        if fraction is not None:
             raise ValueError(
                 f"got both fraction_of_free_params={fraction!r} and num_free_params={num_free_params!r}; "
                 "give one of them."
@@ -344,39 +278,14 @@ def _static_fraction(fraction: Any, num_free_params: int | None) -> Any:
         if num_free_params < 0:
             raise ValueError(f"num_free_params: got {num_free_params}; it must be 0 or more.")
         return None
-    if callable(fraction) or isinstance(fraction, jax.Array):
-        return None
-    if isinstance(fraction, Sequence) and not isinstance(fraction, str):
+    if fraction is None:
+        return DEFAULT_FRACTION
+    if are_rules(fraction):
         for pattern, value in fraction:
             silos_lib.check_fraction(value, f"fraction_of_free_params for the pattern {pattern!r}")
         return tuple((p, v) for p, v in fraction)
-    silos_lib.check_fraction(fraction, "fraction_of_free_params")
+    if not callable(fraction) and not isinstance(fraction, jax.Array):
+        for path, value in named_leaves(fraction):
+            where = f" for {path!r}" if path else ""
+            silos_lib.check_fraction(value, f"fraction_of_free_params{where}")
     return fraction
-
-
-def _capture(state: DynamicSubsetTuningState, params: list[jax.Array]) -> list[jax.Array]:
-    """The seed: that of the state once it is captured, before that the parameters.
-
-    A loop of no or one turn, so that a captured seed is passed on in place instead of rewritten.
-    """
-    seeds = jax.tree.leaves(state.seed)
-    if not seeds:
-        return seeds
-    _, seeds = lax.while_loop(
-        lambda carry: ~carry[0],
-        lambda carry: (jnp.ones_like(carry[0]), [jnp.asarray(p) for p in params]),
-        (state.captured, seeds),
-    )
-    return seeds
-
-
-@jax.jit
-def _apply_exactly(p: jax.Array, u: jax.Array, seed: jax.Array, may_ask: jax.Array) -> jax.Array:
-    asked = rounding.asks_for_seed(u, seed, p) & may_ask
-    return jnp.where(asked, seed, rounding.add(p, u))
-
-
-def _copy(x: Any) -> jax.Array:
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return jnp.zeros(x.shape, x.dtype)
-    return jnp.array(x, copy=True)

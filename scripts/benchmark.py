@@ -321,9 +321,8 @@ def training_step_cell(fraction: float, runs: int, tokens: int = 128) -> dict[st
     from dst_optax.finetuning.models import t5
     from dst_optax.finetuning.steps import TrainState, make_step
 
-    network = t5.Transformer(t5.CONFIGS["t5_1_1_small"])
-    one = jnp.ones((1, 1), jnp.int32)
-    seed = jax.jit(network.init)(jax.random.key(0), one, one, one)["params"]
+    model = t5.T5(t5.CONFIGS["t5_1_1_small"])
+    seed = jax.jit(model.init)(jax.random.key(0))
     adamw = optax.adamw(optax.linear_schedule(1e-3, 1e-4, 1000))
     key = jax.random.key(1)
     draw = lambda turn: jax.random.randint(jax.random.fold_in(key, turn), (8, tokens), 1, 32000)  # noqa: E731
@@ -346,7 +345,7 @@ def training_step_cell(fraction: float, runs: int, tokens: int = 128) -> dict[st
         state[name] = TrainState({}, tuned, method.transform.init(tuned))
         start = time.perf_counter()
         steps[name] = (
-            jax.jit(make_step(network, method), donate_argnums=0).lower(state[name], batch(), key).compile()
+            jax.jit(make_step(model, method), donate_argnums=0).lower(state[name], batch(), key).compile()
         )
         compile_seconds[name] = time.perf_counter() - start
         temp[name] = int(steps[name].memory_analysis().temp_size_in_bytes)

@@ -24,6 +24,7 @@ import safetensors
 import safetensors.numpy
 
 from dst_optax import serving, subset
+from dst_optax.atomic import atomic_file
 from dst_optax.subset import gaps
 
 SHAPES = (
@@ -188,7 +189,8 @@ def main() -> None:
     text = json.dumps(report, indent=1)
     print(text)
     if arguments.out:
-        arguments.out.write_text(text + "\n")
+        with atomic_file(arguments.out) as temporary:
+            temporary.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ out="${1:-runs/quickstart}"
 [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
 .venv/bin/python -c 'import clu, gin, matplotlib, orbax.checkpoint, rich, seqio, dst_optax.finetuning' 2>/dev/null ||
   .venv/bin/python -m pip install -q --disable-pip-version-check -e '.[finetuning]'
-export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" TF_CPP_MIN_LOG_LEVEL=3
+export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 .venv/bin/dst-optax finetune --gin_file=quickstart_seed.gin --gin.RUN_DIR=\""$out/seed"\"
 .venv/bin/dst-optax finetune --gin_file=quickstart.gin --gin.RUN_DIR=\""$out/rte"\" \
   --gin.CHECKPOINT=\""$out/seed/pretrained/rng_0/tuned"\"

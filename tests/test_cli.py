@@ -1,5 +1,7 @@
 """The command line: typer's and T5X's flags, errors as one line and a status."""
 
+import os
+
 import pytest
 
 pytest.importorskip("typer")
@@ -71,6 +73,7 @@ def test_one_task_may_be_a_name(called):
         (["--gin.trainer.Recipe.steps='5'"], "steps is '5', it must be an integer"),
         (["--gin.dst.DTS.ties='fill'"], "dst.DTS"),
         (["--gin_file=absent.gin"], "absent.gin"),
+        (["--gin.ACCUMULATE=3"], "no multiple of accumulate 3"),
         (["--gin.A"], "unknown argument '--gin.A'"),
         (["x.gin"], "unknown argument 'x.gin'"),
         (["--gin_fil=x"], "unknown argument '--gin_fil=x'"),
@@ -91,6 +94,17 @@ def test_a_misspelt_setting_in_a_file(called, capsys, tmp_path):
     (tmp_path / "mine.gin").write_text("include 'superglue/synthetic.gin'\nLEARNINGRATE = 0.1\n")
     assert cli.main(["finetune", f"--gin_file={tmp_path}/mine.gin", "--gin.RUN_DIR='x'"]) == 2
     assert "nothing reads LEARNINGRATE; did you mean LEARNING_RATE?" in capsys.readouterr().err
+
+
+def test_banners_are_dropped_and_nothing_else(capfd):
+    with pytest.raises(KeyError), cli._without_banners():  # noqa: PT012
+        os.write(
+            2, b"WARNING: All log messages before absl::InitializeLog() is called are written to STDERR\n"
+        )
+        os.write(2, b"I0000 00:00:1795646731.437189    7000 port.cc:153] oneDNN custom operations are on.\n")
+        os.write(2, b"E0000 00:00:1795646731.437189    7000 x.cc:1] something is wrong\n")
+        raise KeyError
+    assert capfd.readouterr().err == "E0000 00:00:1795646731.437189    7000 x.cc:1] something is wrong\n"
 
 
 def test_experiments_are_named_and_checked(capsys):
@@ -161,6 +175,16 @@ def test_every_config_has_a_value_for_all_that_it_reads(run, gin_files):
     function = getattr(importlib.import_module(f"dst_optax.finetuning.{module}"), name)
     gin_files.configure(files, [f"{k}={v}" for k, v in GIVEN.items()])
     gin_files.check(["RUN_DIR='x'"], function)
+
+
+def test_without_warmup_the_rate_is_constant(gin_files):
+    import gin
+
+    from dst_optax.finetuning import optimizers
+
+    gin_files.configure(["superglue/synthetic.gin"], ["WARMUP=0", "LEARNING_RATE=0.5"])
+    rate = gin.get_configurable(optimizers.warmup_constant)()
+    assert [float(rate(step)) for step in (0, 1, 100)] == [0.5] * 3
 
 
 def test_a_resumed_command_may_ask_for_more_runs(gin_files):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -29,14 +30,19 @@ for needed in (
     pytest.importorskip(needed)
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = ("dst_optax", "t5x_integration")
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """The source distribution, and the wheel made from it."""
-    out = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    out, checkout = tmp_path_factory.mktemp("dist"), tmp_path_factory.mktemp("checkout")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, checkout)
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(checkout)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (wheel,), (source,) = out.glob("*.whl"), out.glob("*.tar.gz")
@@ -71,7 +77,7 @@ def test_the_wheel_has_the_package_and_its_gin_files_alone(built):
         names = set(wheel.namelist())
     package = {
         str(p.relative_to(ROOT))
-        for top in ("dst_optax", "t5x_integration")
+        for top in PACKAGES
         for pattern in ("*.py", "*.gin", "py.typed", "requirements.txt")
         for p in (ROOT / top).rglob(pattern)
     }

@@ -1,23 +1,22 @@
 """What the runs of one directory share: data, network, seed model and evaluation."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from rich.console import Console
 
 from dst_optax import subset
-from dst_optax.finetuning import placement, processes, storage
+from dst_optax.finetuning import hub, placement, processes, storage
+from dst_optax.finetuning.display import make_console
 from dst_optax.finetuning.evaluator import Evaluator
 from dst_optax.finetuning.methods import Params
-from dst_optax.finetuning.models import t5
+from dst_optax.finetuning.models.base import language_model
 from dst_optax.finetuning.recipe import Recipe
 from dst_optax.finetuning.run_dir import RunDir
-from dst_optax.finetuning.tasks.superglue.suite import SuperGlue
+from dst_optax.finetuning.tasks.base import TaskSuite
 
 
 class RunContext:
@@ -38,7 +37,7 @@ class RunContext:
       run_dir: the run directory.
       data: tasks, their source and the vocabulary.
       train_name: of the seqio mixture to train on.
-      network: the T5.
+      model: what is tuned, as it computes.
       recipe: how to train.
       mesh: devices.
       seed: the seed model, on the host.
@@ -51,8 +50,8 @@ class RunContext:
     def __init__(
         self,
         run_dir: str,
-        data: SuperGlue,
-        model: t5.T5Config | str,
+        data: TaskSuite,
+        model: Any,
         recipe: Recipe,
         *,
         checkpoint: str | None = None,
@@ -61,28 +60,23 @@ class RunContext:
         reference_seed: bool = False,
         config: str = "",
     ):
-        model = t5.shape_of(model) if isinstance(model, str) else model
+        plain = language_model(model)
         self.data, self.recipe, self.mesh = data, recipe, placement.make_mesh(mesh_shape)
-        self.console = Console(quiet=not processes.is_primary())
+        self.console = make_console()
         if recipe.batch_size % (self.mesh.shape["data"] * recipe.accumulate):
             raise ValueError(
                 f"recipe: batch_size {recipe.batch_size} must be a multiple of accumulate "
                 f"{recipe.accumulate} times the {self.mesh.shape['data']} devices along data."
             )
-        self.train_name = data.register()
+        plain.check(data.vocabulary)
+        self.model = plain.configured(recipe.dtype, recipe.dropout)
+        self.train_name = data.register(plain.decoder_only)
         data.check(recipe.lengths["targets"])
-        dropout = model.dropout_rate if recipe.dropout is None else recipe.dropout
-        self.network = t5.Transformer(replace(model, dtype=recipe.dtype, dropout_rate=dropout))
-        if data.vocabulary.vocab_size > model.vocab_size:
-            raise ValueError(
-                f"the vocabulary has {data.vocabulary.vocab_size} pieces, the model's embedding only "
-                f"{model.vocab_size}; they do not belong together."
-            )
         identity = {
             "tasks": list(data.names),
             "source": repr(data.source),
             "vocabulary": type(data.vocabulary).__name__,
-            "model": repr(model),
+            "model": repr(plain.config),
             "recipe": json.loads(json.dumps(asdict(recipe))),
             "checkpoint": checkpoint,
             "subset_dir": subset_dir,
@@ -91,12 +85,12 @@ class RunContext:
         self.run_dir = RunDir(Path(run_dir), identity)
         self.run_dir.check()
         processes.barrier(f"{run_dir} is free or ours")
-        load = None if checkpoint is None else partial(t5.load, checkpoint, model)
-        self.seed = self.run_dir.seed(self._random_params, load)
+        load = None if checkpoint is None else lambda: plain.load(hub.local_path(checkpoint))
+        self.seed = self.run_dir.seed(partial(self.model.init, jax.random.key(0)), load)
         self.seed_fingerprint = storage.fingerprint(self.seed)
         self.start = self.seed if subset_dir is None else subset.Subset.load(subset_dir).apply(self.seed)
         self.run_dir.claim(None if reference_seed else self.seed)
-        self.evaluator = Evaluator(self.network, data, recipe, self.mesh)
+        self.evaluator = Evaluator(self.model, data, recipe, self.mesh)
         for line in self.evaluator.cuts():
             self.console.print(line, highlight=False)
 
@@ -112,15 +106,13 @@ class RunContext:
 
     def place_seed_and_start(self) -> tuple[Params, Params]:
         """The seed model and where training starts, on the devices; one copy where they are the same."""
-        seed = placement.place_model(self.seed, self.mesh)
-        return seed, seed if self.start is self.seed else placement.place_model(self.start, self.mesh)
+        seed = placement.place_model(self.model, self.seed, self.mesh)
+        return seed, seed if self.start is self.seed else placement.place_model(
+            self.model, self.start, self.mesh
+        )
 
     def save_model(self, directory: Path, params: Params) -> None:
         """Writes a whole model that ``checkpoint=`` can name."""
         params = processes.on_host(params)
         if processes.is_primary():
-            t5.save_hf(params, self.network.config, directory)
-
-    def _random_params(self) -> Params:
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        return self.network.init(jax.random.key(0), tokens, tokens, tokens, enable_dropout=False)["params"]
+            self.model.save(directory, params)

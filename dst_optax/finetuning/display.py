@@ -12,7 +12,16 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from dst_optax.atomic import atomic_file
 from dst_optax.finetuning import processes
+
+
+def make_console() -> Console:
+    """Where the first process prints; lines and tables are as long as they are, unless on a terminal."""
+    console = Console(quiet=not processes.is_primary(), soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 1000
+    return console
 
 
 class Log:
@@ -29,13 +38,13 @@ class Log:
         from clu import metric_writers
 
         self._title, self._steps = title, steps
-        self._step, self._clock, self._tokens = start, time.perf_counter(), 0
+        self._tokens, self._last = 0, None
         self._writers: tuple[TextIO, Any] | None = None
         if processes.is_primary():
             file = directory / "metrics.jsonl"
             _forget_after(file, start)
             self._writers = file.open("a"), metric_writers.SummaryWriter(str(directory / "tensorboard"))
-        self.console = Console(quiet=self._writers is None)
+        self.console = make_console()
         self._shown: dict[str, str] = {}
         self._live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
 
@@ -70,19 +79,20 @@ class Log:
                 f"the loss is {values['loss']} at step {step}: lower the learning rate, or check the seed "
                 "model. Earlier checkpoints are untouched."
             )
-        now = time.perf_counter()
-        seconds = now - self._clock
-        speed, eta = self._tokens / seconds, (self._steps - step) * seconds / (step - self._step)
-        self._tokens, self._step, self._clock = 0, step, now
         shown = {
             "step": f"{step}/{self._steps}",
             "loss": f"{values['loss']:.4f}",
-            "tokens/s": f"{speed:,.0f}",
             "free": f"{values['free_params']:,.0f}",
             "churn": f"{values.get('churn', 0.0):.3f}",
-            "eta": f"{eta:.0f}s",
         }
-        self._write(step, {**values, "tokens_per_second": speed}, shown)
+        now = time.perf_counter()
+        if self._last is not None:  # before the first line, programs are compiled
+            last, clock = self._last
+            speed, eta = self._tokens / (now - clock), (self._steps - step) * (now - clock) / (step - last)
+            values["tokens_per_second"] = speed
+            shown |= {"tokens/s": f"{speed:,.0f}", "eta": f"{eta:.0f}s"}
+        self._tokens, self._last = 0, (step, now)
+        self._write(step, values, shown)
 
     def evaluation(self, step: int, values: Mapping[str, float], score: float) -> None:
         """Records an evaluation.
@@ -122,9 +132,8 @@ def _forget_after(file: Path, step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:
             continue
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(file)
+    with atomic_file(file) as temporary:
+        temporary.write_text("".join(kept))
 
 
 def results_table(rows: list[dict[str, Any]], model_size: int) -> Table:

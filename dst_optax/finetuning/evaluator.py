@@ -1,69 +1,138 @@
-"""Scores and predictions of a model: decoding whole splits with one compiled program."""
+"""Scores and predictions of a model: decoding, or comparing options, with one compiled program each."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from dst_optax.finetuning import inputs, placement
 from dst_optax.finetuning.methods import Params
-from dst_optax.finetuning.models import t5
+from dst_optax.finetuning.models.base import LanguageModel
 from dst_optax.finetuning.recipe import Recipe
-from dst_optax.finetuning.tasks.superglue.suite import SuperGlue
+from dst_optax.finetuning.tasks.base import TaskSuite
+
+
+def target_scores(model: LanguageModel, params: Params, batch: inputs.Batch) -> dict[str, jax.Array]:
+    """How likely the targets of a batch are.
+
+    Args:
+      model: what scores.
+      params: its parameters.
+      batch: of its feature converter.
+
+    Returns:
+      ``log_likelihood``, ``correct`` (targets that are the likeliest token) and ``tokens``, each
+      ``(batch,)``, float32.
+    """
+    logits, targets = model.logits(params, batch), batch["decoder_target_tokens"]
+    weights = batch["decoder_loss_weights"].astype(jnp.float32)
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+    right = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+    return {
+        "log_likelihood": jnp.sum(chosen * weights, axis=1),
+        "correct": jnp.sum(right * weights, axis=1),
+        "tokens": jnp.sum(weights, axis=1),
+    }
 
 
 class Evaluator:
-    """Decodes splits in batches of one shape, so that decoding is compiled once.
+    """Evaluates splits in batches of one shape, so that each program is compiled once.
 
     Args:
-      network: the T5.
+      model: what is evaluated.
       data: tasks and vocabulary.
-      recipe: lengths, batch size and beams.
+      recipe: lengths and batch size.
       mesh: devices.
     """
 
-    def __init__(self, network: Any, data: SuperGlue, recipe: Recipe, mesh: Mesh):
-        self._data, self._lengths = data, recipe.lengths
+    def __init__(self, model: LanguageModel, data: TaskSuite, recipe: Recipe, mesh: Mesh):
+        self._model, self._data, self._lengths = model, data, recipe.lengths
         self._batch_sharding = placement.batch_sharding(mesh)
         devices = mesh.shape["data"]
         self._batch_size = -(-recipe.eval_batch_size // devices) * devices
         self._splits: dict[tuple[str, str], inputs.EvalSplit] = {}
         self._decode = jax.jit(
-            lambda params, tokens: t5.decode(
-                network, params, tokens, recipe.lengths["targets"], num_beams=recipe.num_beams
-            ),
+            lambda params, batch: model.decode(params, batch, data.vocabulary, recipe.lengths["targets"]),
             out_shardings=placement.replicated(mesh),
         )
+        self._scores = jax.jit(partial(target_scores, model), out_shardings=placement.replicated(mesh))
 
     def split(self, task: str, split: str) -> inputs.EvalSplit:
         """A split, read once."""
         if (task, split) not in self._splits:
             name = self._data.provider(task)
-            self._splits[task, split] = inputs.eval_split(name, split, self._lengths)
+            self._splits[task, split] = inputs.eval_split(self._model, name, split, self._lengths)
         return self._splits[task, split]
 
     def predict(self, params: Params, split: inputs.EvalSplit) -> list[Any]:
         """Predictions for every example of a split, in the task's own terms."""
-        texts = []
-        for at in range(0, len(split.tokens), self._batch_size):
-            tokens = split.tokens[at : at + self._batch_size]
-            short = self._batch_size - len(tokens)
-            padded = np.concatenate([tokens, np.repeat(tokens[:1], short, 0)])
-            decoded = np.asarray(self._decode(params, jax.device_put(padded, self._batch_sharding)))
-            texts += [inputs.decode_text(self._data.vocabulary, row) for row in decoded[: len(tokens)]]
-        return split.predictions(texts)
+        if self._data.evaluation == "options":
+            return self._likeliest_options(params, split)[0]
+        decoded = self._in_batches(self._decode, params, split.batch)
+        return split.predictions([self._model.text(self._data.vocabulary, row) for row in decoded.tolist()])
 
     def score(self, params: Params, split: str = "validation") -> tuple[dict[str, float], float]:
         """Metrics of all tasks on a split by name, and the one score."""
-        metrics = {
-            task: examples.metrics(self.predict(params, examples))
-            for task in self._data.names
-            for examples in [self.split(task, split)]
-        }
+        metrics = {task: self._metrics(params, self.split(task, split)) for task in self._data.names}
         kind = "eval" if split == "validation" else split
         flat = {f"{kind}/{task}/{name}": x for task, values in metrics.items() for name, x in values.items()}
         return flat, self._data.score(metrics)
+
+    def _metrics(self, params: Params, split: inputs.EvalSplit) -> dict[str, float]:
+        if self._data.evaluation == "options":
+            likeliest, normalised = self._likeliest_options(params, split)
+            found = {f"{name}_normalised": x for name, x in split.metrics(normalised).items()}
+            return split.metrics(likeliest) | found
+        found = split.metrics(self.predict(params, split))
+        if self._data.token_metrics:
+            totals = {k: float(x.sum()) for k, x in self._target_scores(params, split.batch).items()}
+            found["token_accuracy"] = 100 * totals["correct"] / totals["tokens"]
+            found["perplexity"] = float(np.exp(-totals["log_likelihood"] / totals["tokens"]))
+        return found
+
+    def _likeliest_options(self, params: Params, split: inputs.EvalSplit) -> tuple[list[Any], list[Any]]:
+        """Predictions by the log-likelihood of each option, and by that divided by the option's bytes."""
+        options = [self._data.options(split, example) for example in split.examples]
+        pairs = [
+            (example["inputs"], self._tokens_of(option))
+            for example, each in zip(split.examples, options, strict=True)
+            for option in each
+        ]
+        batch = inputs.batch_of(self._model, pairs, self._lengths)
+        scores = iter(self._target_scores(params, batch)["log_likelihood"].tolist())
+        likeliest, normalised = [], []
+        for example, each in zip(split.examples, options, strict=True):
+            found = np.array([next(scores) for _ in each])
+            sizes = np.array([len(option.encode()) for option in each])
+            for chosen, values in ((likeliest, found), (normalised, found / sizes)):
+                chosen.append(split.prediction(each[int(values.argmax())], example))
+        return likeliest, normalised
+
+    def _tokens_of(self, option: str) -> list[int]:
+        tokens = list(self._data.vocabulary.encode(option))
+        if len(tokens) > self._lengths["targets"]:
+            raise ValueError(
+                f"recipe: the option {option!r} has {len(tokens)} tokens, but targets only "
+                f"{self._lengths['targets']}; make lengths longer."
+            )
+        return tokens
+
+    def _target_scores(self, params: Params, batch: inputs.Batch) -> dict[str, np.ndarray]:
+        return self._in_batches(self._scores, params, batch)
+
+    def _in_batches(self, function: Callable[..., Any], params: Params, batch: inputs.Batch) -> Any:
+        """What a function makes of the rows of a batch, on the host; a short last part is filled up."""
+        rows, parts = len(next(iter(batch.values()))), []
+        for at in range(0, rows, self._batch_size):
+            taken = np.arange(at, at + self._batch_size)
+            part = {name: x[np.where(taken < rows, taken, at)] for name, x in batch.items()}
+            made = function(params, jax.device_put(part, self._batch_sharding))
+            parts.append(jax.tree.map(lambda x, at=at: np.asarray(x)[: rows - at], made))
+        return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
     def cuts(self) -> list[str]:
         """One line for every feature whose examples are cut."""

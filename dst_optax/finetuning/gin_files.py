@@ -11,6 +11,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import gin  # pyright: ignore[reportMissingImports]
+from gin import config as gin_config  # pyright: ignore[reportMissingImports]
+
 CONFIGS = Path(str(resources.files("dst_optax.finetuning"))) / "configs"
 """The gin files that come with the package."""
 
@@ -25,8 +28,6 @@ def add_search_paths(*directories: str) -> None:
     Args:
       *directories: more places to look in, before ours.
     """
-    import gin  # pyright: ignore[reportMissingImports]
-
     for directory in (*directories, str(CONFIGS), str(CONFIGS.parent)):
         gin.add_config_file_search_path(directory)
 
@@ -44,8 +45,6 @@ def configure(files: Sequence[str], bindings: Sequence[str]) -> None:
       ValueError: a file is missing, a value is not Python's, a number is given as a string, or a name is
         unknown.
     """
-    import gin  # pyright: ignore[reportMissingImports]
-
     try:
         parsed = gin.parse_config_files_and_bindings(files, None, finalize_config=False)
     except OSError as error:
@@ -71,22 +70,18 @@ def configure(files: Sequence[str], bindings: Sequence[str]) -> None:
 
 def _texts(parsed: Iterable[Any]) -> Iterator[str]:
     """Contents of parsed files and of what they include."""
-    import gin  # pyright: ignore[reportMissingImports]
-
     for file in parsed:
-        places = (Path(prefix, file.filename) for prefix in gin.config._LOCATION_PREFIXES)
+        places = (Path(prefix, file.filename) for prefix in gin_config._LOCATION_PREFIXES)
         yield next(place.read_text() for place in places if place.is_file())
         yield from _texts(file.includes)
 
 
 def _check_kind(binding: str) -> None:
     """Refuses a string for a macro that the files give a number, and the other way round."""
-    import gin  # pyright: ignore[reportMissingImports]
-
     name, _, value = binding.partition("=")
     before = _config().get((name.strip(), MACRO), {}).get("value")
     try:
-        now = gin.config.parse_value(value)
+        now = gin_config.parse_value(value)
     except (SyntaxError, tokenize.TokenError):
         return  # the parser's own error names the place
     if (_is_number(before) and isinstance(now, str)) or (isinstance(before, str) and _is_number(now)):
@@ -135,23 +130,17 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 
 
 def _config() -> dict[Key, dict[str, Any]]:
-    import gin  # pyright: ignore[reportMissingImports]
-
-    return gin.config._CONFIG
+    return gin_config._CONFIG
 
 
 def _key(name: str) -> Key:
-    import gin  # pyright: ignore[reportMissingImports]
-
     if "." not in name:
         return name, MACRO
-    return "", gin.config.ParsedBindingKey.parse(name).complete_selector
+    return "", gin_config.ParsedBindingKey.parse(name).complete_selector
 
 
 def _references(values: Any) -> Iterator[Any]:
-    import gin  # pyright: ignore[reportMissingImports]
-
-    return gin.config.iterate_references(values)
+    return gin_config.iterate_references(values)
 
 
 def _macros_read(values: Any) -> Iterator[str]:
@@ -160,9 +149,9 @@ def _macros_read(values: Any) -> Iterator[str]:
 
 def _reachable(config: dict[Key, dict[str, Any]], function: Callable[..., Any]) -> set[Key]:
     """Macros and, without their scopes, configurables that a call of the function may evaluate."""
-    import gin  # pyright: ignore[reportMissingImports]
-
-    root = gin.config._inverse_lookup(function)
+    root = gin_config._inverse_lookup(function)
+    if root is None:
+        raise ValueError(f"the gin files say nothing about {function.__name__}; give its own.")
     pending, seen = [("", root.selector)], set()
     while pending:
         key = pending.pop()

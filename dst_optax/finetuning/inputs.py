@@ -1,21 +1,26 @@
 """From seqio to arrays: batches to train on, whole splits to evaluate on."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import seqio
+import tensorflow as tf
+
+from dst_optax.finetuning.models.base import LanguageModel
 
 Lengths = Mapping[str, int]
 Batch = dict[str, np.ndarray]
-EOS = 1
 
 
-def train_batches(name: str, lengths: Lengths, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+def train_batches(
+    model: LanguageModel, name: str, lengths: Lengths, batch_size: int, seed: int, start: int = 0
+) -> Iterator[Batch]:
     """An endless, reproducible stream of batches.
 
     Args:
+      model: what the batches are for.
       name: registered seqio task or mixture.
       lengths: tokens of ``inputs`` and ``targets``; longer ones are cut.
       batch_size: examples a batch.
@@ -23,13 +28,12 @@ def train_batches(name: str, lengths: Lengths, batch_size: int, seed: int, start
       start: batches to leave out, for a run that goes on.
 
     Yields:
-      int32 arrays ``encoder_input_tokens``, ``decoder_input_tokens``, ``decoder_target_tokens``,
-      (batch, length), and ``decoder_loss_weights``.
+      int32 arrays by the names of the model's feature converter, ``(batch, length)``.
     """
     data = seqio.get_dataset(
         name,
         task_feature_lengths=dict(lengths),
-        feature_converter=seqio.EncDecFeatureConverter(pack=False),
+        feature_converter=model.feature_converter(),
         dataset_split="train",
         shuffle=True,
         num_epochs=None,
@@ -47,22 +51,25 @@ class EvalSplit:
     Attributes:
       provider: the seqio task.
       examples: as the task yields them.
-      tokens: encoder input tokens, (examples, length) int32, padded with 0.
+      batch: what the model takes of all examples.
     """
 
     provider: Any
     examples: list[dict[str, Any]]
-    tokens: np.ndarray
+    batch: Batch
 
     @property
     def labelled(self) -> bool:
         """Whether the answers are known; those of official test splits are not."""
-        return all(len(e["answers"]) if "answers" in e else e["label"] >= 0 for e in self.examples)
+        return all(len(e["answers"]) if "answers" in e else e.get("label", 0) >= 0 for e in self.examples)
 
     def predictions(self, texts: list[str]) -> list[Any]:
-        """What the decoded texts say, in the task's own terms."""
-        post = self.provider.postprocess_fn
-        return [post(text, example=e, is_target=False) for text, e in zip(texts, self.examples, strict=True)]
+        """What a text for each example says, in the task's own terms."""
+        return [self.prediction(text, e) for text, e in zip(texts, self.examples, strict=True)]
+
+    def prediction(self, text: str, example: Mapping[str, Any]) -> Any:
+        """What one text says of an example."""
+        return self.provider.postprocess_fn(text, example=example, is_target=False)
 
     def metrics(self, predictions: list[Any]) -> dict[str, float]:
         """The task's metrics of these predictions."""
@@ -74,10 +81,11 @@ class EvalSplit:
         return out
 
 
-def eval_split(name: str, split: str, lengths: Lengths) -> EvalSplit:
+def eval_split(model: LanguageModel, name: str, split: str, lengths: Lengths) -> EvalSplit:
     """Reads a split.
 
     Args:
+      model: what it is for.
       name: registered seqio task.
       split: e.g. "validation".
       lengths: see :func:`train_batches`.
@@ -88,10 +96,32 @@ def eval_split(name: str, split: str, lengths: Lengths) -> EvalSplit:
     provider = seqio.TaskRegistry.get(name)
     data = provider.get_dataset(dict(lengths), split=split, shuffle=False, num_epochs=1)
     examples = list(data.as_numpy_iterator())
-    tokens = np.zeros((len(examples), lengths["inputs"]), np.int32)
-    for row, example in zip(tokens, examples, strict=True):
-        row[: len(example["inputs"])] = example["inputs"]
-    return EvalSplit(provider, examples, tokens)
+    pairs = [(example["inputs"], example["targets"]) for example in examples]
+    return EvalSplit(provider, examples, batch_of(model, pairs, lengths))
+
+
+def batch_of(
+    model: LanguageModel, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], lengths: Lengths
+) -> Batch:
+    """What a model takes of inputs and targets.
+
+    Args:
+      model: what the batch is for.
+      pairs: inputs and targets, as token ids.
+      lengths: at least those of the longest inputs and targets.
+
+    Returns:
+      One batch of all pairs; see :func:`train_batches`.
+    """
+
+    def examples() -> Iterator[dict[str, np.ndarray]]:
+        for inputs, targets in pairs:
+            yield {"inputs": np.asarray(inputs, np.int32), "targets": np.asarray(targets, np.int32)}
+
+    ids = tf.TensorSpec([None], tf.int32)
+    data = tf.data.Dataset.from_generator(examples, output_signature={"inputs": ids, "targets": ids})
+    rows = list(model.feature_converter()(data, dict(lengths)).as_numpy_iterator())
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def count_cut(name: str, split: str, lengths: Lengths) -> dict[str, tuple[int, int]]:
@@ -117,17 +147,9 @@ def count_cut(name: str, split: str, lengths: Lengths) -> dict[str, tuple[int, i
 
 
 def count_tokens(batch: Batch) -> int:
-    """Tokens of a batch that are no padding, on both sides."""
-    return sum(int(np.count_nonzero(batch[f"{side}_tokens"])) for side in ("encoder_input", "decoder_target"))
-
-
-def decode_text(vocabulary: seqio.Vocabulary, tokens: np.ndarray) -> str:
-    """The text of decoded tokens, up to the end mark.
-
-    Example:
-      >>> decode_text(seqio.ByteVocabulary(), np.array([100, 101, 1, 0, 0]))
-      'ab'
-    """
-    ids = tokens.tolist()
-    ids = ids[: ids.index(EOS)] if EOS in ids else ids
-    return vocabulary.decode([i for i in ids if i != 0])
+    """Tokens of a batch that are no padding, inputs and targets."""
+    if "encoder_input_tokens" in batch:
+        inputs = np.count_nonzero(batch["encoder_input_tokens"])
+    else:
+        inputs = (batch["decoder_target_indices"][:, 0] + 1).sum()
+    return int(inputs) + int(np.count_nonzero(batch["decoder_loss_weights"]))

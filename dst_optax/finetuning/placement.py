@@ -1,4 +1,4 @@
-"""Where arrays lie on the devices: a mesh of ``data`` and ``model``, T5X's rules for what is divided."""
+"""Where arrays lie on the devices: a mesh of ``data`` and ``model``, models' own rules."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dst_optax.finetuning import storage
 from dst_optax.finetuning.methods import Params
-from dst_optax.finetuning.models import t5
+from dst_optax.finetuning.models.base import LanguageModel
 from dst_optax.silos import leaf_path
 
 
@@ -37,9 +37,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def place_model(params: Params, mesh: Mesh) -> Params:
+def place_model(model: LanguageModel, params: Params, mesh: Mesh) -> Params:
     """Puts a model's parameters on the devices, divided as their logical axes say."""
-    return jax.device_put(params, t5.shardings(params, mesh))
+    return jax.device_put(params, model.shardings(params, mesh))
 
 
 def place_added(tuned: Params, mesh: Mesh) -> Params:

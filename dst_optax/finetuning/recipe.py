@@ -23,7 +23,6 @@ class Recipe:
       snapshot_every: steps between exports of the tuned model to ``snapshots/<step>``; None exports none.
       patience: evaluations without a better score before the run stops; None never stops early.
       eval_batch_size: examples decoded at once.
-      num_beams: 1 decodes greedily.
       score_train: whether the row of the table has a score on the training split as well.
 
     Example:
@@ -46,7 +45,6 @@ class Recipe:
     snapshot_every: int | None = None
     patience: int | None = None
     eval_batch_size: int = 64
-    num_beams: int = 1
     score_train: bool = False
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from dst_optax.finetuning import processes, storage
 from dst_optax.finetuning.evaluator import Evaluator
 from dst_optax.finetuning.methods import Params
-from dst_optax.finetuning.tasks.superglue.suite import SuperGlue
+from dst_optax.finetuning.tasks.base import TaskSuite
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class RunDir:
         if not claimed:
             storage.write_text(self.root / "run.json", json.dumps(self.identity, indent=1))
         if seed is not None and not kept:
-            with storage.whole(self.root / "seed") as there:
-                storage.save_model(there / "model.safetensors", seed)
+            with storage.shared_directory(self.root / "seed") as temporary:
+                storage.save_model(temporary / "model.safetensors", seed)
 
     def seed(self, init: Callable[[], Params], load: Callable[[], Params] | None) -> Params:
         """The seed model on the host: the one kept here, or a new one.
@@ -71,7 +71,7 @@ class RunDir:
             return storage.load_model(kept, jax.eval_shape(init))
         return jax.tree.map(np.asarray, jax.jit(init)() if load is None else load())
 
-    def baselines(self, data: SuperGlue, evaluator: Evaluator, params: Params) -> dict[str, Any]:
+    def baselines(self, data: TaskSuite, evaluator: Evaluator, params: Params) -> dict[str, Any]:
         """Scores of the most common answer and of the model before tuning; computed once."""
         file = self.root / "baseline.json"
         known = file.exists()

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from dst_optax.finetuning.losses import cross_entropy
 from dst_optax.finetuning.methods import Method
+from dst_optax.finetuning.models.base import LanguageModel
 
 
 class TrainState(NamedTuple):
@@ -19,7 +20,7 @@ class TrainState(NamedTuple):
 
 
 def make_step(
-    model: Any,
+    model: LanguageModel,
     method: Method,
     *,
     accumulate: int = 1,
@@ -32,7 +33,7 @@ def make_step(
     selected once a step. The loss is the mean over the target tokens of the whole batch.
 
     Args:
-      model: a linen T5.
+      model: a T5 or a decoder.
       method: what is tuned, and how.
       accumulate: parts of a batch.
       label_smoothing: see :func:`~dst_optax.finetuning.losses.cross_entropy`.
@@ -46,14 +47,7 @@ def make_step(
 
     def part(tuned: Any, frozen: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Any]:
         targets = batch["decoder_target_tokens"]
-        logits = model.apply(
-            {"params": method.merge(frozen, tuned)},
-            batch["encoder_input_tokens"],
-            batch["decoder_input_tokens"],
-            targets,
-            enable_dropout=True,
-            rngs={"dropout": key},
-        )
+        logits = model.logits(method.merge(frozen, tuned), batch, key)
         weights = batch["decoder_loss_weights"].astype(jnp.float32)
         losses, z = cross_entropy(logits, targets, label_smoothing, z_loss)
         right = (jnp.argmax(logits, -1) == targets).astype(jnp.float32)

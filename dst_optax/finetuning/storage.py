@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 
 from dst_optax import subset
+from dst_optax.atomic import atomic_file, publish
 from dst_optax.finetuning import processes
 from dst_optax.silos import leaf_path
 
@@ -23,8 +23,8 @@ _FULL_WORDS = ("No space left", "Disk quota exceeded", "File too large")
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Makes a directory that is there with all its files or not at all; all processes take part.
+def shared_directory(path: Path) -> Iterator[Path]:
+    """Makes a directory that all processes fill: there with all its files, or not at all.
 
     Args:
       path: the directory; must not exist.
@@ -37,13 +37,13 @@ def whole(path: Path) -> Iterator[Path]:
 
     Example:
       >>> import tempfile
-      >>> root = Path(tempfile.mkdtemp())
-      >>> with whole(root / "a") as there:
-      ...     _ = (there / "x").write_text("1")
-      >>> sorted(str(p.relative_to(root)) for p in root.rglob("*"))
-      ['a', 'a/x']
+      >>> path = Path(tempfile.mkdtemp()) / "a"
+      >>> with shared_directory(path) as temporary:
+      ...     _ = (temporary / "x").write_text("1")
+      >>> [p.name for p in path.iterdir()]
+      ['x']
     """
-    temporary = path.parent / f".tmp-{path.name}"
+    temporary = path.with_name(f".tmp-{path.name}")  # the same in all processes
     if processes.is_primary():
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -52,45 +52,30 @@ def whole(path: Path) -> Iterator[Path]:
         yield temporary
         processes.barrier(f"{path} is filled")
         if processes.is_primary():
-            for file in [*temporary.rglob("*"), temporary]:
-                _sync(file)
-            temporary.rename(path)
-            _sync(path.parent)
-        processes.barrier(f"{path} is whole")
+            publish(temporary, path)
+        processes.barrier(f"{path} is published")
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if _is_full(error):
             free = shutil.disk_usage(path.parent).free
             raise ValueError(
                 f"{path}: the disk is full ({free:,} bytes free); nothing was written and earlier "
-                "checkpoints are untouched. Make room and start the same command again."
+                "checkpoints are untouched. Make room and rerun the command."
             ) from error
         raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all; all processes take part.
+    """Writes a text file, whole or not at all; all processes take part, the first one writes.
 
     Args:
       path: the file.
       text: what it shall hold.
     """
     if processes.is_primary():
-        temporary = path.with_name(f".tmp-{path.name}")
-        with temporary.open("w") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
+        with atomic_file(path) as temporary:
+            temporary.write_text(text)
     processes.barrier(f"{path} is written")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _is_full(error: BaseException) -> bool:
@@ -265,11 +250,11 @@ class Checkpoints:
         """
         path = self.directory / f"{step:08d}"
         if not path.exists():
-            with whole(path) as there:
-                write(there)
+            with shared_directory(path) as temporary:
+                write(temporary)
                 if processes.is_primary():
                     text = json.dumps({"seed": self.seed, **progress})
-                    (there / "progress.json").write_text(text)
+                    (temporary / "progress.json").write_text(text)
         if processes.is_primary():
             for old in self.steps():
                 if old not in (step, progress.get("best_step")):

@@ -28,6 +28,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import dst_optax
 from dst_optax import silos
+from dst_optax.finetuning import compiled_program
 
 GIB = 2**30
 MEMORY = {"v4": 32 * GIB, "v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB}  # bytes a chip
@@ -44,8 +45,6 @@ SILENT = {
     "TPU_WORKER_ID": "0",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
-KINDS = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +120,8 @@ def plan(job: Job) -> dict[str, Any]:
 
     Returns:
       ``{"job": ..., "full": facts, "dst": facts, "update": facts, "verdict": {...}}``, see
-      :func:`facts` and :func:`verdict`; a program that the compiler refuses for want of memory has
+      :func:`~dst_optax.finetuning.compiled_program.facts` and :func:`verdict`; a program that the compiler
+      refuses for want of memory has
       ``refused`` with its words instead.
 
     Raises:
@@ -263,7 +263,8 @@ def compile_program(job: Job, program: str) -> dict[str, Any]:
       program: "full", "dst" or "update".
 
     Returns:
-      See :func:`facts`; and ``seed``, the bytes of a chip's shard of the seed.
+      See :func:`~dst_optax.finetuning.compiled_program.facts`; and ``seed``, the bytes of a chip's shard of
+      the seed.
     """
     from flax.linen import logical_axis_rules
 
@@ -279,11 +280,14 @@ def compile_program(job: Job, program: str) -> dict[str, Any]:
     made = jax.eval_shape(lambda key: network.init(key, tokens, tokens, tokens)["params"], jax.random.key(0))
     rules = tuple((name, "data" if name == "embed" else axis) for name, axis in t5.AXIS_RULES)
     params = jax.tree.map(_placed, made, t5.shardings(made, mesh, rules))
-    step, arguments = (_update if program == "update" else _step)(job, program, network, params, mesh)
+    if program == "update":
+        step, arguments = _update(job, params, mesh)
+    else:
+        step, arguments = _step(job, program, network, params, mesh)
     start = time.perf_counter()
     with jax.set_mesh(mesh), logical_axis_rules(rules):
         compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
-    found = facts(compiled) | {"compile_seconds": time.perf_counter() - start}
+    found = compiled_program.facts(compiled) | {"compile_seconds": time.perf_counter() - start}
     if program != "full":
         shards = [(x.sharding.shard_shape(x.shape), x.dtype.itemsize) for x in jax.tree.leaves(params)]
         found["seed"] = sum(math.prod(shape) * size for shape, size in shards)
@@ -320,7 +324,7 @@ def _silos() -> silos.Silos:
     return silos.per_tensor(stacked=[(r"^(encoder|decoder)/\1/", 1)])
 
 
-def _update(job: Job, program: str, network: Any, params: Any, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+def _update(job: Job, params: Any, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
     transform = dst_optax.dynamic_subset_tuning(job.fraction, silos=_silos())
 
     def update(carry: tuple[Any, Any], updates: Any) -> tuple[Any, Any]:
@@ -334,6 +338,7 @@ def _update(job: Job, program: str, network: Any, params: Any, mesh: Mesh) -> tu
 def _step(job: Job, program: str, network: Any, params: Any, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
     from dst_optax.finetuning.methods.dst import DST
     from dst_optax.finetuning.methods.full import Full
+    from dst_optax.finetuning.models import t5
     from dst_optax.finetuning.steps import TrainState, make_step
 
     optimizer = getattr(optax, job.optimizer)(1e-3)
@@ -348,84 +353,7 @@ def _step(job: Job, program: str, network: Any, params: Any, mesh: Mesh) -> tupl
     }
     key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=NamedSharding(mesh, PartitionSpec()))
     state = TrainState({}, params, _state(method.transform, params, mesh))
-    return make_step(network, method), (state, batch, key)
-
-
-def facts(compiled: Any) -> dict[str, Any]:
-    """What a compiled program needs on each device.
-
-    Args:
-      compiled: ``jax.jit(f).lower(...).compile()``.
-
-    Returns:
-      ``arguments``, ``temp`` and ``peak`` in bytes, ``flops`` (a loop's body counted once), ``sorts``, and
-      what :func:`collectives` finds.
-    """
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    live = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    found, pass_bytes = collectives(text)
-    return {
-        "arguments": memory.argument_size_in_bytes,
-        "temp": memory.temp_size_in_bytes,
-        "peak": live + memory.temp_size_in_bytes,
-        "flops": compiled.cost_analysis().get("flops", 0.0),
-        "sorts": len(re.findall(r" sort\(", text)),
-        "collectives": found,
-        "pass_bytes": pass_bytes,
-    }
-
-
-def collectives(text: str) -> tuple[dict[str, tuple[int, int, int]], int]:
-    r"""Reads collectives from an optimized program.
-
-    Args:
-      text: HLO.
-
-    Returns:
-      By kind: calls, bytes of their results in a run of the program, and the bytes of the largest. Loops
-      whose length the compiler knows count as often as they run, others once. And the most bytes that a
-      turn of a loop of unknown length moves, which in DST's update is a counting pass.
-
-    Example:
-      >>> collectives("ENTRY %main (p: f32[4]) -> f32[8] {\n  ROOT %g = f32[8]{0} all-gather(%p)\n}\n")
-      ({'all-gather': (1, 32, 32)}, 0)
-    """
-    bodies = dict(re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\{\n(.*?)^\}", text, re.M | re.S))
-    entry = re.search(r"^ENTRY %?([\w.\-]+) ", text, re.M)
-    found: dict[str, tuple[int, int, int]] = {}
-    turns: list[int] = []
-
-    def walk(name: str, times: int) -> int:
-        moved = 0
-        for line in bodies.get(name, "").splitlines():
-            if hit := re.search(rf" = (.*?) ({KINDS})(?:-start)?\(", line):
-                size = _size(hit[1])
-                calls, total, largest = found.get(hit[2], (0, 0, 0))
-                found[hit[2]] = (calls + times, total + times * size, max(largest, size))
-                moved += size
-            known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-            body = re.search(r"\bbody=%?([\w.\-]+)", line)
-            if body:
-                inside = walk(body[1], times * int(known[1]) if known else times)
-                moved += inside * int(known[1]) if known else 0
-                if not known:
-                    turns.append(inside)
-            for callee in re.findall(r"(?:to_apply|calls|condition)=%?([\w.\-]+)", line):
-                moved += walk(callee, times)
-            for branches in re.findall(r"branch_computations=\{([^}]*)\}", line):
-                moved += sum(walk(branch.strip().lstrip("%"), times) for branch in branches.split(","))
-        return moved
-
-    if entry:
-        walk(entry[1], 1)
-    return found, max(turns, default=0)
-
-
-def _size(result: str) -> int:
-    return sum(
-        BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n)
-        for dtype, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", result)
-    )
+    return make_step(t5.T5(network.config), method), (state, batch, key)
 
 
 def parse_mesh(text: str) -> tuple[int, int]:

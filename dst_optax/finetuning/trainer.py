@@ -30,16 +30,18 @@ from dst_optax.finetuning.display import Log, results_table
 from dst_optax.finetuning.experiments import figures
 from dst_optax.finetuning.interrupts import Interrupted, stop_requests
 from dst_optax.finetuning.methods import Method
-from dst_optax.finetuning.models import t5
+from dst_optax.finetuning.models.base import LanguageModel
+from dst_optax.finetuning.models.decoder.config import DecoderConfig
+from dst_optax.finetuning.models.t5.config import T5Config
 from dst_optax.finetuning.recipe import Recipe
 from dst_optax.finetuning.steps import TrainState, make_step
-from dst_optax.finetuning.tasks.superglue.suite import SuperGlue
+from dst_optax.finetuning.tasks.base import TaskSuite
 
 
 def finetune(
     run_dir: str,
-    data: SuperGlue,
-    model: t5.T5Config | str,
+    data: TaskSuite,
+    model: LanguageModel | T5Config | DecoderConfig | str,
     methods: Mapping[str, Method],
     recipe: Recipe,
     *,
@@ -59,10 +61,11 @@ def finetune(
     Args:
       run_dir: where everything goes.
       data: tasks, their source and the vocabulary.
-      model: shape of the network, or the name of a published one, e.g. ``t5_1_1_small``.
+      model: shape of a T5 or of a decoder, or the name of a published T5, e.g. ``t5_1_1_small``.
       methods: by the name that the table shows.
       recipe: how to train.
-      checkpoint: the seed model: a T5X or Hugging Face checkpoint; None initialises one at random.
+      checkpoint: the seed model: a T5X or Hugging Face checkpoint, or the name of a model on the Hugging Face
+        hub, e.g. ``google/t5-v1_1-small@main``; None initialises one at random.
       subset_dir: a subset of that seed model that training starts from; budgets still count from the seed.
       rng_seeds: seeds of the data order, dropout and new parameters; one run each.
       mesh_shape: devices along (data, model); None puts all along data.
@@ -167,7 +170,7 @@ class Run:
         """Parameters and the optimizer's state before the first step, on the devices."""
         mesh, key = self.context.mesh, jax.random.fold_in(jax.random.key(self.rng_seed), 0)
         seed, start = self.context.place_seed_and_start()
-        frozen, tuned = self.method.split(start, key)
+        frozen, tuned = self.method.split(start, key, self.context.model)
         tuned = placement.place_added(tuned, mesh)
         return TrainState(frozen, tuned, placement.place_like(self.method.init(seed, tuned), tuned, mesh))
 
@@ -186,7 +189,7 @@ class Run:
         context, recipe = self.context, self.context.recipe
         take_step = jax.jit(
             make_step(
-                context.network,
+                context.model,
                 self.method,
                 accumulate=recipe.accumulate,
                 label_smoothing=recipe.label_smoothing,
@@ -195,7 +198,7 @@ class Run:
             donate_argnums=0,
         )
         batches = inputs.train_batches(
-            context.train_name, recipe.lengths, recipe.batch_size, self.rng_seed, start
+            context.model, context.train_name, recipe.lengths, recipe.batch_size, self.rng_seed, start
         )
         batch_sharding = placement.batch_sharding(context.mesh)
         key, began = jax.random.key(self.rng_seed), time.perf_counter() - progress.seconds
@@ -250,8 +253,8 @@ class Run:
 
     def _export(self, path: Path, state: TrainState) -> None:
         if not path.exists():
-            with storage.whole(path) as there:
-                self.method.export(there, state.tuned, state.slots, self.context.save_model)
+            with storage.shared_directory(path) as temporary:
+                self.method.export(temporary, state.tuned, state.slots, self.context.save_model)
 
     def _finish(self, state: TrainState, progress: Progress) -> dict[str, Any]:
         """Exports the best model, predicts and scores with it."""
@@ -259,18 +262,20 @@ class Run:
         self._export(self.directory / "tuned", state)
         params = self.method.merge(state.frozen, state.tuned)
         for task in (*data.names, *data.diagnostics):
-            split = evaluator.split(task, "test")
+            split = evaluator.split(task, data.predicted_split(task))
             predicted = evaluator.predict(params, split)
             if processes.is_primary():
                 data.write(self.directory / "predictions", task, split.examples, predicted)
-        labelled = all(evaluator.split(task, "test").labelled for task in data.names)
+        tests = [evaluator.split(task, "test") for task in data.names if data.predicted_split(task) == "test"]
         measured, score = evaluator.score(params)
         return {
             "method": self.name,
             "rng_seed": self.rng_seed,
             "score": score,
             "train_score": evaluator.score(params, "train")[1] if self.context.recipe.score_train else None,
-            "test_score": evaluator.score(params, "test")[1] if labelled else None,
+            "test_score": evaluator.score(params, "test")[1]
+            if len(tests) == len(data.names) and all(test.labelled for test in tests)
+            else None,
             "free_params": progress.free_params,
             "seconds": progress.seconds,
             "best_step": progress.best_step,

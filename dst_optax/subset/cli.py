@@ -249,7 +249,7 @@ def export_peft(
     base_model: Annotated[str | None, typer.Option(help="Name or path of the seed for the adapter.")] = None,
     not_linear: Annotated[
         str, typer.Option(help="Regex of matrices that belong to no linear layer.")
-    ] = peft.EMBEDDINGS,
+    ] = peft.NOT_LINEAR,
     as_json: Json = False,
 ) -> None:
     """Write a SHiRA adapter for PEFT; the subset needs seed values, and entries in linear layers only."""

@@ -12,7 +12,6 @@ import math
 import os
 import pathlib
 import re
-import secrets
 import stat
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from dst_optax.atomic import atomic_file
 from dst_optax.subset import gaps
 from dst_optax.subset.core import Entries, Subset
 from dst_optax.subset.dtypes import BY_NAME, DTYPES, checked
@@ -77,9 +77,10 @@ def save(subset: Subset, directory: str | os.PathLike[str]) -> None:
         raise SubsetError(f"metadata must be values that JSON can express: {e}.") from e
     target = pathlib.Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    write_atomically(target / TENSORS, content)
-    write_atomically(target / CONFIG, text.encode())
-    write_atomically(target / CARD, card(subset, len(content)).encode())
+    readme = card(subset, len(content))
+    for name, data in ((TENSORS, content), (CONFIG, text.encode()), (CARD, readme.encode())):
+        with atomic_file(target / name) as temporary:
+            temporary.write_bytes(data)
 
 
 def load(directory: str | os.PathLike[str]) -> Subset:
@@ -211,19 +212,6 @@ def read_file(path: pathlib.Path, limit: int | None = None) -> bytes:
             return f.read(status.st_size)
     except OSError as e:
         raise SubsetError(f"{path} cannot be read: {e.strerror}.") from e
-
-
-def write_atomically(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file under a temporary name, syncs it and renames it."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with open(temporary, "xb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def card(subset: Subset, file_bytes: int) -> str:

@@ -8,7 +8,6 @@ import math
 import os
 import pathlib
 import re
-import secrets
 import shutil
 import struct
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from dst_optax.atomic import atomic_directory
 from dst_optax.subset import files, tied, trees
 from dst_optax.subset.core import Subset
 from dst_optax.subset.dtypes import DTYPES, checked
@@ -133,20 +133,14 @@ def apply_to_files(
     model = open_model(source, subset)
     subset = tied.for_model(subset, model)
     subset.check(model, verify=verify)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
-    temporary.mkdir(parents=True)
-    try:
+    with atomic_directory(target) as temporary:
         shards = shard_files(source)
         for file in shards:
             header, tensors = _open_safetensors(file)
             _write_tuned(subset, header, tensors, temporary / _output_name(file.name, tensors))
         if not shards:
             _write_tuned(subset, _new_header(model), model, temporary / _output_name(WEIGHTS, model))
-        left_out = _copy_others(source, shards, model, temporary) if source.is_dir() and shards else []
-        os.replace(temporary, target)
-        return left_out
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        return _copy_others(source, shards, model, temporary) if source.is_dir() and shards else []
 
 
 def _output_name(name: str, tensors: Iterable[str]) -> str:
@@ -184,8 +178,6 @@ def _write_tuned(subset: Subset, header: bytes, tensors: dict[str, Any], target:
             (path,) = trees.named_leaves({name: x})
             data[subset[path].positions] = subset[path].values
             f.write(data.view(np.uint8).data)
-        f.flush()
-        os.fsync(f.fileno())
 
 
 def _new_header(model: dict[str, Any]) -> bytes:

@@ -13,18 +13,23 @@ import re
 import numpy as np
 import safetensors.numpy
 
-from dst_optax.subset import files
+from dst_optax.atomic import atomic_file
 from dst_optax.subset.core import Entries, Subset
 from dst_optax.subset.errors import SubsetError
 
-EMBEDDINGS = r"embed|shared|wte|wpe"
+NOT_LINEAR = (
+    r"embed(?!_out)|shared|wte|wpe|relative_attention_bias"  # torch.nn.Embedding
+    r"|(c_attn|q_attn|c_fc|c_proj)\.weight|(gate|router)\.weight"  # GPT-2's Conv1D; routers of experts
+)
+"""Matrices of the models in transformers that belong to no ``torch.nn.Linear``, the one layer that PEFT's
+SHiRA takes."""
 
 
 def save_shira(
     subset: Subset,
     directory: str | os.PathLike[str],
     base_model: str | None = None,
-    not_linear: str = EMBEDDINGS,
+    not_linear: str = NOT_LINEAR,
 ) -> None:
     """Writes a subset as a SHiRA adapter for ``peft.PeftModel.from_pretrained``.
 
@@ -47,7 +52,8 @@ def save_shira(
         if len(e.shape) != 2 or not path.endswith(".weight") or re.search(not_linear, path):
             raise SubsetError(
                 f"{path!r} of shape {list(e.shape)} has {len(e)} entries and is not the weight of a linear "
-                "layer; SHiRA cannot express it. Merge the subset into the model instead."
+                "layer; SHiRA cannot express it. Merge the subset into the model instead; where not_linear "
+                "mistakes the name, give another regex."
             )
     rank = max(-(-len(e) // sum(e.shape)) for e in filled.values())
     tensors = {}
@@ -77,9 +83,10 @@ def save_shira(
     }
     target = pathlib.Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    content = safetensors.numpy.save(tensors, {"format": "pt"})
-    files.write_atomically(target / "adapter_model.safetensors", content)
-    files.write_atomically(target / "adapter_config.json", json.dumps(config, indent=1).encode())
+    with atomic_file(target / "adapter_model.safetensors") as temporary:
+        safetensors.numpy.save_file(tensors, temporary, {"format": "pt"})
+    with atomic_file(target / "adapter_config.json") as temporary:
+        temporary.write_text(json.dumps(config, indent=1))
 
 
 def _filled_up(e: Entries, count: int) -> tuple[np.ndarray, np.ndarray]:

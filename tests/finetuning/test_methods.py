@@ -89,7 +89,7 @@ class Trained:
 
     def __init__(self, method, steps=4):
         self.method, self.seed = method, small()
-        self.frozen, self.tuned = method.split(self.seed, jax.random.key(0))
+        self.frozen, self.tuned = method.split(self.seed, jax.random.key(0), t5.T5(MODEL))
         self.slots = method.init(self.seed, self.tuned)
         self.tunes, self.free = [self.tuned], []
         step = jax.jit(self._step)
@@ -131,7 +131,7 @@ def test_free_parameters_are_counted_as_they_are(name):
 def test_lora_whose_product_is_zero_is_the_seed_bit_for_bit(scan):
     config = dataclasses.replace(MODEL, scan_layers=scan)
     seed, method = seed_of(config), LoRA(ADAM, rank=3)
-    merged = method.merge(*method.split(seed, jax.random.key(0)))
+    merged = method.merge(*method.split(seed, jax.random.key(0), t5.T5(MODEL)))
     assert jax.tree.structure(merged) == jax.tree.structure(seed)
     assert differing(merged, seed) == 0
 
@@ -139,7 +139,7 @@ def test_lora_whose_product_is_zero_is_the_seed_bit_for_bit(scan):
 def test_lora_of_stacked_layers_is_that_of_each_layer():
     config = dataclasses.replace(MODEL, scan_layers=True)
     seed, method = seed_of(config), LoRA(ADAM, rank=2, alpha=3.0)
-    frozen, tuned = method.split(seed, jax.random.key(0))
+    frozen, tuned = method.split(seed, jax.random.key(0), t5.T5(MODEL))
     tuned = jax.tree.map(lambda x: x + 0.1, tuned)
     path = "encoder/encoder/mlp/wo/kernel"
     a, b = np.asarray(tuned[path]["a"], np.float64), np.asarray(tuned[path]["b"], np.float64)
@@ -152,7 +152,7 @@ def test_lora_of_stacked_layers_is_that_of_each_layer():
 
 def test_an_empty_prompt_is_the_seed():
     seed, method = seed_of(), Prompt(ADAM, length=0)
-    merged = method.merge(*method.split(seed, jax.random.key(0)))
+    merged = method.merge(*method.split(seed, jax.random.key(0), t5.T5(MODEL)))
     np.testing.assert_array_equal(logits(merged), logits(seed))
 
 
@@ -173,7 +173,7 @@ def test_a_prompt_of_embeddings_is_these_tokens_before_the_inputs():
 
 def test_prompts_start_as_distinct_pieces_of_the_vocabulary():
     seed = seed_of()
-    _, tuned = Prompt(ADAM, length=30).split(seed, jax.random.key(3))
+    _, tuned = Prompt(ADAM, length=30).split(seed, jax.random.key(3), t5.T5(MODEL))
     table = {bytes(np.asarray(x)) for x in seed["token_embedder"]["embedding"][1:]}
     rows = {bytes(np.asarray(x)) for x in tuned["prompt"]}
     assert len(rows) == 30
@@ -182,7 +182,7 @@ def test_prompts_start_as_distinct_pieces_of_the_vocabulary():
 
 @pytest.mark.parametrize("budget", [*range(16, 60, 4), 97, 300, 1000, 12345])
 def test_lora_ranks_leave_as_little_as_possible(budget):
-    shapes = {"q/query/kernel": (8, 8), "m/wi_0/kernel": (8, 3, 4), "m/wo/kernel": (5, 9), "x/scale": (5,)}
+    shapes = {"q/query/kernel": (8, 8), "m/wi_0/kernel": (8, 3, 4), "m/wo/kernel": (5, 9)}
     costs = {"q/query/kernel": 16, "m/wi_0/kernel": 36, "m/wo/kernel": 14}
     found = lora.ranks(shapes, budget)
     spent = sum(costs[path] * rank for path, rank in found.items())
@@ -194,16 +194,16 @@ def test_lora_ranks_leave_as_little_as_possible(budget):
     )
     assert spent == best
     tuned = LoRA(ADAM, num_free_params=budget).split(
-        {"q": {"query": {"kernel": jnp.ones((8, 8))}}}, jax.random.key(0)
+        {"q": {"query": {"kernel": jnp.ones((8, 8))}}}, jax.random.key(0), t5.T5(MODEL)
     )[1]
     assert count(tuned) == budget // 16 * 16
 
 
 def test_budgets_that_are_too_small_are_refused():
     with pytest.raises(ValueError, match="smallest matrix takes 16 at rank 1"):
-        LoRA(ADAM, num_free_params=15).split(seed_of(), jax.random.key(0))
+        LoRA(ADAM, num_free_params=15).split(seed_of(), jax.random.key(0), t5.T5(MODEL))
     with pytest.raises(ValueError, match="an embedding takes 8"):
-        Prompt(ADAM, num_free_params=7).split(seed_of(), jax.random.key(0))
+        Prompt(ADAM, num_free_params=7).split(seed_of(), jax.random.key(0), t5.T5(MODEL))
 
 
 def masks(trained):

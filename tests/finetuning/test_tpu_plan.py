@@ -10,7 +10,7 @@ pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("tensorstore")
 
 from dst_optax import cli
-from dst_optax.finetuning import tpu_plan
+from dst_optax.finetuning import compiled_program, tpu_plan
 from dst_optax.finetuning.tpu_plan import GIB, Job
 
 HLO = """HloModule step
@@ -47,7 +47,7 @@ backend_config={"known_trip_count":{"n":"24"}}
 
 
 def test_collectives_in_loops_of_known_length_count_as_often_as_they_run():
-    found, pass_bytes = tpu_plan.collectives(HLO)
+    found, pass_bytes = compiled_program.collectives(HLO)
     assert found == {
         "all-gather": (25, 24 * 512 + 128, 512),
         "all-reduce": (25, 24 * 16 + 64, 64),

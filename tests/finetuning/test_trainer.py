@@ -290,7 +290,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     state = TrainState({}, params, method.transform.init(params))
     batch = batch_of(np.random.default_rng(0), 8)
     made = [
-        jax.jit(make_step(network, method, accumulate=n))(state, batch, jax.random.key(1)) for n in (1, 4)
+        jax.jit(make_step(t5.T5(network.config), method, accumulate=n))(state, batch, jax.random.key(1))
+        for n in (1, 4)
     ]
     (one, facts), (four, same) = made
     for name, x in facts.items():
@@ -356,6 +357,11 @@ def test_model_parallel_training_is_data_parallel_training(tmp_path):
     scalars = [x for n, x in places.items() if n.rpartition("/")[2] in ("captured", "threshold", "step")]
     assert scalars
     assert {x[1] for x in scalars} == {1}
+
+
+def test_a_seed_that_training_starts_from_is_placed_once(whole):
+    seed, start = RunContext(str(whole[0]), DATA, MODEL, RECIPE).place_seed_and_start()
+    assert seed is start
 
 
 def test_training_goes_on_from_a_subset(whole, tmp_path):

@@ -1,6 +1,7 @@
 """SHiRA adapters load with peft and give the merged model's outputs."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 from dst_optax import subset
 from dst_optax.subset import SubsetError
 from dst_optax.subset.cli import app
-from dst_optax.subset.peft import save_shira
+from dst_optax.subset.peft import NOT_LINEAR, save_shira
 
 SHAPES = {"one.weight": (32, 24), "two.inner.weight": (16, 32), "one.bias": (32,), "embed.weight": (40, 24)}
 
@@ -37,6 +38,44 @@ def test_what_cannot_be_expressed_is_refused_by_name(found, message, tmp_path):
     with pytest.raises(SubsetError, match=message):
         save_shira(found(), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+        "transformer.h.0.attn.c_attn.weight",
+        "model.layers.0.mlp.gate.weight",
+    ],
+)
+def test_matrices_of_other_layers_are_refused(name, tmp_path):
+    seed = {"one.weight": np.zeros((8, 8), np.float32), name: np.zeros((8, 8), np.float32)}
+    tuned = {p: np.eye(8, dtype=np.float32) for p in seed}
+    with pytest.raises(SubsetError, match=f"'{name}' of shape"):
+        save_shira(subset.from_models(seed, tuned, with_seed_values=True), tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["T5", "GPT2", "Llama", "Mixtral", "GPTNeoX"])
+def test_the_names_tell_the_linear_layers_of_transformers(kind):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    more = {
+        "T5": {"d_ff": 24, "d_kv": 8},
+        "GPT2": {"n_positions": 8, "add_cross_attention": True},
+        "Mixtral": {"num_key_value_heads": 2, "num_local_experts": 2, "intermediate_size": 24},
+    }
+    config = getattr(transformers, f"{kind}Config")(**sizes, **more.get(kind, {"intermediate_size": 24}))
+    suffix = {"T5": "ForConditionalGeneration", "GPT2": "LMHeadModel"}.get(kind, "ForCausalLM")
+    model = getattr(transformers, f"{kind}{suffix}")(config)
+    matrices = [n for n, p in model.named_parameters() if p.ndim == 2 and n.endswith(".weight")]
+    for name in matrices:
+        linear = isinstance(model.get_submodule(name.removesuffix(".weight")), torch.nn.Linear)
+        assert (re.search(NOT_LINEAR, name) is None) == linear, name
+    assert len(matrices) > 3
 
 
 @pytest.mark.parametrize("share", [0.002, 0.1, 0.4])

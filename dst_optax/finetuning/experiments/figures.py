@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from dst_optax.atomic import atomic_file
+
 
 def blank(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 4.2)) -> Any:
     """An empty figure.
@@ -29,10 +31,9 @@ def blank(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 4.2
 
 def save(figure: Any, path: Path) -> None:
     """Writes a PNG, whole or not at all."""
-    temporary = path.with_suffix(".tmp.png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(temporary)
-    temporary.replace(path)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def scores(rows: Sequence[Mapping[str, Any]], title: str) -> Any:

@@ -18,7 +18,6 @@ from dst_optax.finetuning import storage
 from dst_optax.finetuning.context import RunContext
 from dst_optax.finetuning.experiments import figures
 from dst_optax.finetuning.methods import Method
-from dst_optax.finetuning.models import t5
 from dst_optax.finetuning.recipe import Recipe
 from dst_optax.finetuning.tasks.superglue.sources import SyntheticSource
 from dst_optax.finetuning.tasks.superglue.suite import SuperGlue
@@ -30,7 +29,7 @@ Row = dict[str, Any]
 def regularisation(
     run_dir: str,
     data: Callable[[int], SuperGlue],
-    model: t5.T5Config | str,
+    model: Any,
     methods: Mapping[str, Method],
     recipe: Recipe,
     *,

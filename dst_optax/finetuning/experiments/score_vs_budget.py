@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import optax
 
@@ -23,7 +24,6 @@ from dst_optax.finetuning.context import RunContext
 from dst_optax.finetuning.experiments import figures
 from dst_optax.finetuning.experiments.summary import Row, best_rate, markdown, operational_ranges, summarise
 from dst_optax.finetuning.methods import Method
-from dst_optax.finetuning.models import t5
 from dst_optax.finetuning.recipe import Recipe
 from dst_optax.finetuning.tasks.superglue.suite import SuperGlue
 from dst_optax.finetuning.trainer import Run
@@ -52,7 +52,7 @@ class Cell:
 def score_vs_budget(
     run_dir: str,
     data: SuperGlue,
-    model: t5.T5Config | str,
+    model: Any,
     methods: Mapping[str, Callable[..., Method]],
     budgets: Mapping[str, Sequence[int | None]],
     learning_rates: Sequence[float],

@@ -36,7 +36,6 @@ def serving_latency(
     requests: int = 20,
     input_length: int = 64,
     target_length: int = 4,
-    config: str = "",
 ) -> list[Row]:
     """Measures loading, switching, and requests that each want another tuned model.
 
@@ -47,7 +46,6 @@ def serving_latency(
       requests: timed ones of each kind.
       input_length: tokens of a request's one input.
       target_length: tokens that are decoded.
-      config: not used.
 
     Returns:
       Rows of ``model``, ``parameters``, the three settings, ``way``, ``fraction``, ``entries``, and
@@ -58,7 +56,6 @@ def serving_latency(
     Raises:
       ValueError: ``run_dir`` has rows of other models, fractions or settings.
     """
-    del config
     root = Path(run_dir)
     root.mkdir(parents=True, exist_ok=True)
     settings = {"requests": requests, "input_length": input_length, "target_length": target_length}
@@ -118,7 +115,7 @@ class _Bench:
         self.size = sum(x.size for x in self._seed.values())
         self._random = random
         tokens = jnp.asarray(random.integers(2, model.vocab_size, (1, input_length)), jnp.int32)
-        network = t5.Transformer(model)
+        self._model, network = t5.T5(model), t5.Transformer(model)
         self._decode = lambda params: t5.decode(network, params, tokens, target_length)
         jax.block_until_ready(self._decode(self._placed()))
 
@@ -190,7 +187,7 @@ class _Bench:
     def _merge(self, fraction: float) -> Row:
         """Requests that each merge another LoRA of as many parameters into the seed."""
         method = LoRA(optax.identity(), num_free_params=round(fraction * self.size))
-        frozen, tuned = method.split(self._placed(), jax.random.key(0))
+        frozen, tuned = method.split(self._placed(), jax.random.key(0), self._model)
         file = self._scratch / f"lora_{fraction:g}.safetensors"
         storage.save_model(file, tuned)
         merge = jax.jit(method.merge)

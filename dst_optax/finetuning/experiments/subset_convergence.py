@@ -26,13 +26,12 @@ LOGGED = ("churn", "free_params", "threshold_min", "threshold_median", "threshol
 _LAYER = re.compile(r"^(encoder|decoder)/layers_(\d+)/(.*?)(/kernel|/scale)?$")
 
 
-def subset_convergence(run_dir: str, *, panels: int = 4, config: str = "") -> dict[str, Any]:
+def subset_convergence(run_dir: str, *, panels: int = 4) -> dict[str, Any]:
     """Measures how the subsets of a method's runs settle.
 
     Args:
       run_dir: of one method: it holds ``rng_<n>``, one for each seed of randomness.
       panels: steps that the map of places shows.
-      config: not used.
 
     Returns:
       ``rng`` with, for each seed of randomness, ``logged`` series of step and value, ``overlap_final`` and
@@ -43,7 +42,6 @@ def subset_convergence(run_dir: str, *, panels: int = 4, config: str = "") -> di
     Raises:
       ValueError: there are no snapshots.
     """
-    del config
     root = Path(run_dir)
     runs = {path.parent.name: _snapshots(path) for path in sorted(root.glob("rng_*/snapshots"))}
     if not runs or not all(runs.values()):
@@ -54,7 +52,7 @@ def subset_convergence(run_dir: str, *, panels: int = 4, config: str = "") -> di
     found = {
         "rng": {name: _curves(root / name, run) for name, run in runs.items()},
         "overlap_seeds": {
-            step: float(np.mean([overlap(a[step], b[step]) for a, b in pairs])) for step in common if pairs
+            step: float(np.mean([a[step].jaccard(b[step]) for a, b in pairs])) for step in common if pairs
         },
         "places": {step: places(taken) for step, taken in first.items()},
         "share": share_by_kind(first[max(first)]),
@@ -80,24 +78,9 @@ def _curves(run: Path, taken: Mapping[int, subset.Subset]) -> dict[str, Any]:
             for name in LOGGED
             if any(name in line for line in lines)
         },
-        "overlap_final": {step: overlap(one, last) for step, one in taken.items()},
-        "overlap_previous": {b: overlap(taken[a], taken[b]) for a, b in pairwise(sorted(taken))},
+        "overlap_final": {step: one.jaccard(last) for step, one in taken.items()},
+        "overlap_previous": {b: taken[a].jaccard(taken[b]) for a, b in pairwise(sorted(taken))},
     }
-
-
-def overlap(a: subset.Subset, b: subset.Subset) -> float:
-    """The Jaccard index of two subsets of one model; 1 if both are empty.
-
-    Example:
-      >>> import numpy as np
-      >>> seed = {"w": np.zeros(4)}
-      >>> a, b = (subset.from_models(seed, {"w": np.array(w)}) for w in ([1.0, 1, 0, 0], [0.0, 1, 1, 0]))
-      >>> round(overlap(a, b), 3)
-      0.333
-    """
-    both = sum(len(np.intersect1d(a[path].positions, b[path].positions, assume_unique=True)) for path in a)
-    either = a.count + b.count - both
-    return both / either if either else 1.0
 
 
 def places(taken: subset.Subset) -> dict[str, dict[str, float]]:

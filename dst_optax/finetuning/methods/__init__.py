@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import jax
 import optax
 
+from dst_optax.finetuning.models.base import LanguageModel
+
 Params = Any
 
 
@@ -22,12 +24,13 @@ class Method(Protocol):
         """The optimizer of the tuned parameters."""
         ...
 
-    def split(self, seed: Params, key: jax.Array) -> tuple[Params, Params]:
+    def split(self, seed: Params, key: jax.Array, model: LanguageModel) -> tuple[Params, Params]:
         """Parts the seed model into what stays and what is tuned, e.g. ``({}, seed)``.
 
         Args:
           seed: parameters of the seed model, or of where training starts from instead.
           key: randomness, for methods that add parameters.
+          model: whose parameters they are; which of them are matrices, and where prompts come from.
 
         Returns:
           Frozen parameters and tuned ones.

@@ -10,13 +10,14 @@ import optax
 
 from dst_optax.finetuning import storage
 from dst_optax.finetuning.methods import Params
+from dst_optax.finetuning.models.base import LanguageModel
 
 
 class InPlace:
     """Methods that tune the seed's own parameters and add none."""
 
-    def split(self, seed: Params, key: jax.Array) -> tuple[Params, Params]:  # noqa: D102
-        del key
+    def split(self, seed: Params, key: jax.Array, model: LanguageModel) -> tuple[Params, Params]:  # noqa: D102
+        del key, model
         return {}, seed
 
     def merge(self, frozen: Params, tuned: Params) -> Params:  # noqa: D102

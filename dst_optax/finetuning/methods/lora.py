@@ -8,7 +8,6 @@ References:
   Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*, arXiv 2106.09685.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,7 @@ import jax.numpy as jnp
 from dst_optax.finetuning import storage
 from dst_optax.finetuning.methods import Params
 from dst_optax.finetuning.methods.base import Plain
-from dst_optax.finetuning.models.t5.parameters import flatten, unflatten
-
-ATTENTION_FIRST = (r"/(query|value)/kernel$", r"/(key|out|wi(_\d+)?|wo)/kernel$")
+from dst_optax.finetuning.models.base import LanguageModel, flatten, unflatten
 
 
 @dataclass(frozen=True)
@@ -41,13 +38,18 @@ class LoRA(Plain):
     num_free_params: int | None = None
     alpha: float = 16.0
 
-    def split(self, seed: Params, key: jax.Array) -> tuple[Params, Params]:  # noqa: D102
-        shapes = {path: x.shape for path, x in flatten(seed).items()}
+    def split(self, seed: Params, key: jax.Array, model: LanguageModel) -> tuple[Params, Params]:  # noqa: D102
+        flat = flatten(seed)
+        shapes = {path: flat[path].shape for path in model.matrices(flat)}
+        if not shapes:
+            raise ValueError(
+                f"LoRA: {type(model).__name__} has no matrices among {', '.join(list(flat)[:5])}."
+            )
         chosen = ranks(shapes, self.num_free_params, self.rank)
         keys = jax.random.split(key, len(chosen))
         tuned = {}
         for (path, rank), one in zip(chosen.items(), keys, strict=True):
-            (rows, *stack, columns), dtype = shapes[path], flatten(seed)[path].dtype
+            (rows, *stack, columns), dtype = shapes[path], flat[path].dtype
             a = jax.random.normal(one, (rows, *stack, rank), dtype) * rows**-0.5
             tuned[path] = {"a": a, "b": jnp.zeros((*stack, rank, columns), dtype)}
         return seed, tuned
@@ -72,10 +74,11 @@ def ranks(
     """The rank of each matrix of a model.
 
     A budget is spent on the same rank for all, and what is left of it on one rank more for some, so that
-    as little as possible remains; queries and values come first.
+    as little as possible remains.
 
     Args:
-      shapes: of the parameters by path; a stacked matrix has its layers along axis 1.
+      shapes: of the matrices by path, those first that shall get more; a stacked matrix has its layers along
+        axis 1.
       num_free_params: at most so many entries; None takes ``rank`` for all.
       rank: see above.
 
@@ -86,20 +89,19 @@ def ranks(
       ValueError: the budget is too small for any matrix.
 
     Example:
-      >>> ranks({"mlp/wi_0/kernel": (4, 6), "attention/query/kernel": (4, 4)}, 28)
+      >>> ranks({"attention/query/kernel": (4, 4), "mlp/wi_0/kernel": (4, 6)}, 28)
       {'attention/query/kernel': 1, 'mlp/wi_0/kernel': 2}
     """
-    paths = [path for pattern in ATTENTION_FIRST for path in shapes if re.search(pattern, path)]
     if num_free_params is None:
-        return dict.fromkeys(paths, rank)
-    costs = {path: (x[0] + x[-1]) * (x[1] if len(x) == 3 else 1) for path in paths for x in [shapes[path]]}
+        return dict.fromkeys(shapes, rank)
+    costs = {path: (x[0] + x[-1]) * (x[1] if len(x) == 3 else 1) for path, x in shapes.items()}
     everywhere, left = divmod(num_free_params, sum(costs.values()))
     spent: dict[int, tuple[str, ...]] = {0: ()}  # the first choice of matrices that costs so much
     for path, cost in costs.items():
         more = {total + cost: (*some, path) for total, some in spent.items() if total + cost <= left}
         spent = more | spent
     extra = spent[max(spent)]
-    found = {path: everywhere + (path in extra) for path in paths}
+    found = {path: everywhere + (path in extra) for path in shapes}
     if not any(found.values()):
         raise ValueError(
             f"LoRA: {num_free_params} free parameters are too few; the smallest matrix takes "

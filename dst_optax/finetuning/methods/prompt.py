@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from dst_optax.finetuning import storage
 from dst_optax.finetuning.methods import Params
 from dst_optax.finetuning.methods.base import Plain
+from dst_optax.finetuning.models.base import LanguageModel, flatten
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Prompt(Plain):
     length: int = 20
     num_free_params: int | None = None
 
-    def split(self, seed: Params, key: jax.Array) -> tuple[Params, Params]:  # noqa: D102
-        table = seed["token_embedder"]["embedding"]
+    def split(self, seed: Params, key: jax.Array, model: LanguageModel) -> tuple[Params, Params]:  # noqa: D102
+        table = flatten(seed)[model.embedding]
         pieces, width = table.shape
         length = self.length if self.num_free_params is None else self.num_free_params // width
         if self.num_free_params is not None and not length:

@@ -7,8 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,13 @@ import numpy as np
 import safetensors.numpy
 from jax.typing import DTypeLike
 
+from dst_optax.atomic import atomic_file
+from dst_optax.finetuning.models.base import flatten, unflatten
 from dst_optax.finetuning.models.decoder import config_json, parameters
 from dst_optax.finetuning.models.decoder.config import DecoderConfig
 from dst_optax.subset import models
 from dst_optax.subset.coordinates import Tensor
+from dst_optax.subset.dtypes import is_float
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -120,11 +122,11 @@ def load(
         params[path_of] = np.empty(shape, dtype or first.dtype)
     for name, row in by_name.items():
         row.place(params[row.path], _values(path, name, found[name]))
-    return parameters.unflatten(params)
+    return unflatten(params)
 
 
 def _values(path: Path, name: str, x: Any) -> np.ndarray:
-    if x.dtype.kind not in "fV":
+    if not is_float(x.dtype):
         raise ValueError(f"{path}: {name} has dtype {x.dtype}; parameters are floating-point numbers.")
     return np.asarray(x)
 
@@ -185,7 +187,7 @@ def save_hf(
       >>> sorted(file.name for file in path.iterdir())
       ['config.json', 'model.safetensors']
     """
-    flat = parameters.flatten(params)
+    flat = flatten(params)
     _check("the parameters", {p: x.shape for p, x in flat.items()}, parameters.shapes(config))
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -196,21 +198,21 @@ def save_hf(
         config_text = json.dumps(known | {"torch_dtype": dtype, "dtype": dtype}, indent=2) + "\n"
         for file in Path(source).iterdir():
             if file.is_file() and file.name != config_json.CONFIG and ".safetensors" not in file.name:
-                with _replacing(path / file.name) as temporary:
+                with atomic_file(path / file.name) as temporary:
                     shutil.copyfile(file, temporary)
     shards = _shards(tensors(config), flat, shard_bytes)
     for name, rows in shards.items():
         held = {row.name: np.ascontiguousarray(row.take(_on_host(flat[row.path]))) for row in rows}
-        with _replacing(path / name) as temporary:
+        with atomic_file(path / name) as temporary:
             safetensors.numpy.save_file(held, temporary, metadata={"format": "pt"})
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(x.nbytes for x in flat.values())},
             "weight_map": {row.name: name for name, rows in shards.items() for row in rows},
         }
-        with _replacing(path / INDEX) as temporary:
+        with atomic_file(path / INDEX) as temporary:
             temporary.write_text(json.dumps(index, indent=2) + "\n")
-    with _replacing(path / config_json.CONFIG) as temporary:
+    with atomic_file(path / config_json.CONFIG) as temporary:
         temporary.write_text(config_text)
 
 
@@ -232,16 +234,3 @@ def _shards(rows: Sequence[Tensor], params: Mapping[str, Any], limit: int) -> di
 
 def _on_host(x: Any) -> np.ndarray:
     return np.asarray(jax.device_get(x))
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` that is synced and takes its place at the end."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        yield temporary
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

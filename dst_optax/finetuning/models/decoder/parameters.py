@@ -5,12 +5,12 @@ Layers lie at ``layers_0``, ``layers_1`` and so on; with ``scan_layers`` at ``la
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dst_optax.finetuning.models.base import unflatten
 from dst_optax.finetuning.models.decoder.config import DecoderConfig
 
 AXIS_RULES = (
@@ -160,13 +160,3 @@ def shardings(config: DecoderConfig, mesh: Mesh, rules: Sequence[tuple[str, Any]
     return unflatten(
         {path: NamedSharding(mesh, PartitionSpec(*map(place, names))) for path, names in axes(config).items()}
     )
-
-
-def flatten(params: Any) -> dict[str, Any]:
-    """A tree of dicts as one dict from ``a/b/c`` to leaf."""
-    return traverse_util.flatten_dict(params, sep="/")
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of :func:`flatten`."""
-    return traverse_util.unflatten_dict(dict(flat), sep="/")

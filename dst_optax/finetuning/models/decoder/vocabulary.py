@@ -10,6 +10,8 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
+from dst_optax.finetuning import hub
+
 TOKENIZER = "tokenizer.json"
 
 
@@ -31,11 +33,13 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
-        self._directory = Path(directory)
+        self._directory = Path(hub.local_path(os.fspath(directory)))
         self._tokenizer = _tokenizer(self._directory)
         self._settings = _json(self._directory / "tokenizer_config.json")
         self.eos_ids = self._ends()
         self.prefix_ids = self._prefix()
+        pieces = self._tokenizer.get_vocab(with_added_tokens=False).values()
+        self._size = 1 + max(*pieces, *self.eos_ids, *self.prefix_ids)
         super().__init__()
 
     def __repr__(self) -> str:
@@ -56,10 +60,9 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
     def unk_id(self) -> None:
         """None: bytes have no unknown pieces."""
 
-    @cached_property
+    @property
     def _base_vocab_size(self) -> int:
-        pieces = self._tokenizer.get_vocab(with_added_tokens=False).values()
-        return 1 + max(*pieces, *self.eos_ids, *self.prefix_ids)
+        return self._size
 
     def _encode(self, s: str) -> list[int]:
         return self._tokenizer.encode(s, add_special_tokens=False).ids
@@ -69,7 +72,7 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
 
     def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
         def encode(text: tf.Tensor) -> Any:
-            return tf.constant(self._encode(text.numpy().decode()), tf.int32)
+            return tf.constant(self._encode(tf.compat.as_text(text.numpy())), tf.int32)
 
         ids = tf.py_function(encode, [s], tf.int32)
         ids.set_shape([None])
@@ -115,7 +118,7 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
         return given, answer
 
     def _rendered(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-        import jinja2
+        import jinja2  # pyright: ignore[reportMissingImports]
 
         def refuse(message: str) -> None:
             raise ValueError(f"the chat template refuses the messages: {message}")
@@ -134,7 +137,9 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
     @cached_property
     def _template(self) -> Any:
         try:
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
+            from jinja2.sandbox import (  # pyright: ignore[reportMissingImports]
+                ImmutableSandboxedEnvironment,
+            )
         except ModuleNotFoundError as e:
             raise ValueError("chat templates need jinja2: pip install jinja2.") from e
         file = self._directory / "chat_template.jinja"
@@ -168,7 +173,7 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
 
 def _tokenizer(directory: Path) -> Any:
     try:
-        import tokenizers
+        import tokenizers  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as e:
         raise ValueError(f"{TOKENIZER} is read by tokenizers: pip install tokenizers.") from e
     file = directory / TOKENIZER

@@ -4,6 +4,7 @@ from dst_optax.finetuning.models.t5.checkpoints import load
 from dst_optax.finetuning.models.t5.config import CONFIGS, T5Config, published
 from dst_optax.finetuning.models.t5.decoding import decode
 from dst_optax.finetuning.models.t5.huggingface import config_of, save_hf, shape_of
+from dst_optax.finetuning.models.t5.model import T5
 from dst_optax.finetuning.models.t5.network import Transformer
 from dst_optax.finetuning.models.t5.parameters import (
     AXIS_RULES,
@@ -18,6 +19,7 @@ from dst_optax.finetuning.models.t5.parameters import (
 __all__ = [
     "AXIS_RULES",
     "CONFIGS",
+    "T5",
     "T5Config",
     "Transformer",
     "config_of",

@@ -3,9 +3,7 @@
 import dataclasses
 import json
 import os
-import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
+from dst_optax.atomic import atomic_file
 from dst_optax.finetuning.models.t5 import parameters
 from dst_optax.finetuning.models.t5.config import MLP_ACTIVATIONS, T5Config, published
 from dst_optax.finetuning.models.t5.parameters import Tensor
@@ -297,10 +296,10 @@ def save_hf(params: Any, config: T5Config, path: str | os.PathLike[str]) -> None
         tensors[name_of(name)] = np.ascontiguousarray(x.T if is_transposed(name) else x)
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    with _replacing(path / CONFIG) as temporary:
+    with atomic_file(path / CONFIG) as temporary:
         dtype = flat["token_embedder/embedding"].dtype
         temporary.write_text(json.dumps(_config_json(config, str(dtype)), indent=2) + "\n")
-    with _replacing(path / WEIGHTS) as temporary:
+    with atomic_file(path / WEIGHTS) as temporary:
         safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
 
 
@@ -327,16 +326,3 @@ def _config_json(config: T5Config, dtype: str) -> dict[str, Any]:
         "decoder_start_token_id": 0,
         "torch_dtype": dtype,
     }
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` that is synced and takes its place at the end."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        yield temporary
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 from flax.linen import spmd
 from jax.sharding import Mesh, PartitionSpec
 
+from dst_optax.finetuning.models.base import flatten, unflatten
 from dst_optax.finetuning.models.t5.config import T5Config
 from dst_optax.finetuning.models.t5.network import Transformer
 
@@ -209,16 +209,6 @@ def check(source: Any, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str
             f"{source} does not fit the config: {'; '.join(faults[:5])}{more}. "
             "Give the T5Config of this model."
         )
-
-
-def flatten(params: Any) -> dict[str, Any]:
-    """A tree of dicts as one dict from ``a/b/c`` to leaf."""
-    return traverse_util.flatten_dict(params, sep="/")
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of :func:`flatten`."""
-    return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
 def _numpy_of(x: Any) -> Any:

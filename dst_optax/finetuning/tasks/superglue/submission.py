@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dst_optax.atomic import atomic_file
 from dst_optax.finetuning.tasks.superglue.benchmark import spec
 
 
@@ -53,9 +54,8 @@ def write(
     path = Path(directory) / f"{spec(task).directory}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(line) + "\n" for line in lines(task, examples, predictions))
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    with atomic_file(path) as temporary:
+        temporary.write_text(text)
     return path
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import seqio
 
+from dst_optax.finetuning.inputs import EvalSplit
 from dst_optax.finetuning.tasks.superglue import metrics, submission, tasks
 from dst_optax.finetuning.tasks.superglue.benchmark import MAIN, spec
 from dst_optax.finetuning.tasks.superglue.sources import Source
@@ -22,6 +23,7 @@ class SuperGlue:
       names: tasks to train and evaluate on; a single name, or several
         that are mixed in proportion to their sizes.
       diagnostics: tasks without training data, "axb" and "axg", to predict at the end.
+      evaluation: "decode", or "options": the likeliest of the labels.
 
     Example:
       >>> from dst_optax.finetuning.tasks.superglue.sources import SyntheticSource
@@ -34,14 +36,21 @@ class SuperGlue:
     vocabulary: seqio.Vocabulary
     names: Sequence[str] = MAIN
     diagnostics: Sequence[str] = ()
+    evaluation: str = "decode"
+    token_metrics = False
 
     def __post_init__(self) -> None:
         for name in ("names", "diagnostics"):
             if isinstance(value := getattr(self, name), str):  # one task, not its letters
                 object.__setattr__(self, name, (value,))
+        if self.evaluation not in ("decode", "options"):
+            raise ValueError(f"SuperGlue: evaluation is {self.evaluation!r}; decode and options are known.")
 
-    def register(self) -> str:
+    def register(self, decoder_only: bool = False) -> str:
         """Reads and checks the training data, registers the tasks, names the mixture to train on.
+
+        Args:
+          decoder_only: whether they are for a model whose targets continue the inputs.
 
         Raises:
           ValueError: unknown tasks, tasks without training data, bad or missing data.
@@ -51,7 +60,14 @@ class SuperGlue:
                 raise ValueError(f"{task} has no training data; put it under diagnostics, not names.")
         if not self.names:
             raise ValueError(f"no task to train on; name some of {', '.join(MAIN)}.")
-        tasks.register(self.source, self.vocabulary, [*self.names, *self.diagnostics])
+        if self.evaluation == "options" and not decoder_only and "record" in self.names:
+            raise ValueError("ReCoRD has no options in T5's wording; evaluate it by decoding.")
+        tasks.register(
+            self.source,
+            self.vocabulary,
+            [*self.names, *self.diagnostics],
+            decoder_only=decoder_only,
+        )
         return f"{tasks.PREFIX}_proportional"
 
     def check(self, target_length: int | None = None) -> None:
@@ -64,17 +80,48 @@ class SuperGlue:
           ValueError: bad, empty or missing data, or a label that is longer than ``target_length``.
         """
         for task in (*self.names, *self.diagnostics):
-            tasks.check_labels(task, self.vocabulary, target_length)
-            for split in spec(task).splits:
-                tasks.examples(task, split, self.source)
+            decoder_only = not seqio.TaskRegistry.get(self.provider(task)).output_features["inputs"].add_eos
+            made = [
+                example
+                for split in spec(task).splits
+                for example in tasks.examples(task, split, self.source, decoder_only)
+            ]
+            if decoder_only:
+                self._check_options(task, made, target_length)
+            else:
+                tasks.check_labels(task, self.vocabulary, target_length)
+
+    def _check_options(self, task: str, made: Sequence[Mapping[str, Any]], target_length: int | None) -> None:
+        for option in {option for example in made for option in example["options"]}:
+            size = len(self.vocabulary.encode(option))
+            if target_length is not None and size > target_length:
+                raise ValueError(
+                    f"{task}: the option {option!r} has {size} tokens, but targets only {target_length}; "
+                    f"set the length of the targets to {size + 1} or more."
+                )
 
     def provider(self, task: str) -> str:
         """Name of the seqio task."""
         return f"{tasks.PREFIX}_{task}"
 
+    def predicted_split(self, task: str) -> str:
+        """The official test split."""
+        del task
+        return "test"
+
+    def options(self, split: EvalSplit, example: Mapping[str, Any]) -> Sequence[str]:
+        """The answers that an example allows, in the order of label indices."""
+        if "options" in example:
+            return [option.decode() for option in example["options"]]
+        return spec(split.provider.name.removeprefix(f"{tasks.PREFIX}_")).labels
+
     def score(self, measured: Mapping[str, Mapping[str, float]]) -> float:
         """One number: the mean of the tasks' scores; for all eight tasks the SuperGLUE average."""
-        return metrics.score({task: metrics.score(values) for task, values in measured.items()})
+        plain = {
+            task: {name: x for name, x in values.items() if not name.endswith("_normalised")}
+            for task, values in measured.items()
+        }
+        return metrics.score({task: metrics.score(values) for task, values in plain.items()})
 
     def majority(self, split: str = "validation") -> float | None:
         """The score of always giving each task's most common answer; None where there are no labels."""

@@ -11,17 +11,23 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
+from dst_optax.finetuning.tasks import features
 from dst_optax.finetuning.tasks.superglue.benchmark import spec
 from dst_optax.finetuning.tasks.superglue.metrics import METRICS
+from dst_optax.finetuning.tasks.superglue.prompts import to_prompt
 from dst_optax.finetuning.tasks.superglue.sources import Source
-from dst_optax.finetuning.tasks.superglue.text import label_of, names_referent, to_text
+from dst_optax.finetuning.tasks.superglue.text import UNKNOWN, label_of, names_referent, to_text
 
 PREFIX = "superglue"
 SHUFFLE = 50_000  # at most so many examples wait to be drawn
 
 
 def register(
-    source: Source, vocabulary: seqio.Vocabulary, tasks: Sequence[str], prefix: str = PREFIX
+    source: Source,
+    vocabulary: seqio.Vocabulary,
+    tasks: Sequence[str],
+    prefix: str = PREFIX,
+    decoder_only: bool = False,
 ) -> dict[str, str]:
     """Registers tasks, and their mixture if any can be trained on, anew.
 
@@ -31,6 +37,7 @@ def register(
         ``seqio.SentencePieceVocabulary(path)``.
       tasks: names of tasks, e.g. ``["rte", "cb"]``.
       prefix: of the registered names.
+      decoder_only: whether examples are prompts that targets continue, instead of T5's.
 
     Returns:
       The registered name of each task; the mixture is ``<prefix>_proportional``.
@@ -45,12 +52,12 @@ def register(
       >>> example["targets_pretokenized"].numpy() in (b"entailment", b"not_entailment")
       True
     """
-    for task in tasks:
-        check_labels(task, vocabulary)
-    feature = seqio.Feature(vocabulary, add_eos=True)
+    if not decoder_only:
+        for task in tasks:
+            check_labels(task, vocabulary)
     names = {task: f"{prefix}_{task}" for task in tasks}
     for task, name in names.items():
-        _add(seqio.TaskRegistry, name, _task(task, name, source, feature))
+        _add(seqio.TaskRegistry, name, _task(task, name, source, vocabulary, decoder_only))
     rates = [(names[task], seqio.mixing_rate_num_examples) for task in tasks if "train" in spec(task).splits]
     if rates:
         mixture = f"{prefix}_proportional"
@@ -88,7 +95,7 @@ def check_labels(task: str, vocabulary: seqio.Vocabulary, length: int | None = N
             )
 
 
-def examples(task: str, split: str, source: Source) -> list[dict[str, Any]]:
+def examples(task: str, split: str, source: Source, decoder_only: bool = False) -> list[dict[str, Any]]:
     """What the seqio task yields before tokenisation.
 
     Training on WSC uses only the true candidates, as in T5; training on ReCoRD sees a query once for
@@ -98,6 +105,7 @@ def examples(task: str, split: str, source: Source) -> list[dict[str, Any]]:
       task: name of the task.
       split: "train", "validation" or "test".
       source: where the rows come from.
+      decoder_only: whether they are prompts; these have ``options``, and all of WSC is trained on.
 
     Returns:
       Examples with ``inputs``, ``targets``, the parts of ``idx`` and ``label`` or ``answers``.
@@ -111,7 +119,7 @@ def examples(task: str, split: str, source: Source) -> list[dict[str, Any]]:
       'rte hypothesis: b hit d premise: gg b hit d g'
     """
     rows = source.rows(task, split)
-    if split == "train" and task == "wsc":
+    if split == "train" and task == "wsc" and not decoder_only:
         rows = [row for row in rows if row["label"] == 1]
     if split == "train" and task == "record":
         rows = [{**row, "answers": [a, *row["answers"]]} for row in rows for a in row["answers"]]
@@ -120,18 +128,29 @@ def examples(task: str, split: str, source: Source) -> list[dict[str, Any]]:
     made = []
     for row in rows:
         inputs, targets = to_text(task, row)
+        options: dict[str, Any] = {}
+        if decoder_only:
+            inputs, choices = to_prompt(task, row)
+            targets = _continuation(task, row, choices)
+            options = {"options": list(choices)}
         index = row["idx"] if isinstance(row["idx"], dict) else {"idx": row["idx"]}
         index = {name if name == "idx" else f"idx/{name}": i for name, i in index.items()}
         answer = {"answers": row["answers"]} if task == "record" else {"label": row["label"]}
-        made.append({"inputs": inputs, "targets": targets, **index, **answer})
+        made.append({"inputs": inputs, "targets": targets, **index, **answer, **options})
     return made
+
+
+def _continuation(task: str, row: Mapping[str, Any], options: tuple[str, ...]) -> str:
+    if task == "record":
+        return f" {row['answers'][0]}" if row["answers"] else UNKNOWN
+    return UNKNOWN if row["label"] < 0 else options[row["label"]]
 
 
 class _Rows(seqio.FunctionDataSource):
     """A source that knows the sizes of its splits when they are asked for."""
 
-    def __init__(self, task: str, source: Source):
-        self._made = functools.cache(lambda split: examples(task, split, source))
+    def __init__(self, task: str, source: Source, decoder_only: bool):
+        self._made = functools.cache(lambda split: examples(task, split, source, decoder_only))
         super().__init__(self._dataset, splits=spec(task).splits)
 
     def _dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
@@ -143,14 +162,16 @@ class _Rows(seqio.FunctionDataSource):
         return len(self._made(split))
 
 
-def _task(task: str, name: str, source: Source, feature: Any) -> seqio.Task:
-    rows = _Rows(task, source)
+def _task(
+    task: str, name: str, source: Source, vocabulary: seqio.Vocabulary, decoder_only: bool
+) -> seqio.Task:
+    rows = _Rows(task, source, decoder_only)
     size = rows.num_input_examples("train") if "train" in rows.splits else 1
     return seqio.Task(
         name,
         source=rows,
-        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
-        output_features={"inputs": feature, "targets": feature},
+        preprocessors=features.preprocessors(vocabulary, decoder_only),
+        output_features=features.output_features(vocabulary, decoder_only),
         postprocess_fn=postprocessor(task),
         metric_fns=list(METRICS[task]),
         shuffle_buffer_size=min(size, SHUFFLE),  # seqio repeats first: more would wait for many epochs
@@ -160,7 +181,7 @@ def _task(task: str, name: str, source: Source, feature: Any) -> seqio.Task:
 def _tensors(made: list[dict[str, Any]]) -> tf.data.Dataset:
     columns: Any = {
         name: tf.ragged.constant([e[name] for e in made], dtype=tf.string)
-        if name == "answers"
+        if name in ("answers", "options")
         else tf.constant([e[name] for e in made])
         for name in made[0]
     }
@@ -185,6 +206,10 @@ def postprocessor(task: str) -> Callable[..., Any]:
         if is_target:
             assert example is not None
             return _target(task, example)
+        if example is not None and "options" in example:
+            options = [_string(option).strip() for option in example["options"]]
+            said = text.strip()
+            return said if task == "record" else options.index(said) if said in options else -1
         if task == "record":
             return text
         if task == "wsc":

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from dst_optax.finetuning.models import decoder
-from dst_optax.finetuning.models.decoder.parameters import unflatten
+from dst_optax.finetuning.models.base import unflatten
 
 RECORD = pathlib.Path(__file__).with_name("transformers.npz")
 LENGTHS = (24, 13, 1)

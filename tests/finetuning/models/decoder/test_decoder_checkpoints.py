@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from dst_optax.finetuning.models import decoder
-from dst_optax.finetuning.models.decoder.parameters import flatten
+from dst_optax.finetuning.models.base import flatten, unflatten
 
 RECORD = np.load(cases.RECORD)
 QWEN2, TIED = cases.CONFIGS["qwen2"], cases.CONFIGS["qwen2_tied"]
@@ -180,7 +180,7 @@ def test_the_table_maps_every_entry_once(scan):
 
 def test_bfloat16_shards_are_read_into_any_dtype(tmp_path):
     params = {path: x.astype(ml_dtypes.bfloat16) for path, x in flatten(cases.weights(TIED)).items()}
-    params = decoder.huggingface.parameters.unflatten(params)
+    params = unflatten(params)
     decoder.save_hf(params, TIED, tmp_path, shard_bytes=4000)
     shards = sorted(file.name for file in tmp_path.glob("*.safetensors"))
     assert len(shards) > 2
@@ -195,7 +195,7 @@ def test_bfloat16_shards_are_read_into_any_dtype(tmp_path):
     assert index["metadata"]["total_size"] == 2 * decoder.num_params(TIED)
     same(decoder.load(tmp_path, TIED, dtype=None), params)
     wide = {path: x.astype(np.float32) for path, x in flatten(params).items()}
-    same(decoder.load(tmp_path, TIED), decoder.huggingface.parameters.unflatten(wide))
+    same(decoder.load(tmp_path, TIED), unflatten(wide))
     (tmp_path / shards[1]).unlink()
     with pytest.raises(ValueError, match=shards[1]):
         decoder.load(tmp_path, TIED)

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from dst_optax.finetuning.models import decoder
+from dst_optax.finetuning.models.base import flatten
 from dst_optax.finetuning.models.decoder import network
-from dst_optax.finetuning.models.decoder.parameters import flatten
 
 RECORD = np.load(cases.RECORD)
 QWEN3, GEMMA = cases.CONFIGS["qwen3"], cases.CONFIGS["gemma3"]

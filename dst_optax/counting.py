@@ -1,0 +1,382 @@
+"""Exact thresholds by counting: without sorting, and without moving a parameter between devices.
+
+For a silo with budget m we look for the smallest threshold t with ``#(key > t) <= m``. A pass reads
+the keys once and counts how many exceed each of ``PROBES`` candidates; the counts narrow a bracket
+``(lo, hi]`` around t. Half of the probes stand where the ranks at the ends of the bracket say that t
+should be: the error of that interpolation is about the square root of the entries left, so from a good
+guess (the last step's threshold) three or four passes suffice. The other half is spaced evenly: where
+many keys are equal, ranks mislead, and so there are never more passes than in a search that divides by
+five. A silo whose count meets its budget is done.
+
+The keys lie in one of two layouts, and this file alone knows which. On one CPU device silos become
+rows of matrices, one matrix for all silos of a size, and are searched row by row, in cache; what is
+compiled then grows with the number of different sizes, not of tensors. Everywhere else tensors stay
+where and as they are, all silos share one loop, and only counts cross devices.
+
+References:
+  Floyd, Rivest, *Expected time bounds for selection*, CACM 18(3), 1975.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from dst_optax.counts import Counts, concatenate, sum_by_silo, sum_of_mask
+
+PROBES = 8
+GUESS_OFFSETS = (-24.0, -8.0, -2.0, -0.3, 0.3, 2.0, 8.0, 24.0)  # in units of the guess's spread
+RANK_OFFSETS = (-2.0, -0.4, 0.4, 2.0)  # in standard deviations
+EVEN_SHARES = (0.2, 0.4, 0.6, 0.8)  # of the bracket's width
+CURVATURE = 0.05  # error of linear interpolation of ranks per binade of the bracket's width
+BATCH = 2**22  # entries, or an eighth of the model, whose keys are in memory at one time on one CPU
+ROW = 2**12  # entries that one core counts at a time
+
+
+class Keys(NamedTuple):
+    """Keys of entries that compete: those of a tensor, or of silos as the rows of a matrix.
+
+    Attributes:
+      values: int32 or int64 of any shape; entries below 0 are outside of the ranking.
+      axis: axis whose slices are in different silos, or None.
+      silos: indices of the silos, one or one per slice.
+      offsets: for each of ``silos``, its entries that come before these.
+      zero: int32 zero that the compiler cannot know.
+    """
+
+    values: jax.Array
+    axis: int | None
+    silos: tuple[int, ...]
+    offsets: tuple[int, ...]
+    zero: jax.Array
+
+    def take(self, per_silo: Any) -> Any:
+        """Values of these silos out of those of all, ``(silos, ...)``."""
+        if len(self.silos) > 1:
+            return jax.tree.map(lambda x: x[np.array(self.silos, np.int32)], per_silo)
+        at = runtime_index(self.silos[0], self.zero)
+        return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, at), per_silo)
+
+    def broadcast(self, per_silo: jax.Array) -> jax.Array:
+        """Values of these silos, shaped so that they broadcast against the keys."""
+        return _along(self.take(per_silo), self.axis, self.values.ndim)
+
+
+def runtime_index(i: int, zero: jax.Array) -> jax.Array:
+    """``i`` as an int32 scalar that is read from memory.
+
+    As a constant it would be part of the kernel, and XLA compiles kernels that are equal only once
+    (test_compilation_does_not_grow_with_tensors_of_one_shape).
+    """
+    return lax.dynamic_index_in_dim(jnp.asarray(np.array([i, -1], np.int32)), zero, keepdims=False)
+
+
+class Guess(NamedTuple):
+    """Where the thresholds may be."""
+
+    at: jax.Array  # (silos,) key dtype; below 0 for none
+    spread: jax.Array  # (silos,) key dtype, positive: how far off it may be
+
+
+class Bracket(NamedTuple):
+    """What is known of the thresholds: ``#(key > lo) > m >= #(key > hi)``."""
+
+    lo: jax.Array  # (silos,) key dtype
+    hi: jax.Array  # (silos,) key dtype
+    above_lo: Counts  # (silos,)
+    above_hi: Counts  # (silos,)
+    ranked: Counts  # (silos,): keys >= 0
+    passes: jax.Array  # (silos,) int32
+
+    def met(self, m: Counts) -> jax.Array:
+        """Whether exactly the budget lies above ``hi``, shape (silos,) bool."""
+        return self.above_hi.equals(m)
+
+    def done(self, m: Counts) -> jax.Array:
+        """Whether ``hi`` is the threshold, shape (silos,) bool."""
+        return (self.passes > 0) & (self.met(m) | (self.hi - self.lo == 1))
+
+
+class Layout(Protocol):
+    """How keys lie in memory, and so how they are counted."""
+
+    def batches(self, leaves: Sequence[Any]) -> list[list[int]]:
+        """Leaves in groups that are worked on one after another; no silo is in two of them."""
+        ...
+
+    def arrange(self, keys: list[Keys]) -> tuple[list[Keys], list[Keys]]:
+        """Keys of tensors as they are searched, and the same keys in the tensors' shapes, read from there."""
+        ...
+
+    def thresholds(
+        self, keys: list[Keys], m: Counts, total: Counts, top: int, guess: Guess, binade: int
+    ) -> Bracket:
+        """Finds the smallest t of every silo with at most ``m`` keys above it, or one that meets ``m``.
+
+        Args:
+          keys: the keys, arranged.
+          m: budgets, (silos,).
+          total: number of keys of each silo, (silos,).
+          top: the largest possible key.
+          guess: first guess of t.
+          binade: difference of keys over which their density may change by its own size.
+
+        Returns:
+          A bracket that is done for every silo; ``hi`` is the threshold.
+        """
+        ...
+
+
+def per_platform(method: Callable[..., Any], *args: Any) -> Any:
+    """``method(layout, *args)`` with the layout that suits the platform it is compiled for."""
+    everywhere = partial(method, Tensors())
+    if jax.device_count() > 1:
+        return everywhere(*args)
+    return lax.platform_dependent(*args, cpu=partial(method, Rows()), default=everywhere)
+
+
+class Tensors:
+    """Keys stay as the tensors lie, on whatever mesh; a pass counts all silos and is one exchange."""
+
+    def batches(self, leaves: Sequence[Any]) -> list[list[int]]:
+        """All at once."""
+        return [list(range(len(leaves)))]
+
+    def arrange(self, keys: list[Keys]) -> tuple[list[Keys], list[Keys]]:
+        """As they are."""
+        return keys, keys
+
+    def thresholds(
+        self, keys: list[Keys], m: Counts, total: Counts, top: int, guess: Guess, binade: int
+    ) -> Bracket:
+        """See :class:`Layout`."""
+
+        def count(t: jax.Array) -> Counts:
+            above = [_above(x.values, x.take(t), x.axis) for x in keys]
+            return sum_by_silo(concatenate(above), [s for x in keys for s in x.silos], len(t))
+
+        return _search(count, m, total, top, guess, binade)
+
+
+class Rows:
+    """Silos as rows of matrices, on one CPU device."""
+
+    def batches(self, leaves: Sequence[Any]) -> list[list[int]]:
+        """Tensors that share silos stay together, tensors of one size beside each other."""
+        sizes = [math.prod(leaf.shape) for leaf in leaves]
+        limit = max(BATCH, sum(sizes) // 8)
+        batches: dict[tuple[int, ...], list[list[int]]] = {}
+        for group in _sharing_silos(leaves):
+            shape = tuple(sizes[j] for j in group)
+            alike = batches.setdefault(shape, [[]])
+            if sum(sizes[j] for j in alike[-1]) + sum(shape) > limit and alike[-1]:
+                alike.append([])
+            alike[-1].extend(group)
+        ascending = sorted(
+            (sorted(batch) for alike in batches.values() for batch in alike),
+            key=lambda batch: sum(sizes[j] for j in batch),
+        )
+        # updates of a batch are in memory until they are applied, so large batches are kept apart
+        pairs = zip(reversed(ascending), ascending, strict=True)
+        return [batch for pair in pairs for batch in pair][: len(ascending)]
+
+    def arrange(self, keys: list[Keys]) -> tuple[list[Keys], list[Keys]]:
+        """Silos of one size become the rows of a matrix."""
+        zero = keys[0].zero
+        sizes: dict[int, int] = {}
+        for x in keys:
+            for silo, offset in zip(x.silos, x.offsets, strict=True):
+                sizes[silo] = max(sizes.get(silo, 0), offset + x.values.size // len(x.silos))
+        silos_of: dict[int, list[int]] = {}
+        for silo, size in sorted(sizes.items()):
+            silos_of.setdefault(size, []).append(silo)
+        empty = zero.astype(keys[0].values.dtype)  # not a constant, or all matrices would be made first
+        matrices = {n: jnp.broadcast_to(empty, (len(silos), n)) for n, silos in silos_of.items()}
+
+        def places(x: Keys) -> list[tuple[int, list[jax.Array]]]:
+            """Matrix, row and column of each slice."""
+            found = []
+            for silo, offset in zip(x.silos, x.offsets, strict=True):
+                row = silos_of[sizes[silo]].index(silo)
+                found.append((sizes[silo], [runtime_index(row, zero), runtime_index(offset, zero)]))
+            return found
+
+        for x in keys:
+            for part, (size, place) in zip(_slices(x.values, x.axis), places(x), strict=True):
+                matrices[size] = lax.dynamic_update_slice(matrices[size], part.reshape(1, -1), place)
+
+        def read(x: Keys) -> jax.Array:
+            size = x.values.size // len(x.silos)
+            shape = [n for i, n in enumerate(x.values.shape) if i != x.axis]
+            parts = [lax.dynamic_slice(matrices[n], at, (1, size)).reshape(shape) for n, at in places(x)]
+            return parts[0] if x.axis is None else jnp.stack(parts, x.axis)
+
+        rows = [Keys(matrices[n], 0, tuple(s), (0,) * len(s), zero) for n, s in silos_of.items()]
+        return rows, [x._replace(values=read(x)) for x in keys]
+
+    def thresholds(
+        self, keys: list[Keys], m: Counts, total: Counts, top: int, guess: Guess, binade: int
+    ) -> Bracket:
+        """See :class:`Layout`."""
+
+        def search_row(row: Any) -> Bracket:
+            values, *about = row
+            count = lambda t: _above(values, t, None)  # noqa: E731
+            return _search(count, about[0], about[1], top, about[2], binade)
+
+        found = []
+        for x in keys:
+            ids = np.array(x.silos, np.int32)[:, None]  # each silo is a search of its own
+            about = jax.tree.map(lambda v, ids=ids: v[ids], (m, total, guess))
+            if len(ids) == 1:  # without a copy of a row that is the whole matrix
+                found.append(search_row(jax.tree.map(lambda v: v[0], (x.values, *about))))
+            else:
+                found.append(jax.tree.map(lambda v: v[:, 0], lax.map(search_row, (x.values, *about))))
+        order = np.argsort([s for x in keys for s in x.silos])
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts)[order], *found)
+
+
+def _along(values: jax.Array, axis: int | None, ndim: int) -> jax.Array:
+    """A value for each slice of an axis, shaped so that it broadcasts against a tensor."""
+    return values.reshape([-1 if i == axis else 1 for i in range(ndim)])
+
+
+def _slices(x: jax.Array, axis: int | None) -> list[jax.Array]:
+    if axis is None:
+        return [x]
+    return [lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])]
+
+
+def _sharing_silos(leaves: Sequence[Any]) -> list[list[int]]:
+    """Groups of leaves that share silos, in order of their first leaf."""
+    group_of: dict[int, int] = {}
+    groups: dict[int, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        joined = sorted({group_of[s] for s in leaf.silos if s in group_of})
+        groups[i] = [*sorted(j for g in joined for j in groups.pop(g)), i]
+        for j in groups[i]:
+            for s in leaves[j].silos:
+                group_of[s] = i
+    return sorted(groups.values())
+
+
+def _search(
+    count: Callable[[jax.Array], Counts], m: Counts, total: Counts, top: int, guess: Guess, binade: int
+) -> Bracket:
+    """Narrows brackets until they are done; ``count(t)`` counts keys above ``t``, both (silos, probes)."""
+    dtype = guess.at.dtype
+    real = jnp.float64 if dtype == jnp.int64 else jnp.float32
+    unsigned = jnp.uint64 if dtype == jnp.int64 else jnp.uint32  # hi - lo may exceed a signed integer
+    start = Bracket(
+        lo=jnp.full_like(guess.at, -1),
+        hi=jnp.full_like(guess.at, top),
+        above_lo=total,
+        above_hi=total - total,
+        ranked=total,
+        passes=jnp.zeros(guess.at.shape, jnp.int32),
+    )
+
+    def by_rank(b: Bracket) -> jax.Array:
+        width = (b.hi.astype(unsigned) - b.lo.astype(unsigned)).astype(real)
+        left = jnp.maximum((b.above_lo - b.above_hi).to_float(), 1.0)
+        at = jnp.clip((b.above_lo - m).to_float() / left, 0.0, 1.0)
+        deviation = jnp.sqrt(jnp.maximum(at * (1 - at) / left, 1 / (4 * left * left))).astype(real)
+        deviation = deviation + CURVATURE * jnp.minimum(width / float(binade), 1.0)
+        ranked = at.astype(real)[:, None] + deviation[:, None] * jnp.array([RANK_OFFSETS], real)
+        even = jnp.broadcast_to(jnp.array([EVEN_SHARES], real), ranked.shape)
+        share = jnp.clip(jnp.concatenate([even, ranked], axis=1), 0.0, 1.0)
+        offset = jnp.round(share * width[:, None]).astype(dtype)
+        return b.lo[:, None] + jnp.minimum(offset, (b.hi - 1 - b.lo)[:, None])
+
+    def around_guess() -> jax.Array:
+        spread = jnp.minimum(guess.spread.astype(real), float(binade))
+        away = (spread[:, None] * jnp.array([GUESS_OFFSETS], real)).astype(dtype)
+        return guess.at[:, None] + jnp.clip(away, -guess.at[:, None], top - guess.at[:, None])
+
+    def probes(b: Bracket) -> jax.Array:
+        first = (b.passes == 0)[:, None]
+        t = jnp.where(first & (guess.at >= 0)[:, None], around_guess(), by_rank(b))
+        t = jnp.clip(t, b.lo[:, None] + 1, jnp.maximum(b.hi, 1)[:, None] - 1)
+        # the first pass also learns how many keys there are at all
+        return jnp.where(first & (jnp.arange(PROBES) == 0), -1, t)
+
+    def narrow(carry: tuple[Bracket, jax.Array]) -> tuple[Bracket, jax.Array]:
+        b, t = carry
+        above = count(t)
+        fits = (above <= m[:, None]) & (t >= 0)
+        lo = jnp.maximum(b.lo, jnp.max(jnp.where(fits, -1, t), axis=1))
+        hi = jnp.minimum(b.hi, jnp.min(jnp.where(fits, t, top), axis=1))
+
+        def count_at(end: jax.Array, old_end: jax.Array, old: Counts) -> Counts:
+            known = jnp.where(t == end[:, None], 1, 0)
+            found = Counts(jnp.max(above.high * known, axis=1), jnp.max(above.low * known, axis=1))
+            return old.where(end == old_end, found)
+
+        narrowed = Bracket(
+            lo=lo,
+            hi=hi,
+            above_lo=count_at(lo, b.lo, b.above_lo),
+            above_hi=count_at(hi, b.hi, b.above_hi),
+            ranked=above[:, 0].where(b.passes == 0, b.ranked),
+            passes=b.passes + 1,
+        )
+        b = jax.tree.map(partial(jnp.where, b.done(m)), b, narrowed)
+        return b, probes(b)
+
+    return lax.while_loop(lambda carry: ~carry[0].done(m).all(), narrow, (start, probes(start)))[0]
+
+
+@partial(jax.jit, static_argnames="axis")  # traced once for all tensors of a shape
+def _above(keys: jax.Array, t: jax.Array, axis: int | None) -> Counts:
+    """How many keys of each slice exceed each of its thresholds, shape (slices, probes) like ``t``."""
+    masks = [keys > _along(t[:, j], axis, keys.ndim) for j in range(PROBES)]
+    rest = tuple(i for i in range(keys.ndim) if i != axis)
+    if math.prod(keys.shape[i] for i in rest) >= 2**31:
+        parts = [sum_of_mask(mask, rest) for mask in masks]
+        return jax.tree.map(lambda *x: jnp.stack([v.reshape(len(t)) for v in x], axis=1), *parts)
+    ones = [mask.astype(jnp.int32) for mask in masks]
+    if rest:
+        ones = lax.platform_dependent(
+            *ones, cpu=partial(_sums_on_cpu, rest), default=partial(_fused_sums, rest)
+        )
+    return Counts.from_int32(_replicated(jnp.stack([x.reshape(len(t)) for x in ones], axis=1)))
+
+
+def _sums_on_cpu(axes: tuple[int, ...], *arrays: jax.Array) -> list[jax.Array]:
+    """Sums of several int32 arrays in one read.
+
+    XLA CPU reads once for one variadic reduction, not for several sums, and spreads a reduction over
+    its cores only along dimensions that stay (test_structure.py, test_long_vectors_are_counted_in_rows).
+    """
+    if arrays[0].ndim == 1 and (rows := _rows(arrays[0].size)) > 1:
+        arrays = tuple(x.reshape(rows, -1) for x in arrays)
+        return _sums_on_cpu((0,), *_variadic_sum((1,), *arrays))
+    return _variadic_sum(axes, *arrays)
+
+
+def _variadic_sum(axes: tuple[int, ...], *arrays: jax.Array) -> list[jax.Array]:
+    zeros = tuple(jnp.int32(0) for _ in arrays)
+    return list(lax.reduce(arrays, zeros, lambda a, b: jax.tree.map(jnp.add, a, b), axes))
+
+
+def _fused_sums(axes: tuple[int, ...], *arrays: jax.Array) -> list[jax.Array]:
+    """Sums of several int32 arrays, which accelerators fuse into one read."""
+    return [jnp.sum(x, axis=axes, dtype=jnp.int32) for x in arrays]
+
+
+def _rows(size: int) -> int:
+    """How many rows a vector is counted in: the largest divisor that leaves rows of ``ROW`` or more."""
+    return next(n for n in range(max(1, min(64, size // ROW)), 0, -1) if size % n == 0)
+
+
+def _replicated(counts: jax.Array) -> jax.Array:
+    """Counts of a sharded stacked axis, on a mesh of explicit axes, on every device."""
+    spec = jax.typeof(counts).sharding.spec
+    if all(axis is None for axis in spec):
+        return counts
+    return jax.sharding.reshard(counts, jax.sharding.PartitionSpec(*[None] * counts.ndim))

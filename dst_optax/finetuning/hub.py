@@ -1,0 +1,52 @@
+"""Checkpoints by their names on the Hugging Face hub."""
+
+import re
+from pathlib import Path
+
+NAME = re.compile(r"(?P<model>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt")
+"""What of a model is wanted: its weights, its configuration and its vocabulary."""
+
+
+def local_path(checkpoint: str) -> str:
+    """Where a checkpoint lies on this machine.
+
+    Args:
+      checkpoint: a path, or the name of a model on the hub, ``owner/model`` or ``owner/model@revision``. What
+        exists as a path is a path. A model that is not in the hub's cache is downloaded.
+
+    Returns:
+      The path; of a model on the hub, its directory in the cache.
+
+    Raises:
+      ValueError: the name is no path, and there is no such model in the cache and on the hub.
+
+    Example:
+      >>> local_path("/")
+      '/'
+    """
+    name = NAME.fullmatch(checkpoint)
+    if Path(checkpoint).exists() or name is None:
+        return checkpoint
+    try:
+        import huggingface_hub  # pyright: ignore[reportMissingImports]
+        from huggingface_hub import errors  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{checkpoint} does not exist. If it is a model on the Hugging Face hub, "
+            "pip install 'dst-optax[hub]'."
+        ) from error
+    model, revision = name["model"], name["revision"]
+    try:
+        return huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=list(FILES))
+    except errors.LocalEntryNotFoundError as error:
+        raise ValueError(
+            f"{checkpoint} is neither a path nor in the Hugging Face cache, and the hub cannot be reached. "
+            f"Run 'hf download {model} --revision {revision or 'main'}' where there is a network and set "
+            "HF_HOME to the directory that it fills; or give the path of a checkpoint."
+        ) from error
+    except (errors.HfHubHTTPError, errors.HFValidationError) as error:
+        raise ValueError(
+            f"{checkpoint} is no path, and the Hugging Face hub refuses it: {error} Check the name and the "
+            "revision; private and gated models need 'hf auth login'."
+        ) from error

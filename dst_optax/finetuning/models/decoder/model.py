@@ -1,0 +1,107 @@
+"""Decoder-only models as the trainer sees them."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dst_optax.finetuning.models.base import Batch, Params
+from dst_optax.finetuning.models.decoder import config_json, huggingface, parameters
+from dst_optax.finetuning.models.decoder.config import DecoderConfig
+from dst_optax.finetuning.models.decoder.decoding import decode
+from dst_optax.finetuning.models.decoder.network import Decoder
+
+if TYPE_CHECKING:
+    import seqio
+
+MATRICES = (r"/(q|v)_proj/kernel$", r"/(k|o|gate|up|down)_proj/kernel$")
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """A decoder behind :class:`~dst_optax.finetuning.models.base.LanguageModel`.
+
+    Attributes:
+      config: its shape.
+    """
+
+    config: DecoderConfig
+    decoder_only = True
+    embedding = "embed_tokens/embedding"
+
+    @property
+    def network(self) -> Decoder:
+        """The linen module."""
+        return Decoder(self.config)
+
+    def feature_converter(self) -> "seqio.FeatureConverter":  # noqa: D102
+        from dst_optax.finetuning.models.decoder.features import DecoderFeatureConverter
+
+        return DecoderFeatureConverter()
+
+    def configured(self, dtype: str, dropout: float | None) -> "CausalLM":  # noqa: D102
+        if dropout:
+            raise ValueError(f"recipe: dropout is {dropout}, but decoder-only models have none; set None.")
+        return CausalLM(dataclasses.replace(self.config, dtype=dtype))
+
+    def init(self, key: jax.Array) -> Params:  # noqa: D102
+        return self.network.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+    def load(self, checkpoint: str) -> Params:  # noqa: D102
+        like = dict(scan_layers=self.config.scan_layers, dtype=self.config.dtype, remat=self.config.remat)
+        said = config_json.read_config(checkpoint, **like)
+        if said != self.config:
+            differ = [
+                f"{field.name} is {getattr(said, field.name)!r} there and {value!r} here"
+                for field in dataclasses.fields(said)
+                if (value := getattr(self.config, field.name)) != getattr(said, field.name)
+            ]
+            raise ValueError(f"{checkpoint} is another model: {'; '.join(differ)}.")
+        return huggingface.load(checkpoint, self.config)
+
+    def save(self, directory: Path, params: Params) -> None:  # noqa: D102
+        huggingface.save_hf(params, self.config, directory)
+
+    def shardings(self, params: Params, mesh: Mesh) -> Any:  # noqa: D102
+        del params
+        return parameters.shardings(self.config, mesh)
+
+    def logits(self, params: Params, batch: Batch, key: jax.Array | None = None) -> jax.Array:  # noqa: D102
+        del key
+        logits: Any = self.network.apply(
+            {"params": params}, batch["decoder_input_tokens"], at=batch["decoder_target_indices"]
+        )
+        return logits
+
+    def decode(  # noqa: D102
+        self, params: Params, batch: Batch, vocabulary: Any, max_length: int
+    ) -> jax.Array:
+        lengths = batch["decoder_target_indices"][:, 0] + 1
+        return decode(
+            self.network, params, batch["decoder_input_tokens"], lengths, max_length, vocabulary.eos_ids
+        )
+
+    def text(self, vocabulary: Any, tokens: Sequence[int]) -> str:  # noqa: D102
+        return vocabulary.decode_until_end(list(tokens))
+
+    def check(self, vocabulary: Any) -> None:  # noqa: D102
+        if not hasattr(vocabulary, "eos_ids"):
+            raise ValueError(
+                f"a decoder-only model needs its own tokenizer, not {type(vocabulary).__name__}: give "
+                "HuggingFaceVocabulary the directory of its checkpoint."
+            )
+        if vocabulary.vocab_size > self.config.vocab_size:
+            raise ValueError(
+                f"the vocabulary has {vocabulary.vocab_size} pieces, the model's embedding only "
+                f"{self.config.vocab_size}; they do not belong together."
+            )
+
+    def matrices(self, paths: Iterable[str]) -> list[str]:  # noqa: D102
+        paths = list(paths)
+        return [path for pattern in MATRICES for path in paths if re.search(pattern, path)]

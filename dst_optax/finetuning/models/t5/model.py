@@ -1,0 +1,112 @@
+"""T5 as the trainer sees it."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dst_optax.finetuning.models.base import Batch, Params
+from dst_optax.finetuning.models.t5 import parameters
+from dst_optax.finetuning.models.t5.checkpoints import load
+from dst_optax.finetuning.models.t5.config import T5Config
+from dst_optax.finetuning.models.t5.decoding import decode
+from dst_optax.finetuning.models.t5.huggingface import save_hf
+from dst_optax.finetuning.models.t5.network import Transformer
+
+if TYPE_CHECKING:
+    import seqio
+
+EOS = 1
+MATRICES = (r"/(query|value)/kernel$", r"/(key|out|wi(_\d+)?|wo)/kernel$")
+
+
+@dataclass(frozen=True)
+class T5:
+    """A T5 behind :class:`~dst_optax.finetuning.models.base.LanguageModel`.
+
+    Attributes:
+      config: its shape.
+    """
+
+    config: T5Config
+    decoder_only = False
+    embedding = "token_embedder/embedding"
+
+    @property
+    def network(self) -> Transformer:
+        """The linen module."""
+        return Transformer(self.config)
+
+    def feature_converter(self) -> "seqio.FeatureConverter":  # noqa: D102
+        import seqio
+
+        return seqio.EncDecFeatureConverter(pack=False)
+
+    def configured(self, dtype: str, dropout: float | None) -> "T5":  # noqa: D102
+        rate = self.config.dropout_rate if dropout is None else dropout
+        return T5(dataclasses.replace(self.config, dtype=dtype, dropout_rate=rate))
+
+    def init(self, key: jax.Array) -> Params:  # noqa: D102
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        return self.network.init(key, tokens, tokens, tokens, enable_dropout=False)["params"]
+
+    def load(self, checkpoint: str) -> Params:  # noqa: D102
+        return load(checkpoint, self.config)
+
+    def save(self, directory: Path, params: Params) -> None:  # noqa: D102
+        save_hf(params, self.config, directory)
+
+    def shardings(self, params: Params, mesh: Mesh) -> Any:  # noqa: D102
+        return parameters.shardings(params, mesh)
+
+    def logits(self, params: Params, batch: Batch, key: jax.Array | None = None) -> jax.Array:  # noqa: D102
+        logits: Any = self.network.apply(
+            {"params": params},
+            batch["encoder_input_tokens"],
+            batch["decoder_input_tokens"],
+            batch["decoder_target_tokens"],
+            enable_dropout=key is not None,
+            rngs=None if key is None else {"dropout": key},
+        )
+        return logits
+
+    def decode(  # noqa: D102
+        self, params: Params, batch: Batch, vocabulary: Any, max_length: int
+    ) -> jax.Array:
+        del vocabulary
+        return decode(self.network, params, batch["encoder_input_tokens"], max_length)
+
+    def text(self, vocabulary: Any, tokens: Sequence[int]) -> str:
+        """The text of decoded tokens, up to the end mark.
+
+        Example:
+          >>> import seqio
+          >>> from dst_optax.finetuning.models import t5
+          >>> t5.T5(t5.CONFIGS["tiny"]).text(seqio.ByteVocabulary(), [100, 101, 1, 0, 0])
+          'ab'
+        """
+        ids = list(tokens)
+        ids = ids[: ids.index(EOS)] if EOS in ids else ids
+        return vocabulary.decode([i for i in ids if i != 0])
+
+    def check(self, vocabulary: Any) -> None:  # noqa: D102
+        if vocabulary.vocab_size > self.config.vocab_size:
+            raise ValueError(
+                f"the vocabulary has {vocabulary.vocab_size} pieces, the model's embedding only "
+                f"{self.config.vocab_size}; they do not belong together."
+            )
+        if (vocabulary.pad_id, vocabulary.eos_id) != (0, EOS):
+            raise ValueError(
+                f"T5 pads with 0 and ends with {EOS}; the vocabulary has {vocabulary.pad_id} and "
+                f"{vocabulary.eos_id}. Give T5's own vocabulary."
+            )
+
+    def matrices(self, paths: Iterable[str]) -> list[str]:  # noqa: D102
+        paths = list(paths)
+        return [path for pattern in MATRICES for path in paths if re.search(pattern, path)]
