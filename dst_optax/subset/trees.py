@@ -44,7 +44,7 @@ def map_leaves(model: Any, new: Mapping[str, Any]) -> Any:
         return _map_plain(model, new, ())
     import jax
 
-    from dst_optax.silos import is_masked, leaf_path
+    from dst_optax.tree import is_masked, leaf_path
 
     return jax.tree_util.tree_map_with_path(
         lambda k, x: x if is_masked(x) else new.get(leaf_path(k), x), model, is_leaf=is_masked
@@ -64,7 +64,7 @@ def _flat(model: Any) -> Iterator[tuple[str, Any]]:
         return
     import jax
 
-    from dst_optax.silos import is_masked, leaf_path
+    from dst_optax.tree import is_masked, leaf_path
 
     for key_path, x in jax.tree_util.tree_flatten_with_path(model, is_leaf=is_masked)[0]:
         if not is_masked(x):
