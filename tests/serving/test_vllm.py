@@ -1,6 +1,7 @@
 """On vLLM itself a subset makes the model that vLLM loads from the tuned checkpoint, and gives the seed back.
 
-Needs vLLM: ``VLLM_PLUGINS=dst_subset VLLM_ENABLE_V1_MULTIPROCESSING=0 pytest tests/serving/test_vllm.py``.
+Needs vLLM, not jax: ``VLLM_PLUGINS=dst_subset VLLM_ENABLE_V1_MULTIPROCESSING=0 pytest --noconftest`` and this
+file.
 """
 
 import os
