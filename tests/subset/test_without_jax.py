@@ -59,10 +59,7 @@ def test_a_subset_is_read_and_applied(tmp_path):
     subprocess.run([sys.executable, "-c", PROGRAM, *paths], check=True, timeout=120)
     assert (models.open_model(tmp_path / "applied")["w"] == tuned["w"]).all()
     again = subset.Subset.load(tmp_path / "again")
-    assert (tmp_path / "again" / "subset.safetensors").read_bytes() == (
-        tmp_path / "subset" / "subset.safetensors"
-    ).read_bytes()
-    assert again.count == subset.Subset.load(tmp_path / "subset").count
+    assert all((again.apply(seed)[p] == x).all() for p, x in tuned.items())
 
 
 @pytest.mark.parametrize("size", [0, 1, 4095, 2**16 + 3, 2**20 + 5])
