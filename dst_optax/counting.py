@@ -28,6 +28,7 @@ import numpy as np
 from jax import lax
 
 from dst_optax.counts import Counts, concatenate, sum_by_silo, sum_of_mask
+from dst_optax.silos import LeafPlan, groups_that_share_silos
 
 PROBES = 8
 GUESS_OFFSETS = (-24.0, -8.0, -2.0, -0.3, 0.3, 2.0, 8.0, 24.0)  # in units of the guess's spread
@@ -57,9 +58,10 @@ class Keys(NamedTuple):
 
     def take(self, per_silo: Any) -> Any:
         """Values of these silos out of those of all, ``(silos, ...)``."""
-        if len(self.silos) > 1:
+        if len(self.silos) != 1:
             return jax.tree.map(lambda x: x[np.array(self.silos, np.int32)], per_silo)
-        at = runtime_index(self.silos[0], self.zero)
+        (silo,) = self.silos
+        at = runtime_index(silo, self.zero)
         return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, at), per_silo)
 
     def broadcast(self, per_silo: jax.Array) -> jax.Array:
@@ -105,7 +107,7 @@ class Bracket(NamedTuple):
 class Layout(Protocol):
     """How keys lie in memory, and so how they are counted."""
 
-    def batches(self, leaves: Sequence[Any]) -> list[list[int]]:
+    def batches(self, leaves: Sequence[LeafPlan]) -> list[list[int]]:
         """Leaves in groups that are worked on one after another; no silo is in two of them."""
         ...
 
@@ -143,7 +145,7 @@ def per_platform(method: Callable[..., Any], *args: Any) -> Any:
 class Tensors:
     """Keys stay as the tensors lie, on whatever mesh; a pass counts all silos and is one exchange."""
 
-    def batches(self, leaves: Sequence[Any]) -> list[list[int]]:
+    def batches(self, leaves: Sequence[LeafPlan]) -> list[list[int]]:
         """All at once."""
         return [list(range(len(leaves)))]
 
@@ -166,12 +168,12 @@ class Tensors:
 class Rows:
     """Silos as rows of matrices, on one CPU device."""
 
-    def batches(self, leaves: Sequence[Any]) -> list[list[int]]:
+    def batches(self, leaves: Sequence[LeafPlan]) -> list[list[int]]:
         """Tensors that share silos stay together, tensors of one size beside each other."""
         sizes = [math.prod(leaf.shape) for leaf in leaves]
         limit = max(BATCH, sum(sizes) // 8)
         batches: dict[tuple[int, ...], list[list[int]]] = {}
-        for group in _sharing_silos(leaves):
+        for group in groups_that_share_silos(leaves):
             shape = tuple(sizes[j] for j in group)
             alike = batches.setdefault(shape, [[]])
             if sum(sizes[j] for j in alike[-1]) + sum(shape) > limit and alike[-1]:
@@ -250,19 +252,6 @@ def _slices(x: jax.Array, axis: int | None) -> list[jax.Array]:
     if axis is None:
         return [x]
     return [lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])]
-
-
-def _sharing_silos(leaves: Sequence[Any]) -> list[list[int]]:
-    """Groups of leaves that share silos, in order of their first leaf."""
-    group_of: dict[int, int] = {}
-    groups: dict[int, list[int]] = {}
-    for i, leaf in enumerate(leaves):
-        joined = sorted({group_of[s] for s in leaf.silos if s in group_of})
-        groups[i] = [*sorted(j for g in joined for j in groups.pop(g)), i]
-        for j in groups[i]:
-            for s in leaves[j].silos:
-                group_of[s] = i
-    return sorted(groups.values())
 
 
 def _search(

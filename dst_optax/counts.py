@@ -64,9 +64,7 @@ class Counts:
 
     def where(self, condition: jax.Array, other: "Counts") -> "Counts":
         """These counts where ``condition`` holds, ``other`` elsewhere."""
-        return Counts(
-            jnp.where(condition, self.high, other.high), jnp.where(condition, self.low, other.low)
-        )
+        return Counts(jnp.where(condition, self.high, other.high), jnp.where(condition, self.low, other.low))
 
     def sum(self, axis: int | None = None) -> "Counts":
         """Their sum along an axis of up to 2**15 counts."""

@@ -72,7 +72,7 @@ def project(
     _check(plan, values, seeds)
     choice = choose(
         plan,
-        distances.absolute if distance is None else distance,
+        distance or distances.absolute,
         ties,
         [Proposal(values[i]) for i in plan.ranked],
         [seeds[i] for i in plan.ranked],
@@ -96,7 +96,7 @@ def project_updates(
     seeds: list[jax.Array],
     budgets: Counts,
     memory: Memory,
-    distance: distances.Distance,
+    distance: distances.Distance | None,
     ties: str,
 ) -> tuple[list[jax.Array], list[jax.Array], Memory]:
     """The same projection, of ``params + updates`` and spelled as updates.
@@ -108,7 +108,7 @@ def project_updates(
       seeds: seeds of the leaves ``plan.ranked``.
       budgets: entries that each silo may free, (silos,).
       memory: what the last step learned.
-      distance: component-wise distance.
+      distance: component-wise distance; None means absolute.
       ties: "strict" or "fill".
 
     Returns:
@@ -116,7 +116,7 @@ def project_updates(
       the leaves ``plan.ranked``, and the memory for the next step.
     """
     proposals = [Proposal(updates[i], jnp.asarray(params[i])) for i in plan.ranked]
-    choice = choose(plan, distance, ties, proposals, seeds, budgets, memory)
+    choice = choose(plan, distance or distances.absolute, ties, proposals, seeds, budgets, memory)
     out = [
         jnp.full_like(u, -0.0) if plan.is_frozen(leaf) else u  # what keeps every bit when it is added
         for u, leaf in zip(updates, plan.leaves, strict=True)

@@ -80,7 +80,9 @@ def choose(
     if not plan.ranked:
         free = budgets.sum().to_float()
         nothing = new_memory(len(plan.sizes))
-        return Choice([], [], nothing._replace(diagnostics=nothing.diagnostics._replace(num_free=free, budget=free)))
+        return Choice(
+            [], [], nothing._replace(diagnostics=nothing.diagnostics._replace(num_free=free, budget=free))
+        )
     leaves = [plan.leaves[i] for i in plan.ranked]
     for leaf, proposal in zip(leaves, proposals, strict=True):
         _check_distance(distance, leaf, proposal.dtype)
@@ -209,7 +211,7 @@ def _check_distance(distance: distances.Distance, leaf: LeafPlan, dtype: Any) ->
 def _distance_keys(
     distance: distances.Distance, scale: "_Scale", proposal: Proposal, seed: jax.Array, zero: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Distances as integers of the same order, -1 where the proposal is not finite; whether one is negative."""
+    """Distances as integers of the same order, -1 where nothing finite is proposed; is one negative?"""
     theta_hat, wide = proposal.value(zero), promote(proposal.dtype, jnp.float32)
     origin = seed.astype(wide)
     delta = distance(origin, theta_hat.astype(wide), origin)

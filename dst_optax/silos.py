@@ -181,6 +181,20 @@ class SiloPlan:
             i for i, leaf in enumerate(self.leaves) if not self.is_free(leaf) and not self.is_frozen(leaf)
         )
 
+    def part(self, leaves: Sequence[int]) -> "SiloPlan":
+        """The plan of one group of :func:`groups_that_share_silos`.
+
+        Without the tensors' paths, so that it is the same for groups of like tensors.
+        """
+        ids = sorted({s for i in leaves for s in self.leaves[i].silos})
+        local = {s: i for i, s in enumerate(ids)}
+        kept = tuple(
+            dataclasses.replace(leaf, path=f"tensor {n}", silos=tuple(local[s] for s in leaf.silos))
+            for n, leaf in enumerate(self.leaves[i] for i in leaves)
+        )
+        budgets = None if self.budgets is None else tuple(self.budgets[s] for s in ids)
+        return SiloPlan(kept, tuple(map(str, range(len(ids)))), tuple(self.sizes[s] for s in ids), budgets)
+
     def budgets_at(self, step: jax.Array | None = None, fraction: Any = None) -> Counts:
         """Entries that each silo may free at a step.
 
@@ -211,6 +225,26 @@ class SiloPlan:
         text = repr([(leaf.path, leaf.shape, leaf.dtype, leaf.axis, leaf.silos) for leaf in self.leaves])
         text += repr(self.ranked)
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+def groups_that_share_silos(leaves: Sequence[LeafPlan]) -> list[list[int]]:
+    """Indices of leaves that share silos, directly or through others, in order of their first leaf.
+
+    Args:
+      leaves: tensors' places in a plan.
+
+    Returns:
+      Disjoint groups that cover all leaves.
+    """
+    group_of: dict[int, int] = {}
+    groups: dict[int, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        joined = sorted({group_of[s] for s in leaf.silos if s in group_of})
+        groups[i] = [*sorted(j for g in joined for j in groups.pop(g)), i]
+        for j in groups[i]:
+            for s in leaves[j].silos:
+                group_of[s] = i
+    return sorted(groups.values())
 
 
 def check_fraction(value: Any, where: str) -> None:
@@ -270,7 +304,7 @@ def make_plan(
         fractions = None
     patterns = list(rule.patterns)
     if are_rules(fractions):
-        patterns += [p for p, _ in fractions]
+        patterns += [p for p, _ in fractions or ()]
     _check_patterns(patterns, [path for path, _ in named])
 
     indices: dict[str, int] = {}

@@ -93,7 +93,12 @@ def new_memory(num_silos: int) -> Memory:
     return Memory(
         threshold=jnp.zeros(num_silos, jnp.float32),
         threshold_delta=jnp.zeros(num_silos, jnp.float32),
-        diagnostics=Diagnostics(*[jnp.zeros((), jnp.float32)] * 3, jnp.zeros((), jnp.int32)),
+        diagnostics=Diagnostics(
+            num_free=jnp.zeros((), jnp.float32),
+            budget=jnp.zeros((), jnp.float32),
+            num_nonfinite=jnp.zeros((), jnp.float32),
+            passes=jnp.zeros((), jnp.int32),
+        ),
     )
 
 

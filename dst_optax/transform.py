@@ -17,19 +17,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from dst_optax import distances
 from dst_optax import silos as silos_lib
 from dst_optax import state as state_lib
-from dst_optax.project import project_updates
+from dst_optax.rule import SubsetRule
 from dst_optax.select import add, bits
-from dst_optax.silos import SiloPlan
 from dst_optax.state import DynamicSubsetTuningState, Free, Frozen, LeafState
-from dst_optax.tree import are_rules, is_masked, named_leaves
+from dst_optax.tree import is_masked, named_leaves
 
-DEFAULT_FRACTION = 0.1
 NO_PARAMS = "dynamic_subset_tuning needs the current parameters: call tx.update(updates, state, params)."
 
 
@@ -83,16 +80,10 @@ def dynamic_subset_tuning(
       Stahlberg, Lichtarge, Kumar, *Dynamic Subset Tuning: Expanding the Operational Range of
       Parameter-Efficient Training for Large Language Models*, arXiv 2411.08610.
     """
-    if ties not in ("strict", "fill"):
-        raise ValueError(f"ties: got {ties!r}; it must be 'strict' or 'fill'.")
-    fraction = _checked_fraction(fraction_of_free_params, num_free_params)
-    at_run_time = callable(fraction) or isinstance(fraction, jax.Array)
-
-    def plan_of(params: Any) -> SiloPlan:
-        return silos_lib.make_plan(params, silos, None if at_run_time else fraction, num_free_params)
+    rule = SubsetRule(fraction_of_free_params, num_free_params, silos, distance, ties)
 
     def init(params: Any) -> DynamicSubsetTuningState:
-        return state_lib.init(plan_of(params), params)
+        return state_lib.init(rule.plan(params), params)
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -100,23 +91,7 @@ def dynamic_subset_tuning(
         del extra_args
         if params is None:
             raise ValueError(NO_PARAMS)
-        plan = plan_of(params)
-        state_lib.check_structure(plan, updates, state, params)
-        leaves = jax.tree.leaves(params)
-        state = state_lib.capture(state, [leaves[i] for i in plan.ranked])
-        proposed, treedef = jax.tree.flatten(updates)
-        projected, masks, memory = project_updates(
-            plan,
-            proposed,
-            leaves,
-            jax.tree.leaves(state.seed),
-            plan.budgets_at(state.step, fraction),
-            state.memory,
-            distances.absolute if distance is None else distance,
-            ties,
-        )
-        mask = jax.tree.unflatten(jax.tree.structure(state.seed), masks)
-        return treedef.unflatten(projected), state._replace(mask=mask, step=state.step + 1, memory=memory)
+        return rule.project_updates(updates, params, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -263,29 +238,3 @@ def _inside(p: Any, leaf: LeafState) -> Any:
     if leaf.mask is None or isinstance(leaf.seed, Free | Frozen):
         return p
     return jnp.where(leaf.mask | ~leaf.captured, p, leaf.seed)
-
-
-def _checked_fraction(fraction: Any, num_free_params: int | None) -> Any:
-    """The fraction: checked where it is known, None if a number of parameters takes its place."""
-    if num_free_params is not None:
-        if fraction is not None:
-            raise ValueError(
-                f"got both fraction_of_free_params={fraction!r} and num_free_params={num_free_params!r}; "
-                "give one of them."
-            )
-        if isinstance(num_free_params, bool) or not isinstance(num_free_params, int | np.integer):
-            raise TypeError(f"num_free_params: expected an int, got {num_free_params!r}.")
-        if num_free_params < 0:
-            raise ValueError(f"num_free_params: got {num_free_params}; it must be 0 or more.")
-        return None
-    if fraction is None:
-        return DEFAULT_FRACTION
-    if are_rules(fraction):
-        for pattern, value in fraction:
-            silos_lib.check_fraction(value, f"fraction_of_free_params for the pattern {pattern!r}")
-        return tuple((p, v) for p, v in fraction)
-    if not callable(fraction) and not isinstance(fraction, jax.Array):
-        for path, value in named_leaves(fraction):
-            where = f" for {path!r}" if path else ""
-            silos_lib.check_fraction(value, f"fraction_of_free_params{where}")
-    return fraction

@@ -37,9 +37,9 @@ def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] = is_masked) -> list[
       ['attn/query', 'attn/value']
     """
     found = []
-    for key_path, x in jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda x: _is_box(x) or is_leaf(x)
-    )[0]:
+    for key_path, x in jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: _is_box(x) or is_leaf(x))[
+        0
+    ]:
         if not _is_box(x):
             found.append((leaf_path(key_path), x))
             continue

@@ -5,12 +5,12 @@ transforms for which ``dst_optax.dynamic_subset_tuning`` is the last link. Impor
 teaches T5X how the states of DST, ``optax.adafactor`` and ``optax.inject_hyperparams`` are sharded.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import struct, traverse_util
 from flax.serialization import from_state_dict, to_state_dict
@@ -19,8 +19,13 @@ from t5x import optimizers  # pyright: ignore[reportMissingImports]
 
 import dst_optax
 from dst_optax import distances, silos
-from dst_optax.silos import leaf_path
+from dst_optax.rule import SubsetRule
+from dst_optax.tree import leaf_path
 
+FIRST_EDITION = (
+    "this checkpoint was written by dst-optax 0.1, whose state holds other fields. Finish the run with 0.1, "
+    "or start a new one from its seed: export the subset with 0.1 and apply it with `dst-optax subset apply`."
+)
 LAYERS = "layers"  # T5X's name of the axis that nn.scan stacks layers along
 
 
@@ -38,12 +43,12 @@ class DynamicSubsetTuning(optimizers.OptimizerDef):
 
     Attributes:
       inner: any T5X optimizer.
+      rule: what may differ from the seed.
     """
 
-    def __init__(self, inner: Any, fraction_of_free_params: Any, **kwargs: Any):
+    def __init__(self, inner: Any, rule: SubsetRule):
         self.inner = inner
-        self._fraction = fraction_of_free_params
-        self._kwargs = kwargs
+        self.rule = rule
 
     @property
     def hyper_params(self) -> Any:
@@ -54,39 +59,30 @@ class DynamicSubsetTuning(optimizers.OptimizerDef):
         """See the inner optimizer."""
         return self.inner.update_hyper_params(**overrides)
 
-    @property
-    def transform(self) -> optax.GradientTransformation:
-        """What is done to the inner optimizer's updates."""
-        return dst_optax.dynamic_subset_tuning(self._fraction, **self._kwargs)
-
     def plan(self, params: Any) -> silos.SiloPlan:
         """The silos, for metrics of each."""
-        total = self._kwargs.get("num_free_params")
-        fraction = None if callable(self._fraction) or total is not None else self._fraction
-        return silos.make_plan(params, self._kwargs.get("silos"), fraction, total)
+        return self.rule.plan(params)
 
     def init_state(self, params: Any) -> DynamicSubsetTuningState:
         """States of both; the seed is captured at the first step, after weights were restored."""
         inner = self.inner.init_state(params)
-        return DynamicSubsetTuningState(inner.step, inner.param_states, self.transform.init(params))
+        return DynamicSubsetTuningState(inner.step, inner.param_states, self.rule.init(params))
 
     def apply_gradient(
         self, hyper_params: Any, params: Any, state: DynamicSubsetTuningState, grads: Any
     ) -> tuple[Any, DynamicSubsetTuningState]:
         """Free entries get exactly what the inner optimizer sets, all others exactly the seed."""
         proposed, inner = self.inner.apply_gradient(hyper_params, params, state, grads)
-        updates = jax.tree.map(jnp.subtract, proposed, params)
-        updates, dst = self.transform.update(updates, state.dst, params)
-        tuned = dst_optax.apply_updates(params, updates, dst)
-        tuned = jax.tree.map(jnp.where, dst_optax.subset_mask(tuned, dst), proposed, tuned)
+        tuned, dst = self.rule.project(proposed, params, state.dst)
         return tuned, DynamicSubsetTuningState(inner.step, inner.param_states, dst)
 
     def set_param_axes(self, param_logical_axes: Any) -> None:
         """Tells the inner optimizer the axes; unless silos are given, each scanned layer is one."""
         if hasattr(self.inner, "set_param_axes"):
             self.inner.set_param_axes(param_logical_axes)
-        if self._kwargs.get("silos") is None:
-            self._kwargs["silos"] = silos.per_tensor(stacked=stacked_layers(param_logical_axes))
+        if self.rule.silos is None:
+            stacked = silos.per_tensor(stacked=stacked_layers(param_logical_axes))
+            self.rule = dataclasses.replace(self.rule, silos=stacked)
 
     def derive_logical_axes(self, optimizer: Any, param_logical_axes: Any) -> Any:
         """The seed is sharded as its parameter, what is kept of silos lies on every device."""
@@ -109,6 +105,8 @@ class DynamicSubsetTuning(optimizers.OptimizerDef):
         """Puts the empty nodes back."""
         state = dict(state_dict["state"])
         flat = traverse_util.flatten_dict(state.pop("dst"))
+        if ("memory", "threshold") not in flat:
+            raise ValueError(FIRST_EDITION)
         known = traverse_util.flatten_dict(to_state_dict(opt_state.dst), keep_empty_nodes=True)
         flat |= {path: x for path, x in known.items() if x is traverse_util.empty_node}
         dst = from_state_dict(opt_state.dst, traverse_util.unflatten_dict(flat))
@@ -119,11 +117,11 @@ class DynamicSubsetTuning(optimizers.OptimizerDef):
 
 def dynamic_subset_tuning(
     inner: Any,
-    fraction_of_free_params: Any = 0.1,
+    fraction_of_free_params: Any = None,
     *,
     num_free_params: int | None = None,
     silos: silos.Silos | None = None,
-    distance: distances.Distance = distances.absolute,
+    distance: distances.Distance | None = None,
     ties: str = "strict",
 ) -> DynamicSubsetTuning:
     """Wraps a T5X optimizer, so that only a small, moving subset may differ from the seed.
@@ -143,14 +141,8 @@ def dynamic_subset_tuning(
     Returns:
       The optimizer.
     """
-    return DynamicSubsetTuning(
-        inner,
-        fraction_of_free_params,
-        num_free_params=num_free_params,
-        silos=silos,
-        distance=distance,
-        ties=ties,
-    )
+    rule = SubsetRule(fraction_of_free_params, num_free_params, silos, distance, ties)
+    return DynamicSubsetTuning(inner, rule)
 
 
 class OptaxWrapper(optimizers.OptaxWrapper):
@@ -201,12 +193,10 @@ def stacked_layers(param_logical_axes: Any) -> list[tuple[str, int]]:
 
 
 def partition(state: dst_optax.DynamicSubsetTuningState, params_axes: Any) -> Any:
-    """Partition rule of DST's state.
-
-    What is kept of silos lies everywhere.
-    """
-    everywhere = {name: PartitionSpec() for name in state._fields}
-    return state._replace(**everywhere | {"seed": _like_params(state.seed, params_axes)})
+    """Partition rule of DST's state: seed and mask lie as the parameters do, all else everywhere."""
+    mask = None if state.mask is None else _like_params(state.mask, params_axes)
+    rest = _everywhere(state._replace(seed=None, mask=None))
+    return rest._replace(seed=_like_params(state.seed, params_axes), mask=mask)
 
 
 def partition_factored(state: optax.FactoredState, params_axes: Any) -> Any:

@@ -46,10 +46,9 @@ def distance_keys(seed, p, u):
     with np.errstate(all="ignore"):
         proposal = flush((flush(p) + flush(u)).astype(p.dtype))
         delta = np.abs(flush(seed).astype(wide) - proposal.astype(wide))
-        back = flush((flush(seed) - flush(p)).astype(p.dtype))
     delta = np.where(np.isnan(delta), np.inf, flush(delta)).astype(wide)
     odd = ~np.isfinite(proposal.astype(wide))
-    same = (bits(proposal) == bits(seed)) | (flush(u) == back) | odd
+    same = (bits(proposal) == bits(seed)) | odd
     return np.where(same, 0, delta), odd
 
 

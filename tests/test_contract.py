@@ -15,7 +15,7 @@ import pytest
 from precision import x64
 
 import dst_optax
-from dst_optax import budget, silos
+from dst_optax import silos
 
 EPS = 1e-4  # a smaller one overflows in float16
 OPTIMIZERS = {
@@ -113,5 +113,5 @@ def test_contract(optimizer, dtype, silo, fraction, ties):
             params, state = choose(u, state, params)
             now = float(str(value(step) if callable(value) else value))  # the shortest decimal
             free = check_step(labels, now, ties, seed, before, u, params)
-            assert int(budget.to_float(state.free)) == free
+            assert int(state.memory.diagnostics.num_free) == free
         assert choose._cache_size() == 1

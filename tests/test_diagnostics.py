@@ -55,13 +55,12 @@ def test_metrics_count_what_numpy_counts():
     old, new = flat(old), flat(new)
     expected = {
         "subset_size": new.sum(),
-        "free": new.sum(),
+        "num_free": new.sum(),
         "budget": 3 + 24 + 3 * 4,
         "entered": (new & ~old).sum(),
         "left": (old & ~new).sum(),
         "overlap": (old & new).sum() / (old | new).sum(),
-        "nonfinite": 0,
-        "unresolved": 0,
+        "num_nonfinite": 0,
         "step": 4,
     }
     expected |= {f"subset_size/{n}": size for n, size in sizes.items()}
@@ -111,7 +110,7 @@ def test_frozen_and_free_leaves():
     assert mask["b"].all()
     assert not mask["w"].any()
     got = diagnostics.metrics(state, trace[-1], plan=silos.make_plan(trace[0], None, rules))
-    assert int(got["subset_size"]) == int(got["budget"]) == int(got["free"]) == 31 + 12
+    assert int(got["subset_size"]) == int(got["budget"]) == int(got["num_free"]) == 31 + 12
     assert int(got["subset_size/w"]) == 0
 
 
@@ -122,22 +121,22 @@ def test_entries_that_are_not_finite_are_counted():
     updates, state = tx.update(u, tx.init(params), params)
     after = dst_optax.apply_updates(params, updates, state)
     got = diagnostics.metrics(state, after)
-    assert int(got["nonfinite"]) == 3
-    assert int(got["free"]) == 5
+    assert int(got["num_nonfinite"]) == 3
+    assert int(got["num_free"]) == 5
     assert int(got["subset_size"]) == 8
     many = {"a": jnp.full(70_000, jnp.nan)}  # more than 16 bits hold
     params = {"a": jnp.ones(70_000)}
     _, state = tx.update(many, tx.init(params), params)
-    assert int(diagnostics.metrics(state)["nonfinite"]) == 70_000
+    assert int(diagnostics.metrics(state)["num_nonfinite"]) == 70_000
 
 
-@pytest.mark.parametrize(("ties", "free"), [("strict", 3), ("fill", 10)])
+@pytest.mark.parametrize(("ties", "num_free"), [("strict", 3), ("fill", 10)])
 def test_ties_that_are_filled_are_counted_as_free(ties, free):
     params = jnp.zeros(101)
     tx = dst_optax.wrap(optax.identity(), 0.1, ties=ties)
     u = jnp.ones(101).at[jnp.arange(3)].set(2.0)
     _, state = tx.update(u, tx.init(params), params)
-    assert int(diagnostics.metrics(state)["free"]) == free
+    assert int(diagnostics.metrics(state)["num_free"]) == free
 
 
 @pytest.mark.parametrize(

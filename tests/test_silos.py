@@ -104,7 +104,7 @@ def test_absolute_budget_is_shared():
 
 def test_value_of_an_nnx_path_is_dropped():
     key_path = jax.tree_util.tree_flatten_with_path({"a": {"kernel": {"value": 0}}})[0][0][0]
-    assert silos.leaf_path(key_path) == "a/kernel"
+    assert tree.leaf_path(key_path) == "a/kernel"
 
 
 def test_fingerprint_tells_plans_apart_but_not_budgets():

@@ -102,7 +102,7 @@ def test_commands_work_away_from_the_checkout(installed, tmp_path):
     assert "finetune" in run(installed, tmp_path, "dst-optax", "--help").stdout
     assert "--topology" in run(installed, tmp_path, "dst-optax", "plan", "--help").stdout
     quick = ["--gin.STEPS=2", "--gin.EVAL_EVERY=2", "--gin.BATCH_SIZE=2", "--gin.TASKS=['rte']"]
-    small = ["--gin.LENGTHS={'inputs': 16, 'targets': 4}", "--gin.sources.SyntheticSource.train_size=8"]
+    small = ["--gin.LENGTHS={'inputs': 16, 'targets': 16}", "--gin.sources.SyntheticSource.train_size=8"]
     flags = ["--gin_file=quickstart_seed.gin", "--gin_file=configs/dst.gin", "--gin.FRACTION=0.1"]
     run(installed, tmp_path, "dst-optax", "finetune", *flags, *quick, *small, "--gin.RUN_DIR='run'")
     tuned = "run/dst/rng_0/tuned/subset"

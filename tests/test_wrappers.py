@@ -175,7 +175,7 @@ def test_abstract_init_and_map_params():
     )
     doubled = optax.tree.map_params(tx, lambda x: 2 * x, state)
     np.testing.assert_array_equal(doubled[-1].seed["w"], 2 * params["w"])
-    np.testing.assert_array_equal(doubled[-1].threshold, state[-1].threshold)
+    np.testing.assert_array_equal(doubled[-1].memory.threshold, state[-1].memory.threshold)
     assert optax.tree.get(state, "count") == 0
 
 

@@ -8,7 +8,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dst_optax.finetuning import storage
 from dst_optax.finetuning.methods import Params
 from dst_optax.finetuning.models.base import LanguageModel
-from dst_optax.silos import leaf_path
+from dst_optax.tree import map_named
 
 
 def make_mesh(shape: tuple[int, int] | None = None) -> Mesh:
@@ -56,11 +56,10 @@ def place_like(opt_state: Any, tuned: Params, mesh: Mesh) -> Any:
     """Puts an optimizer's arrays beside the parameters that they belong to, all others on every device."""
     shardings = {name: (x.shape, x.sharding) for name, x in storage.named_leaves(tuned).items()}
 
-    def place(key: Any, x: Any) -> Any:
-        path = leaf_path(key)
+    def place(path: str, x: Any) -> Any:
         for name, (shape, sharding) in shardings.items():
             if x.shape == shape and f"/{path}".endswith(f"/{name}"):
                 return jax.device_put(x, sharding)
         return jax.device_put(x, replicated(mesh))
 
-    return jax.tree_util.tree_map_with_path(place, opt_state)
+    return map_named(place, opt_state)

@@ -43,7 +43,6 @@ def make_step(
       A function of state, batch and random key, to be jitted, that returns the new state and ``loss``,
       ``z_loss``, ``accuracy`` (of tokens), ``tokens`` and ``grad_norm``.
     """
-    transform = method.transform
 
     def part(tuned: Any, frozen: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Any]:
         targets = batch["decoder_target_tokens"]
@@ -79,8 +78,7 @@ def make_step(
         tokens = jnp.maximum(jnp.sum(batch["decoder_loss_weights"].astype(jnp.float32)), 1.0)
         grads, sums = gradients(state, batch, key)
         grads = jax.tree.map(lambda g: g / tokens.astype(g.dtype), grads)
-        updates, slots = transform.update(grads, state.slots, state.tuned)
-        tuned = method.apply_updates(state.tuned, updates, slots)
+        tuned, slots = method.update(grads, state.slots, state.tuned)
         measured = {name: total / tokens for name, total in sums.items()}
         measured["tokens"] = tokens
         squares = [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)]

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 
 from dst_optax import subset
+from dst_optax import tree as tree_lib
 from dst_optax.atomic import atomic_file, publish
 from dst_optax.finetuning import processes
-from dst_optax.silos import leaf_path
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_WORDS = ("No space left", "Disk quota exceeded", "File too large")
@@ -95,7 +95,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
       >>> named_leaves({"a": {"b": 1}})
       {'a/b': 1}
     """
-    return {leaf_path(path): x for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    return dict(tree_lib.named_leaves(tree, is_leaf=lambda x: False))
 
 
 def save_tree(path: Path, tree: Any) -> None:
@@ -192,15 +192,13 @@ def load_model(path: Path, like: Any) -> Any:
             f"{path} holds another model; the first differences are {differ[:4]}. Give the model "
             "configuration that it was made with."
         )
-    return jax.tree_util.tree_map_with_path(lambda k, x: found[leaf_path(k)].astype(x.dtype), like)
+    return tree_lib.map_named(lambda path, x: found[path].astype(x.dtype), like)
 
 
 def pick(params: Any, like: Any) -> Any:
     """Copies of those leaves of ``params`` that ``like`` has, with its shardings."""
     known = named_leaves(params)
-    return jax.tree_util.tree_map_with_path(
-        lambda key, x: jax.device_put(np.array(known[leaf_path(key)]), x.sharding), like
-    )
+    return tree_lib.map_named(lambda path, x: jax.device_put(np.array(known[path]), x.sharding), like)
 
 
 def fingerprint(params: Any) -> str:

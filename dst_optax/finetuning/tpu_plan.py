@@ -29,6 +29,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import dst_optax
 from dst_optax import silos
 from dst_optax.finetuning import compiled_program
+from dst_optax.tree import map_named, named_leaves
 
 GIB = 2**30
 MEMORY = {"v4": 32 * GIB, "v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB}  # bytes a chip
@@ -336,7 +337,7 @@ def _update(job: Job, params: Any, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _step(job: Job, program: str, network: Any, params: Any, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
-    from dst_optax.finetuning.methods.dst import DST
+    from dst_optax.finetuning.methods.dst import DST, DSTState
     from dst_optax.finetuning.methods.full import Full
     from dst_optax.finetuning.models import t5
     from dst_optax.finetuning.steps import TrainState, make_step
@@ -352,7 +353,15 @@ def _step(job: Job, program: str, network: Any, params: Any, mesh: Mesh) -> tupl
         for name, n in lengths.items()
     }
     key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=NamedSharding(mesh, PartitionSpec()))
-    state = TrainState({}, params, _state(method.transform, params, mesh))
+    slots = _state(optimizer, params, mesh)
+    if isinstance(method, DST):
+        dst = jax.eval_shape(method.rule.init, params)
+        shardings = {path: p.sharding for path, p in named_leaves(params)}
+        seed = map_named(lambda path, x: _placed(x, shardings[path]), dst.seed)
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        rest = jax.tree.map(lambda x: _placed(x, everywhere), dst._replace(seed=None))
+        slots = DSTState(slots, rest._replace(seed=seed))
+    state = TrainState({}, params, slots)
     return make_step(t5.T5(network.config), method), (state, batch, key)
 
 

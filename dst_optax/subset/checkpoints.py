@@ -10,9 +10,9 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from dst_optax.silos import leaf_path
 from dst_optax.subset import training_state, trees
 from dst_optax.subset.errors import SubsetError
+from dst_optax.tree import leaf_path
 
 _PLACEHOLDER = "PLACEHOLDER://"
 _METADATA = "_METADATA"
@@ -54,14 +54,26 @@ def open_parameters(path: pathlib.Path, names: Iterable[str] | None = None) -> d
       SubsetError: it is missing, truncated or of another kind, or holds no parameters.
     """
     arrays = _open(path, lambda tree: training_state.parameter_keys(tree, names))
-    if arrays is not None:
-        training_state.check(path, arrays)
-    return arrays
+    if arrays is None:
+        return None
+    training_state.check(path, arrays)
+    return _unboxed(arrays, set(names or ()))
 
 
 def open_state(path: pathlib.Path) -> dict[str, Any] | None:
     """All arrays of a checkpoint of T5X, the optimizer's too; see :func:`open_parameters`."""
     return _open(path, training_state.t5x_keys)
+
+
+def _unboxed(arrays: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    """Arrays by the paths of their flax variables, of which a checkpoint keeps the array as ``value``."""
+
+    def unboxed(name: str) -> str:
+        path = name.removesuffix("/value")
+        alone = all(other == name or not other.startswith(f"{path}/") for other in arrays)
+        return path if alone and name not in names else name
+
+    return {unboxed(name) if name.endswith("/value") else name: x for name, x in arrays.items()}
 
 
 def _open(path: pathlib.Path, locate: Callable[[Any], list[str]]) -> dict[str, Any] | None:

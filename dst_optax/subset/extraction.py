@@ -1,19 +1,26 @@
 """Making subsets: from a training run, or from any two models of one shape."""
 
+import contextlib
+import itertools
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dst_optax import distances, transform
-from dst_optax.silos import FractionRules, LeafPlan, SiloPlan, Silos, make_plan
+from dst_optax import distances
+from dst_optax.project import project
+from dst_optax.silos import SiloPlan, Silos, groups_that_share_silos, make_plan
+from dst_optax.state import Free, leaf_states, seed_leaves
 from dst_optax.subset import trees
 from dst_optax.subset.core import Entries, Subset
+from dst_optax.subset.dtypes import is_float
 from dst_optax.subset.errors import SubsetError
 from dst_optax.subset.fingerprint import fingerprints
+from dst_optax.tree import is_masked
 
 
 def extract(
@@ -39,6 +46,7 @@ def extract(
 
     Raises:
       ValueError: the seed is not captured yet, or not known for a tensor.
+      SubsetError: entries differ from the seed that the optimizer did not allow to.
 
     Example:
       >>> import dst_optax, jax.numpy as jnp, optax
@@ -53,7 +61,7 @@ def extract(
     """
     given = {} if seed is None else trees.named_leaves(seed, "the seed")
     tuned = trees.named_leaves(params, "the parameters")
-    known = dict(transform.seed_leaves(params, state))
+    known = dict(seed_leaves(params, state))
     seeds = {}
     for path in tuned:
         found = known.get(path)
@@ -64,17 +72,19 @@ def extract(
                 "seed model as seed=."
             )
         seeds[path] = found
-    return _subset(seeds, tuned, _differences(seeds, tuned), with_seed_values, metadata)
+    parts = _differences(seeds, tuned)
+    _check_allowed(parts, tuned, state)
+    return _subset(seeds, tuned, parts, with_seed_values, metadata)
 
 
 def from_models(
     seed: Any,
     tuned: Any,
-    fraction_of_free_params: float | FractionRules | None = None,
+    fraction_of_free_params: Any = None,
     *,
     num_free_params: int | None = None,
     silos: Silos | None = None,
-    distance: distances.Distance = distances.absolute,
+    distance: distances.Distance | None = None,
     with_seed_values: bool = False,
     metadata: dict[str, Any] | None = None,
 ) -> Subset:
@@ -84,7 +94,8 @@ def from_models(
       seed: pytree of arrays.
       tuned: pytree of arrays with the same paths, shapes and dtypes.
       fraction_of_free_params: None for the exact difference; else of every silo the entries with the
-        largest distances are kept, as many as :func:`dst_optax.dynamic_subset_tuning` would free.
+        largest distances are kept, as many as :func:`dst_optax.dynamic_subset_tuning` would free. Of
+        tensors that are not floating-point all entries that differ are kept.
       num_free_params: absolute budget instead of a fraction.
       silos: which entries compete, see :mod:`dst_optax.silos`.
       distance: see :mod:`dst_optax.distances`.
@@ -108,12 +119,14 @@ def from_models(
       [1, 3]
     """
     seeds, tuneds = trees.named_leaves(seed, "the seed"), trees.named_leaves(tuned, "the tuned model")
-    parts = _differences(seeds, tuneds)
+    _check_models(seeds, tuneds)
+    chosen = {}
     if fraction_of_free_params is not None or num_free_params is not None:
-        model = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in tuneds.items()}
+        floats = {path: x for path, x in tuneds.items() if is_float(x.dtype)}
+        model = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in floats.items()}
         plan = make_plan(model, silos, fraction_of_free_params, num_free_params)
-        parts = _largest(parts, plan, distance, _shared(tuneds))
-    return _subset(seeds, tuneds, parts, with_seed_values, metadata)
+        chosen = _chosen(plan, seeds, floats, distance)
+    return _subset(seeds, tuneds, _differences(seeds, tuneds, chosen), with_seed_values, metadata)
 
 
 class _Part(NamedTuple):
@@ -149,9 +162,13 @@ def _subset(
     return Subset(leaves, dict(metadata or {}))
 
 
-def _differences(seeds: dict[str, Any], tuned: dict[str, Any]) -> dict[str, _Part]:
+def _differences(
+    seeds: dict[str, Any], tuned: dict[str, Any], chosen: dict[str, Any] | None = None
+) -> dict[str, _Part]:
+    """The entries that differ; of the tensors named in ``chosen``, those of its masks."""
     _check_models(seeds, tuned)
-    parts = {path: _local_difference(seeds[path], x) for path, x in tuned.items()}
+    masks = chosen or {}
+    parts = {path: _local_difference(seeds[path], x, masks.get(path)) for path, x in tuned.items()}
     if _shared(tuned) and jax.process_index() > 0:  # arrays that do not span processes count once
         parts = {p: x if trees.spans_processes(tuned[p]) else x.take(slice(0)) for p, x in parts.items()}
     return parts
@@ -170,11 +187,13 @@ def _check_models(seeds: dict[str, Any], tuned: dict[str, Any]) -> None:
             )
 
 
-def _local_difference(seed: Any, tuned: Any) -> _Part:
+def _local_difference(seed: Any, tuned: Any, mask: Any = None) -> _Part:
     shape, nothing = tuple(tuned.shape), np.empty(0, np.dtype(tuned.dtype))
     found = [_Part(np.empty(0, np.int64), nothing, nothing)]
-    for data, before, start in _boxes(seed, tuned):
-        local = np.flatnonzero((trees.bits(data) != trees.bits(before)).reshape(-1))
+    masks = itertools.repeat(None) if mask is None else (x for _, x, _ in _boxes(mask, tuned))
+    for (data, before, start), inside in zip(_boxes(seed, tuned), masks, strict=False):
+        differs = trees.bits(data) != trees.bits(before)
+        local = np.flatnonzero((differs if inside is None else differs & inside).reshape(-1))
         where = trees.to_whole(local, data.shape, start, shape)
         found.append(_Part(where, data.reshape(-1)[local], before.reshape(-1)[local]))
     return _merged(found)
@@ -225,74 +244,60 @@ def _gathered(x: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(x))
 
 
-def _largest(
-    parts: dict[str, _Part], plan: SiloPlan, distance: distances.Distance, shared: bool
-) -> dict[str, _Part]:
-    """Of every silo the entries whose distance exceeds that of the first one over the budget."""
-    widest = _wide(*(part.values.dtype for part in parts.values()))
-    keys = {path: _keys(x, distance, widest) for path, x in parts.items()}
-    owners = {leaf.path: _owners(leaf, parts[leaf.path].positions) for leaf in plan.leaves}
-    members: list[list[np.ndarray]] = [[] for _ in plan.sizes]
-    for path, key in keys.items():
-        for silo in np.unique(owners[path]).tolist():
-            members[silo].append(key[owners[path] == silo])
-    budgets, sizes = np.array(plan.budgets), np.array(plan.sizes)
-    nothing, top = _ordered(np.empty(0, widest)), _ordered(np.full((), np.inf, widest))
-    ordered = [np.sort(np.concatenate([nothing, *x])) for x in members]
-    found = _thresholds(ordered, top, budgets, shared)
-    found[budgets == sizes] = -1
-    kept = {}
-    for path, part in parts.items():
-        silo = owners[path]
-        odd = ~np.isfinite(part.values.astype(np.float32)) & (budgets[silo] > 0)  # passes outside the ranking
-        kept[path] = part.take(np.flatnonzero((keys[path] > found[silo]) | odd))
-    return kept
+def _chosen(
+    plan: SiloPlan, seeds: dict[str, Any], tuned: dict[str, Any], distance: distances.Distance | None
+) -> dict[str, Any]:
+    """Masks of the entries that the budgets take; one group of tensors that share silos at a time."""
+    masks = {}
+    with _x64(any(np.dtype(x.dtype) == np.float64 for x in tuned.values())):
+        for group in groups_that_share_silos(plan.leaves):
+            paths = [plan.leaves[i].path for i in group]
+            models = [[jnp.asarray(model[path]) for path in paths] for model in (tuned, seeds)]
+            found = _project(plan.part(group), distance, *models)
+            masks |= dict(zip(paths, found, strict=True))
+    return masks
 
 
-def _wide(*dtypes: np.dtype) -> np.dtype:
-    return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
+@partial(jax.jit, static_argnums=(0, 1))  # compiled once for all groups of like tensors
+def _project(plan: SiloPlan, distance: Any, tuned: list[jax.Array], seed: list[jax.Array]) -> Any:
+    return project(plan, tuned, seed, distance=distance).mask
 
 
-def _keys(part: _Part, distance: distances.Distance, widest: np.dtype) -> np.ndarray:
-    """Distances as integers of the same order; 0 where the tuned value is not finite."""
-    wide = _wide(part.values.dtype)
-    before, after = part.before.astype(wide), part.values.astype(wide)
-    key = np.asarray(distance(jnp.asarray(before), jnp.asarray(after), jnp.asarray(before)))
-    key = np.where(np.isfinite(after), np.where(np.isnan(key), np.inf, key), 0)
-    return _ordered(key.astype(widest))
+@contextlib.contextmanager
+def _x64(on: bool) -> Iterator[None]:
+    """64-bit arrays for models that have them (``jax.enable_x64`` is younger than the oldest jax)."""
+    before = jax.config.read("jax_enable_x64")
+    jax.config.update("jax_enable_x64", on or before)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
 
 
-def _ordered(x: np.ndarray) -> np.ndarray:
-    """Non-negative floats as integers of the same order."""
-    return (x + x.dtype.type(0)).view(f"i{x.itemsize}")  # -0.0 + 0.0 is 0.0
-
-
-def _owners(leaf: LeafPlan, positions: np.ndarray) -> np.ndarray:
-    """The silo of each entry."""
-    if leaf.axis is None:
-        return np.full(len(positions), leaf.silos[0])
-    inner = math.prod(leaf.shape[leaf.axis + 1 :])
-    return np.array(leaf.silos)[positions // inner % leaf.shape[leaf.axis]]
-
-
-def _thresholds(
-    members: Sequence[np.ndarray], top: np.ndarray, budgets: np.ndarray, shared: bool
-) -> np.ndarray:
-    """The smallest key of each silo that no more entries exceed than its budget, found by bisection.
-
-    Args:
-      members: keys of each silo, sorted, none negative; this process's where ``shared``.
-      top: no key is larger.
-      budgets: (silos,) int64.
-      shared: whether to count over all processes.
-    """
-    low, high = np.full(len(members), -1, top.dtype), np.full(len(members), top)
-    while (high - low > 1).any():
-        middle = low + (high - low) // 2
-        above = np.array(
-            [len(x) - np.searchsorted(x, t, "right") for x, t in zip(members, middle, strict=True)]
+def _check_allowed(parts: dict[str, _Part], tuned: dict[str, Any], state: Any) -> None:
+    """Raises if entries differ that the optimizer did not allow to."""
+    for path, leaf in leaf_states(state).items():
+        if leaf.mask is None or isinstance(leaf.seed, Free):
+            continue
+        part = parts[path]
+        if is_masked(leaf.mask):
+            outside = part
+        else:
+            allowed = np.zeros(math.prod(tuned[path].shape), bool)
+            allowed[_local_difference(np.zeros(tuned[path].shape, bool), leaf.mask).positions] = True
+            outside = part.take(~allowed[part.positions])
+        if not len(outside.positions):
+            continue
+        moved = np.abs(outside.values.astype(np.float64) - outside.before.astype(np.float64))
+        scale = np.maximum(np.abs(outside.values), np.abs(outside.before)).astype(np.float64)
+        near = moved <= 4 * float(jnp.finfo(outside.values.dtype).eps) * scale
+        cause = (
+            "They are a rounding error away from it: call dst_optax.finalize(params, state) first."
+            if near.all()
+            else "Something changed the parameters after it: an optimizer chained after it, averaged or "
+            "schedule-free evaluation parameters, a moving average, or the state of another step."
         )
-        if shared:
-            above = _gathered(above.astype(np.uint32)).sum(0, dtype=np.int64)
-        low, high = np.where(above <= budgets, low, middle), np.where(above <= budgets, middle, high)
-    return high
+        raise SubsetError(
+            f"{len(outside.positions)} entries of {path!r} differ from the seed although "
+            f"dynamic_subset_tuning set them to it. {cause}"
+        )

@@ -42,13 +42,9 @@ def map_leaves(model: Any, new: Mapping[str, Any]) -> Any:
     """The pytree with the leaves named in ``new`` replaced."""
     if "jax" not in sys.modules:
         return _map_plain(model, new, ())
-    import jax
+    from dst_optax.tree import map_named
 
-    from dst_optax.tree import is_masked, leaf_path
-
-    return jax.tree_util.tree_map_with_path(
-        lambda k, x: x if is_masked(x) else new.get(leaf_path(k), x), model, is_leaf=is_masked
-    )
+    return map_named(lambda path, x: new.get(path, x), model)
 
 
 def is_jax_array(x: Any) -> "TypeGuard[jax.Array]":
@@ -62,13 +58,9 @@ def _flat(model: Any) -> Iterator[tuple[str, Any]]:
     if "jax" not in sys.modules:
         yield from _flat_plain(model, ())
         return
-    import jax
+    from dst_optax.tree import named_leaves as of_jax
 
-    from dst_optax.tree import is_masked, leaf_path
-
-    for key_path, x in jax.tree_util.tree_flatten_with_path(model, is_leaf=is_masked)[0]:
-        if not is_masked(x):
-            yield leaf_path(key_path), x
+    yield from of_jax(model, is_leaf=lambda x: False)
 
 
 def _flat_plain(tree: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, Any]]:

@@ -222,6 +222,20 @@ def test_a_subset_of_linens_variables_fits_its_own_seed(tmp_path, variables, tre
     assert all((written[path] == x).all() for path, x in expected.items())
 
 
+def test_flax_variables_have_their_own_paths(tmp_path):
+    boxed = {"dense": {"w": {"value": P["dense"]["w"]}, "value": {"kernel": {"value": STATS["mean"]}}}}
+    save_orbax(tmp_path / "nnx", boxed)
+    assert sorted(models.open_model(tmp_path / "nnx")) == ["dense/value/kernel", "dense/w"]
+    plain = {"dense": {"value": STATS["mean"], "w": P["dense"]["w"]}}  # a leaf that is called so
+    save_orbax(tmp_path / "linen", plain)
+    assert sorted(models.open_model(tmp_path / "linen")) == ["dense/value", "dense/w"]
+    save_orbax(tmp_path / "alone", {"dense": {"value": STATS["mean"]}})
+    for names, found in ((None, "dense"), (["dense/value"], "dense/value")):
+        ((name, x),) = models.open_model(tmp_path / "alone", names).items()
+        assert name == found
+        assert (np.asarray(x) == STATS["mean"]).all()
+
+
 def test_a_step_of_a_checkpoint_manager_is_a_model(tmp_path):
     with ocp.CheckpointManager(tmp_path / "default") as manager:
         manager.save(3, args=ocp.args.StandardSave(P))

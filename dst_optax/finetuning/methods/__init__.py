@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-import optax
 
 from dst_optax.finetuning.models.base import LanguageModel
 
@@ -18,11 +17,6 @@ Params = Any
 
 class Method(Protocol):
     """A way of fine-tuning."""
-
-    @property
-    def transform(self) -> optax.GradientTransformationExtraArgs:
-        """The optimizer of the tuned parameters."""
-        ...
 
     def split(self, seed: Params, key: jax.Array, model: LanguageModel) -> tuple[Params, Params]:
         """Parts the seed model into what stays and what is tuned, e.g. ``({}, seed)``.
@@ -50,8 +44,8 @@ class Method(Protocol):
         """The parameters that the network runs with; differentiable in ``tuned``."""
         ...
 
-    def apply_updates(self, tuned: Params, updates: Params, state: Any) -> Params:
-        """The tuned parameters after a step."""
+    def update(self, grads: Params, state: Any, tuned: Params) -> tuple[Params, Any]:
+        """The tuned parameters and the optimizer's state after a step."""
         ...
 
     def mark(self, tuned: Params, state: Any) -> Any:

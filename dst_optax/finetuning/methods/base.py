@@ -35,17 +35,13 @@ class Plain:
 
     optimizer: optax.GradientTransformation
 
-    @property
-    def transform(self) -> optax.GradientTransformationExtraArgs:  # noqa: D102
-        return optax.with_extra_args_support(self.optimizer)
-
     def init(self, seed: Params, tuned: Params) -> Any:  # noqa: D102
         del seed
-        return self.transform.init(tuned)
+        return self.optimizer.init(tuned)
 
-    def apply_updates(self, tuned: Params, updates: Params, state: Any) -> Params:  # noqa: D102
-        del state
-        return optax.apply_updates(tuned, updates)
+    def update(self, grads: Params, state: Any, tuned: Params) -> tuple[Params, Any]:  # noqa: D102
+        updates, state = self.optimizer.update(grads, state, tuned)
+        return optax.apply_updates(tuned, updates), state
 
     def mark(self, tuned: Params, state: Any) -> None:  # noqa: D102
         del tuned, state

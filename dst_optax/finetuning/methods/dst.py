@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,15 @@ from dst_optax import silos as silos_lib
 from dst_optax.finetuning import processes, storage
 from dst_optax.finetuning.methods import Params
 from dst_optax.finetuning.methods.base import InPlace
-from dst_optax.state import map_states, states
+from dst_optax.rule import SubsetRule
+from dst_optax.state import DynamicSubsetTuningState, map_states, states
+
+
+class DSTState(NamedTuple):
+    """State of :class:`DST`."""
+
+    optimizer: Any  # the optimizer's state
+    dst: DynamicSubsetTuningState
 
 
 @dataclass(frozen=True)
@@ -32,32 +40,27 @@ class DST(InPlace):
     """
 
     optimizer: optax.GradientTransformation
-    fraction_of_free_params: Any = 0.1
+    fraction_of_free_params: Any = None
     num_free_params: int | None = None
     silos: silos_lib.Silos | None = None
-    distance: distances.Distance = distances.absolute
+    distance: distances.Distance | None = None
     ties: str = "strict"
 
     @property
-    def selection(self) -> optax.GradientTransformationExtraArgs:
+    def rule(self) -> SubsetRule:
         """What keeps the subset within its budget."""
-        return dst_optax.dynamic_subset_tuning(
-            self.fraction_of_free_params,
-            num_free_params=self.num_free_params,
-            silos=self.silos,
-            distance=self.distance,
-            ties=self.ties,
+        return SubsetRule(
+            self.fraction_of_free_params, self.num_free_params, self.silos, self.distance, self.ties
         )
 
-    @property
-    def transform(self) -> optax.GradientTransformationExtraArgs:  # noqa: D102
-        return optax.chain(self.optimizer, self.selection)
-
     def init(self, seed: Params, tuned: Params) -> Any:  # noqa: D102
-        return dst_optax.reseed(self.transform.init(tuned), seed)
+        return DSTState(self.optimizer.init(tuned), dst_optax.reseed(self.rule.init(tuned), seed))
 
-    def apply_updates(self, tuned: Params, updates: Params, state: Any) -> Params:  # noqa: D102
-        return dst_optax.apply_updates(tuned, updates, state)
+    def update(self, grads: Params, state: Any, tuned: Params) -> tuple[Params, Any]:  # noqa: D102
+        updates, slots = self.optimizer.update(grads, state.optimizer, tuned)
+        proposed = optax.apply_updates(tuned, updates)
+        tuned, dst = self.rule.project(proposed, tuned, state.dst)
+        return tuned, DSTState(slots, dst)
 
     def mark(self, tuned: Params, state: Any) -> Any:  # noqa: D102
         return dst_optax.subset_mask(tuned, state)
@@ -65,14 +68,14 @@ class DST(InPlace):
     def metrics(self, tuned: Params, state: Any, before: Any) -> dict[str, jax.Array]:  # noqa: D102
         found = diagnostics.metrics(state, tuned)
         moved = diagnostics.overlap(before, dst_optax.subset_mask(tuned, state))
-        thresholds = jnp.concatenate([s.threshold for s in states(state)])
+        thresholds = jnp.concatenate([s.memory.threshold for s in states(state)])
         return {
             "threshold_min": thresholds.min(),
             "threshold_median": jnp.median(thresholds),
             "threshold_max": thresholds.max(),
             "free_params": found["subset_size"],
             "churn": 1.0 - moved["overlap"],
-            **{name: found[name] for name in ("budget", "passes", "nonfinite", "unresolved")},
+            **{name: found[name] for name in ("budget", "passes", "num_nonfinite")},
         }
 
     def export(  # noqa: D102

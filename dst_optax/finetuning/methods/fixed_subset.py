@@ -13,7 +13,7 @@ from dst_optax.finetuning.methods.dst import DST
 
 
 class FixedState(NamedTuple):
-    """State of :func:`fixed`."""
+    """State of :class:`FixedSubset`."""
 
     optimizer: Any  # the optimizer's state
     dst: Any  # the seed, and the budget's last selection
@@ -38,46 +38,30 @@ class FixedSubset(DST):
 
     dynamic_steps: int = 1
 
-    @property
-    def transform(self) -> optax.GradientTransformationExtraArgs:  # noqa: D102
-        return fixed(self.optimizer, self.selection, self.dynamic_steps, lambda updates, step: updates)
+    def init(self, seed: Params, tuned: Params) -> FixedState:  # noqa: D102
+        dst = dst_optax.reseed(self.rule.init(tuned), seed)
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), tuned)
+        return FixedState(self.optimizer.init(tuned), dst, nothing, jnp.zeros((), jnp.int32))
 
+    def candidates(self, proposed: Params, tuned: Params, step: jax.Array) -> Params:
+        """The values that the subset is chosen by."""
+        del tuned, step
+        return proposed
 
-def fixed(
-    optimizer: optax.GradientTransformation, selection: Any, dynamic_steps: int, candidates: Any
-) -> optax.GradientTransformationExtraArgs:
-    """Tunes a subset that stays as it is after some steps.
-
-    Args:
-      optimizer: any optax optimizer.
-      selection: ``dynamic_subset_tuning(...)``, which chooses the subset.
-      dynamic_steps: steps in which it is chosen.
-      candidates: function of the optimizer's updates and the step: the updates that it is chosen by.
-
-    Returns:
-      The transformation; the parameters outside the subset keep the seed's bits.
-    """
-    optimizer = optax.with_extra_args_support(optimizer)
-
-    def init(params: Params) -> FixedState:
-        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), params)
-        return FixedState(optimizer.init(params), selection.init(params), nothing, jnp.zeros((), jnp.int32))
-
-    def update(updates: Params, state: FixedState, params: Params, **extra: Any) -> tuple[Params, FixedState]:
-        updates, slots = optimizer.update(updates, state.optimizer, params, **extra)
+    def update(self, grads: Params, state: FixedState, tuned: Params) -> tuple[Params, FixedState]:  # noqa: D102
+        updates, slots = self.optimizer.update(grads, state.optimizer, tuned)
+        proposed = optax.apply_updates(tuned, updates)
 
         def choose(dst: Any, mask: Any) -> tuple[Any, Any, Any]:
             del mask
-            kept, dst = selection.update(candidates(updates, state.step), dst, params)
-            return kept, dst, dst_optax.subset_mask(dst_optax.apply_updates(params, kept, dst), dst)
+            chosen, dst = self.rule.project(self.candidates(proposed, tuned, state.step), tuned, dst)
+            return chosen, dst, dst_optax.subset_mask(chosen, dst)
 
         def stay(dst: Any, mask: Any) -> tuple[Any, Any, Any]:
-            return jax.tree.map(jnp.zeros_like, updates), dst, mask
+            return tuned, dst, mask
 
-        chosen = jax.tree.reduce(jnp.logical_or, jax.tree.map(jnp.any, state.mask))
-        stays = (state.step >= dynamic_steps) & chosen
-        others, dst, mask = jax.lax.cond(stays, stay, choose, state.dst, state.mask)
-        kept = jax.tree.map(jnp.where, mask, updates, others)
-        return kept, FixedState(slots, dst, mask, state.step + 1)
-
-    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+        is_chosen = jax.tree.reduce(jnp.logical_or, jax.tree.map(jnp.any, state.mask))
+        stays = (state.step >= self.dynamic_steps) & is_chosen
+        outside, dst, mask = jax.lax.cond(stays, stay, choose, state.dst, state.mask)
+        tuned = jax.tree.map(jnp.where, mask, proposed, outside)
+        return tuned, FixedState(slots, dst, mask, state.step + 1)

@@ -3,15 +3,13 @@
 from dataclasses import dataclass
 
 import jax
-import optax
 
 from dst_optax.finetuning.methods import Params
-from dst_optax.finetuning.methods.dst import DST
-from dst_optax.finetuning.methods.fixed_subset import fixed
+from dst_optax.finetuning.methods.fixed_subset import FixedSubset
 
 
 @dataclass(frozen=True)
-class RandomSubset(DST):
+class RandomSubset(FixedSubset):
     """Tunes a random subset with the same share of every silo as Dynamic Subset Tuning has.
 
     Attributes:
@@ -26,12 +24,9 @@ class RandomSubset(DST):
 
     subset_seed: int = 0
 
-    @property
-    def transform(self) -> optax.GradientTransformationExtraArgs:  # noqa: D102
-        def noise(updates: Params, step: jax.Array) -> Params:
-            leaves, structure = jax.tree.flatten(updates)
-            keys = jax.random.split(jax.random.fold_in(jax.random.key(self.subset_seed), step), len(leaves))
-            drawn = [jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)]
-            return jax.tree.unflatten(structure, drawn)
-
-        return fixed(self.optimizer, self.selection, 1, noise)
+    def candidates(self, proposed: Params, tuned: Params, step: jax.Array) -> Params:  # noqa: D102
+        del proposed
+        leaves, structure = jax.tree.flatten(tuned)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(self.subset_seed), step), len(leaves))
+        drawn = [x + jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)]
+        return jax.tree.unflatten(structure, drawn)

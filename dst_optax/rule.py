@@ -1,0 +1,145 @@
+"""What may differ from the seed: the arguments of Dynamic Subset Tuning, checked, and one step by them."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from dst_optax import distances
+from dst_optax import silos as silos_lib
+from dst_optax import state as state_lib
+from dst_optax.project import project, project_updates
+from dst_optax.silos import SiloPlan
+from dst_optax.state import DynamicSubsetTuningState
+from dst_optax.tree import are_rules, named_leaves
+
+DEFAULT_FRACTION = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class SubsetRule:
+    """The arguments of :func:`dst_optax.dynamic_subset_tuning`, for trainers that set parameters themselves.
+
+    Attributes:
+      fraction_of_free_params: see :func:`dst_optax.dynamic_subset_tuning`, like all that follow.
+      num_free_params: likewise.
+      silos: likewise.
+      distance: likewise.
+      ties: likewise.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> rule, params = SubsetRule(0.5), jnp.zeros(5)
+      >>> state = rule.init(params)
+      >>> params, state = rule.project(jnp.array([0.0, 1.0, -3.0, 2.0, 0.5]), params, state)
+      >>> params.tolist()
+      [0.0, 0.0, -3.0, 2.0, 0.0]
+    """
+
+    fraction_of_free_params: Any = None
+    num_free_params: int | None = None
+    silos: silos_lib.Silos | None = None
+    distance: distances.Distance | None = None
+    ties: str = "strict"
+
+    def __post_init__(self):
+        if self.ties not in ("strict", "fill"):
+            raise ValueError(f"ties: got {self.ties!r}; it must be 'strict' or 'fill'.")
+        _check_budget(self.fraction_of_free_params, self.num_free_params)
+
+    @property
+    def fraction(self) -> Any:
+        """The fraction that counts; None where a number of parameters takes its place."""
+        if self.fraction_of_free_params is None and self.num_free_params is None:
+            return DEFAULT_FRACTION
+        return self.fraction_of_free_params
+
+    def plan(self, params: Any) -> SiloPlan:
+        """Silos and budgets for given parameters."""
+        at_run_time = callable(self.fraction) or isinstance(self.fraction, jax.Array)
+        fraction = None if at_run_time else self.fraction
+        return silos_lib.make_plan(params, self.silos, fraction, self.num_free_params)
+
+    def init(self, params: Any) -> DynamicSubsetTuningState:
+        """The state of a trainer, without a mask: the parameters themselves show the subset."""
+        return state_lib.init(self.plan(params), params, with_mask=False)
+
+    def project(
+        self, proposed: Any, params: Any, state: DynamicSubsetTuningState
+    ) -> tuple[Any, DynamicSubsetTuningState]:
+        """The optimizer's proposal inside the subset, exactly the seed outside of it.
+
+        Args:
+          proposed: pytree of arrays, what the optimizer would set the parameters to.
+          params: pytree of arrays, the parameters before the step.
+          state: the state.
+
+        Returns:
+          The new parameters, and the new state.
+        """
+        plan, state = self._begin(proposed, state, params)
+        # a frozen leaf is its own seed, and a free one needs none
+        known = iter(jax.tree.leaves(state.seed))
+        ranked = set(plan.ranked)
+        leaves, treedef = jax.tree.flatten(params)
+        seed = treedef.unflatten([next(known) if i in ranked else p for i, p in enumerate(leaves)])
+        projection = project(
+            plan,
+            proposed,
+            seed,
+            budgets=plan.budgets_at(state.step, self.fraction),
+            memory=state.memory,
+            distance=self.distance,
+            ties=self.ties,
+        )
+        return projection.params, state._replace(step=state.step + 1, memory=projection.memory)
+
+    def project_updates(
+        self, updates: Any, params: Any, state: DynamicSubsetTuningState
+    ) -> tuple[Any, DynamicSubsetTuningState]:
+        """The same, spelled as updates; the new state holds the subset as a mask."""
+        plan, state = self._begin(updates, state, params)
+        proposed, treedef = jax.tree.flatten(updates)
+        projected, masks, memory = project_updates(
+            plan,
+            proposed,
+            jax.tree.leaves(params),
+            jax.tree.leaves(state.seed),
+            plan.budgets_at(state.step, self.fraction),
+            state.memory,
+            self.distance,
+            self.ties,
+        )
+        mask = jax.tree.structure(state.seed).unflatten(masks)
+        return treedef.unflatten(projected), state._replace(mask=mask, step=state.step + 1, memory=memory)
+
+    def _begin(
+        self, updates: Any, state: DynamicSubsetTuningState, params: Any
+    ) -> tuple[SiloPlan, DynamicSubsetTuningState]:
+        plan = self.plan(params)
+        state_lib.check_structure(plan, updates, state, params)
+        leaves = jax.tree.leaves(params)
+        return plan, state_lib.capture(state, [leaves[i] for i in plan.ranked])
+
+
+def _check_budget(fraction: Any, num_free_params: int | None) -> None:
+    if num_free_params is not None:
+        if fraction is not None:
+            raise ValueError(
+                f"got both fraction_of_free_params={fraction!r} and num_free_params={num_free_params!r}; "
+                "give one of them."
+            )
+        if isinstance(num_free_params, bool) or not isinstance(num_free_params, int | np.integer):
+            raise TypeError(f"num_free_params: expected an int, got {num_free_params!r}.")
+        if num_free_params < 0:
+            raise ValueError(f"num_free_params: got {num_free_params}; it must be 0 or more.")
+    elif fraction is None or callable(fraction) or isinstance(fraction, jax.Array):
+        return
+    elif are_rules(fraction):
+        for pattern, value in fraction:
+            silos_lib.check_fraction(value, f"fraction_of_free_params for the pattern {pattern!r}")
+    else:
+        for path, value in named_leaves(fraction):
+            where = f" for {path!r}" if path else ""
+            silos_lib.check_fraction(value, f"fraction_of_free_params{where}")
