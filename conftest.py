@@ -2,5 +2,5 @@
 
 import importlib.util
 
-_NEEDS = {"dst_optax/serving/torch.py": "torch"}
-collect_ignore = [file for file, package in _NEEDS.items() if importlib.util.find_spec(package) is None]
+_NEED_TORCH = [f"dst_optax/serving/{name}.py" for name in ("in_place", "routing", "torch")]
+collect_ignore = [] if importlib.util.find_spec("torch") else _NEED_TORCH

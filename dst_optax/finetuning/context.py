@@ -13,6 +13,7 @@ from dst_optax.finetuning import hub, placement, processes, storage
 from dst_optax.finetuning.display import make_console
 from dst_optax.finetuning.evaluator import Evaluator
 from dst_optax.finetuning.methods import Params
+from dst_optax.finetuning.models import huggingface
 from dst_optax.finetuning.models.base import language_model
 from dst_optax.finetuning.recipe import Recipe
 from dst_optax.finetuning.run_dir import RunDir
@@ -85,6 +86,7 @@ class RunContext:
         self.run_dir = RunDir(Path(run_dir), identity)
         self.run_dir.check()
         processes.barrier(f"{run_dir} is free or ours")
+        self._checkpoint = checkpoint
         load = None if checkpoint is None else lambda: plain.load(hub.local_path(checkpoint))
         self.seed = self.run_dir.seed(partial(self.model.init, jax.random.key(0)), load)
         self.seed_fingerprint = storage.fingerprint(self.seed)
@@ -110,6 +112,21 @@ class RunContext:
         return seed, seed if self.start is self.seed else placement.place_model(
             self.model, self.start, self.mesh
         )
+
+    def export_hf(self, directory: Path) -> None:
+        """Writes the subset in ``directory`` for Hugging Face, too, if the seed came from there."""
+        if self._checkpoint is None or not (directory / "subset").exists():
+            return
+        if processes.is_primary():
+            try:
+                checkpoint = Path(hub.local_path(self._checkpoint))
+                if (checkpoint / "config.json").is_file():
+                    huggingface.export_subset(directory, checkpoint)
+            except (
+                ValueError
+            ) as e:  # the run is whole; the command `dst-optax subset convert` can do it later
+                self.console.print(f"No subset for Hugging Face was written: {e}", highlight=False)
+        processes.barrier(f"{directory} is written for Hugging Face")
 
     def save_model(self, directory: Path, params: Params) -> None:
         """Writes a whole model that ``checkpoint=`` can name."""

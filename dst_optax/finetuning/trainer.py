@@ -260,6 +260,7 @@ class Run:
         """Exports the best model, predicts and scores with it."""
         data, evaluator = self.context.data, self.context.evaluator
         self._export(self.directory / "tuned", state)
+        self.context.export_hf(self.directory / "tuned")
         params = self.method.merge(state.frozen, state.tuned)
         for task in (*data.names, *data.diagnostics):
             split = evaluator.split(task, data.predicted_split(task))

@@ -47,6 +47,7 @@ class InPlaceStore(Store[torch.nn.Module, dict[str, Piece]]):
         for path in pieces:
             self._memory(path)
 
+    @torch.no_grad()
     def _switch(self, name: str | None) -> None:
         old, new = (self._get(n).pieces if n else {} for n in (self._active, name))
         targets = {path: self._memory(path) for path in [*old, *new]}
@@ -84,7 +85,7 @@ def loaded(subset: Subset, pieces: dict[str, Piece]) -> Loaded[dict[str, Piece]]
 
 def memory(x: torch.Tensor) -> torch.Tensor:
     """The memory that a tensor lies in, from its first entry to its last, as integers of its width."""
-    span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
     return x.detach().as_strided((span,), (1,)).view(_INTEGERS[x.element_size()])
 
 
@@ -104,13 +105,11 @@ def bits(values: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.array(integers)).to(device)
 
 
-@torch.no_grad()
 def gather(memory: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """What lies in memory at offsets."""
     return memory.index_select(0, offsets)
 
 
-@torch.no_grad()
 def scatter(memory: torch.Tensor, offsets: torch.Tensor, bits: torch.Tensor) -> None:
     """Writes into memory at offsets."""
     memory.scatter_(0, offsets, bits)

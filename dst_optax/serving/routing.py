@@ -191,7 +191,11 @@ class RoutedStore(InPlaceStore):
         self._checkpoint = checkpoint
         self._routes = trace(model, checkpoint)
         self._fingerprints = dict(zip(checkpoint, fingerprints(checkpoint.values()), strict=True))
-        self._by_key = {f"{n}#{i}": r for n, found in self._routes.items() for i, r in enumerate(found)}
+        self._by_key = {
+            f"{name}#{i}": (route, in_place.memory(route.target))
+            for name, found in self._routes.items()
+            for i, route in enumerate(found)
+        }
 
     def missed(self, subset: Subset) -> dict[str, np.ndarray]:
         """Which entries of each tensor have no place in this process's part of the model.
@@ -240,11 +244,11 @@ class RoutedStore(InPlaceStore):
             )
 
     def _memory(self, path: str) -> torch.Tensor:
-        route = self._by_key[path]
+        route, memory = self._by_key[path]
         if not route.is_current():
             name = path.rsplit("#", 1)[0]
             raise SubsetError(f"{name!r} was moved or replaced since it was loaded; restart the engine.")
-        return in_place.memory(route.target)
+        return memory
 
 
 def answer(store: RoutedStore, verb: str, *args: Any) -> Any:

@@ -81,7 +81,10 @@ class Store(abc.ABC, Generic[Model, Pieces]):
 
     @abc.abstractmethod
     def _switch(self, name: str | None) -> None:
-        """Gives the model the values of a subset in place of the active one's, all of them or none."""
+        """Gives the model a subset's values, or the seed's for None, in place of the active one's.
+
+        A failure leaves a whole model: that of before, or the seed.
+        """
 
     @property
     def active(self) -> str | None:
@@ -140,7 +143,7 @@ class Store(abc.ABC, Generic[Model, Pieces]):
           name: a loaded subset.
 
         Returns:
-          The tuned model.
+          The tuned model. In JAX, earlier results are deleted where they differ from it.
 
         Raises:
           SubsetError: the name is not loaded.
@@ -192,6 +195,14 @@ class Store(abc.ABC, Generic[Model, Pieces]):
 
         Yields:
           The model; not to be used after the block.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from dst_optax import serving
+          >>> store = serving.SubsetStore({"w": jnp.ones(4)})
+          >>> with store.use(None) as params:
+          ...     print(params["w"].sum())
+          4.0
         """
         with self._lock:
             yield self.deactivate() if name is None else self.activate(name)

@@ -20,11 +20,11 @@ from dst_optax.subset import Subset, SubsetError, fingerprints
 
 
 class _Slot(NamedTuple):
-    """Where a module holds a tensor, and what it was when the store was made."""
+    """Where a module holds a tensor, and the memory that it lay in when the store was made."""
 
     owner: torch.nn.Module
     attribute: str
-    layout: tuple[Any, ...]
+    memory: torch.Tensor
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -134,11 +134,11 @@ class SubsetStore(InPlaceStore):
 
     def _memory(self, path: str) -> torch.Tensor:
         slot = self._slots[path]
-        if _layout(slot.tensor) != slot.layout:
+        if slot.tensor.data_ptr() != slot.memory.data_ptr():
             raise SubsetError(
                 f"{path!r} was moved or converted after the store was made; make a new one from the seed."
             )
-        return in_place.memory(slot.tensor)
+        return slot.memory
 
 
 def _slots(model: torch.nn.Module) -> Iterator[tuple[str, _Slot]]:
@@ -150,7 +150,7 @@ def _slots(model: torch.nn.Module) -> Iterator[tuple[str, _Slot]]:
         for attribute, x in {**module._parameters, **buffers}.items():
             if x is not None:
                 in_place.check_writable(prefix + attribute, x)
-                yield prefix + attribute, _Slot(module, attribute, _layout(x))
+                yield prefix + attribute, _Slot(module, attribute, in_place.memory(x))
 
 
 def _first_names(slots: dict[str, _Slot]) -> dict[str, str]:
@@ -158,7 +158,8 @@ def _first_names(slots: dict[str, _Slot]) -> dict[str, str]:
     first: dict[tuple[Any, ...], str] = {}
     names = {}
     for name, slot in slots.items():
-        place = (slot.tensor.data_ptr(), *slot.layout) if slot.tensor.numel() else (name,)
+        x = slot.tensor
+        place = (x.data_ptr(), x.device, x.dtype, x.shape, x.stride()) if x.numel() else (name,)
         names[name] = first.setdefault(place, name)
     return names
 
@@ -172,18 +173,10 @@ def _check_apart(slots: dict[str, _Slot]) -> None:
             raise SubsetError(f"{a!r} and {b!r} overlap in memory; only whole tensors can be tied.")
 
 
-def _layout(x: torch.Tensor) -> tuple[Any, ...]:
-    return x.device, x.dtype, tuple(x.shape), x.stride()
-
-
 def _structure(x: torch.Tensor) -> tuple[tuple[int, ...], np.dtype]:
     return tuple(x.shape), DTYPES[x.dtype]
 
 
 def _host_array(x: torch.Tensor) -> np.ndarray:
     shape, dtype = _structure(x)
-    return (
-        in_place.memory(x.cpu().contiguous()).numpy().view(dtype).reshape(shape)
-        if x.numel()
-        else np.empty(shape, dtype)
-    )
+    return in_place.memory(x.cpu().contiguous()).numpy().view(dtype).reshape(shape)

@@ -287,15 +287,16 @@ class Subset(Mapping[str, Entries]):
 
         return coordinates.from_hf(self, table, seed)
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
+    def save(self, directory: str | os.PathLike[str], encoding: str = "gaps") -> None:
         """Writes ``subset.safetensors``, ``subset_config.json`` and ``README.md``, each atomically.
 
         Args:
           directory: made if it is missing; a subset in it is replaced.
+          encoding: of positions: ``"gaps"``, or ``"raw"`` for plain integers, which other programs read.
         """
         from dst_optax.subset import files
 
-        files.save(self, directory)
+        files.save(self, directory, encoding)
 
     @staticmethod
     def load(directory: str | os.PathLike[str]) -> "Subset":

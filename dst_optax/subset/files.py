@@ -1,9 +1,9 @@
 """A subset as a directory: ``subset.safetensors``, ``subset_config.json`` and a model card.
 
 For each tensor with entries the safetensors file holds ``<path>.values``, ``<path>.positions`` (bytes, see
-:mod:`dst_optax.subset.gaps`) and, when stored, ``<path>.seed_values``. The JSON file has shape, dtype, number
-of entries and the seed's fingerprint of every tensor, and SHA-256 of both files' content. Files are taken to
-be of unknown origin: nothing is allocated for a number that they only claim.
+:mod:`dst_optax.subset.gaps`, or raw integers) and, when stored, ``<path>.seed_values``. The JSON file has
+shape, dtype, number of entries and the seed's fingerprint of every tensor, and SHA-256 of both files'
+content. Files are taken to be of unknown origin: nothing is allocated for a number that they only claim.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import os
 import pathlib
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -34,18 +34,25 @@ CONFIG = "subset_config.json"
 CARD = "README.md"
 MAX_CONFIG = 2**26  # bytes
 _HEX = re.compile("[0-9a-f]*")
+_ENCODINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "gaps": lambda positions: np.frombuffer(gaps.encode(positions), np.uint8),
+    "raw": np.ascontiguousarray,
+}
 
 
-def save(subset: Subset, directory: str | os.PathLike[str]) -> None:
+def save(subset: Subset, directory: str | os.PathLike[str], encoding: str = "gaps") -> None:
     """Writes a subset; each file appears whole or not at all.
 
     Args:
       subset: what to write.
       directory: made if it is missing; a subset in it is replaced.
+      encoding: of positions: ``"gaps"``, or ``"raw"`` for plain integers, which other programs read.
 
     Raises:
       SubsetError: a dtype that safetensors lacks, or metadata that JSON cannot express.
     """
+    if encoding not in _ENCODINGS:
+        raise SubsetError(f"encoding: got {encoding!r}; it is one of {list(_ENCODINGS)}.")
     tensors: dict[str, np.ndarray] = {}
     leaves: dict[str, Any] = {}
     for path, e in subset.items():
@@ -58,7 +65,7 @@ def save(subset: Subset, directory: str | os.PathLike[str]) -> None:
         }
         if len(e):
             tensors[f"{path}.values"] = np.ascontiguousarray(e.values)
-            tensors[f"{path}.positions"] = np.frombuffer(gaps.encode(e.positions), np.uint8)
+            tensors[f"{path}.positions"] = _ENCODINGS[encoding](e.positions)
             if subset.has_seed_values:
                 assert e.seed_values is not None
                 tensors[f"{path}.seed_values"] = np.ascontiguousarray(e.seed_values)
@@ -178,16 +185,24 @@ def parse(config: Mapping[str, Any], content: bytes) -> Subset:
             seeds = nothing if config["seed_values"] else None
             return Entries(leaf["shape"], np.empty(0, int), nothing, seeds, leaf["seed_fingerprint"])
         arrays = [_array(tensors.pop(f"{path}.{k}"), f"{path}.{k}") for k in kinds]
+        size = math.prod(leaf["shape"])
         for kind, x in zip(kinds, arrays, strict=True):
-            dtype, shape = (np.dtype(np.uint8), x.shape) if kind == "positions" else (leaf["dtype"], (count,))
+            dtype, shape = leaf["dtype"], (count,)
+            if kind == "positions" and x.dtype == np.uint8:
+                dtype, shape = x.dtype, x.shape  # a stream of gaps
+            elif kind == "positions":
+                dtype = gaps.position_dtype(size)
             if x.dtype != dtype or x.ndim != 1 or x.shape != shape:
                 raise SubsetError(f"{path[:200]!r}.{kind} is {x.dtype}{x.shape}, expected {dtype}{shape}.")
-        values, stream, *seeds = arrays
+        values, positions, *seeds = arrays
         try:
-            positions = gaps.decode(stream.data, count, math.prod(leaf["shape"]))
+            if positions.dtype == np.uint8:
+                positions = gaps.decode(positions.data, count, size)
+            return Entries(
+                leaf["shape"], positions, values, next(iter(seeds), None), leaf["seed_fingerprint"]
+            )
         except SubsetError as e:
             raise SubsetError(f"{path[:200]!r}: {e}") from e
-        return Entries(leaf["shape"], positions, values, next(iter(seeds), None), leaf["seed_fingerprint"])
 
     return Subset({path: entries(path, leaf) for path, leaf in config["leaves"].items()}, config["metadata"])
 

@@ -98,25 +98,56 @@ def lanes(x: np.ndarray) -> np.ndarray:
     return total
 
 
+def changed(fingerprint: str, positions: np.ndarray, before: np.ndarray, after: np.ndarray) -> str:
+    """The fingerprint of a tensor after some entries have changed; costs as much as they are many.
+
+    Args:
+      fingerprint: of the tensor before.
+      positions: (k,) row-major positions.
+      before: (k,) values that were there.
+      after: (k,) values that are there now, of the same dtype.
+
+    Example:
+      >>> import numpy as np
+      >>> from dst_optax.subset.fingerprint import changed, fingerprint
+      >>> x = np.arange(9, dtype=np.float32)
+      >>> new = changed(fingerprint(x), np.array([2]), x[[2]], np.array([7], np.float32))
+      >>> x[2] = 7
+      >>> new == fingerprint(x)
+      True
+    """
+    old = np.frombuffer(bytes.fromhex(fingerprint), ">u4").astype(np.uint32)
+    index = positions.astype(np.uint64)
+    lo, hi = (index & np.uint64(0xFFFFFFFF)).astype(np.uint32), (index >> np.uint64(32)).astype(np.uint32)
+    gone, come = (_sums(x.view(np.dtype(f"u{x.dtype.itemsize}")), lo, hi) for x in (before, after))
+    return (old - gone + come).astype(">u4").tobytes().hex()
+
+
 def _stripe(flat: np.ndarray, start: int) -> np.ndarray:
     """Lanes of unsigned integers whose first one has the index ``start``."""
     total = np.zeros(4, np.uint32)
     for at in range(0, flat.size, _BLOCK):  # aligned, so a block's indices share their high word
         block, first = flat[at : at + _BLOCK], start + at
-        column, other = np.arange(block.size, dtype=np.uint32), np.empty(block.size, np.uint32)
-        word_hi = (block >> np.uint64(32)).astype(np.uint32) if block.itemsize == 8 else None
-        word = block.astype(np.uint32)  # the low word of wider ones
-        sums = []
-        for a, b, c, d, e in zip(A, B, C, D, E, strict=True):
-            h = column * np.uint32(c)
-            h += np.uint32(((first & 0xFFFFFFFF) * c + (first >> 32) * d + e) & 0xFFFFFFFF)
-            h += np.multiply(word, np.uint32(a), out=other)
-            if word_hi is not None:
-                h += np.multiply(word_hi, np.uint32(b), out=other)
-            for shift, factor in zip((16, 13), MIX, strict=True):
-                h ^= np.right_shift(h, shift, out=other)
-                h *= np.uint32(factor)
-            h ^= np.right_shift(h, 16, out=other)
-            sums.append(h.sum(dtype=np.uint32))
-        total += np.array(sums)
+        lo = np.arange(block.size, dtype=np.uint32)
+        lo += np.uint32(first & 0xFFFFFFFF)
+        total += _sums(block, lo, np.full(1, first >> 32, np.uint32))
     return total
+
+
+def _sums(block: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
+    """Lanes of unsigned integers, (k,), whose indices have the words ``lo``, (k,), and ``hi``."""
+    word, other = block.astype(np.uint32), np.empty(block.size, np.uint32)  # the low word of wider ones
+    word_hi = (block >> np.uint64(32)).astype(np.uint32) if block.itemsize == 8 else None
+    sums = []
+    for a, b, c, d, e in zip(A, B, C, D, E, strict=True):
+        h = lo * np.uint32(c)
+        h += hi * np.uint32(d) + np.uint32(e)
+        h += np.multiply(word, np.uint32(a), out=other)
+        if word_hi is not None:
+            h += np.multiply(word_hi, np.uint32(b), out=other)
+        for shift, factor in zip((16, 13), MIX, strict=True):
+            h ^= np.right_shift(h, shift, out=other)
+            h *= np.uint32(factor)
+        h ^= np.right_shift(h, 16, out=other)
+        sums.append(h.sum(dtype=np.uint32))
+    return np.array(sums, np.uint32)

@@ -34,6 +34,7 @@ from dst_optax.finetuning.steps import TrainState, make_step  # noqa: E402
 from dst_optax.finetuning.tasks.superglue import tasks  # noqa: E402
 from dst_optax.finetuning.tasks.superglue.sources import JsonlSource, SyntheticSource  # noqa: E402
 from dst_optax.finetuning.tasks.superglue.suite import SuperGlue  # noqa: E402
+from dst_optax.subset import models  # noqa: E402
 
 MODEL = t5.T5Config(
     vocab_size=384,
@@ -380,7 +381,11 @@ def test_training_goes_on_from_a_subset(whole, tmp_path):
     assert sum(int(x.sum()) for x in mask) == subset.Subset.load(first).count > 0
     tuned = subset.Subset.load(tmp_path / "run/dst/rng_0/tuned/subset")
     assert 0 < tuned.count == rows[-1]["free_params"] <= 0.06 * context.size
-    tuned.apply(context.seed)  # its fingerprints are the first seed's
+    result = tuned.apply(context.seed)  # its fingerprints are the first seed's
+    t5.save_hf(result, MODEL, tmp_path / "merged")
+    merged, exported = (models.open_model(tmp_path / name) for name in ("merged", "seed"))
+    exported = subset.Subset.load(tmp_path / "run/dst/rng_0/tuned/subset_hf").apply(exported)
+    assert all((exported[name] == x).all() for name, x in merged.items())
 
 
 def test_runs_of_every_seed_stop_early_and_cut_examples_are_counted(tmp_path, capsys):

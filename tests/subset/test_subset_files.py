@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import bits
@@ -85,7 +86,7 @@ def reference(x):
     word, index = bits(x).ravel().astype(np.uint64), np.arange(x.size, dtype=np.uint64)
     out = ""
     module = fingerprint.__globals__
-    for j, constants in enumerate(zip(*(module[f"_{c}"] for c in "ABCDE"), strict=True)):
+    for j, constants in enumerate(zip(*(module[c] for c in "ABCDE"), strict=True)):
         a, b, c, d, e = (np.uint64(k) for k in constants)
         h = (
             (word & mask) * a
@@ -157,9 +158,10 @@ def assert_equal(a, b):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn])
 @pytest.mark.parametrize("with_seed_values", [False, True])
-def test_files_hold_everything(tmp_path, dtype, with_seed_values):
+@pytest.mark.parametrize("encoding", ["gaps", "raw"])
+def test_files_hold_everything(tmp_path, dtype, with_seed_values, encoding):
     seed, tuned, found = example(np.random.default_rng(2), with_seed_values, dtype)
-    found.save(tmp_path / "a" / "b")
+    found.save(tmp_path / "a" / "b", encoding)
     loaded = Subset.load(tmp_path / "a" / "b")
     assert_equal(found, loaded)
     assert all((bits(x) == bits(tuned[p])).all() for p, x in loaded.apply(seed).items())
@@ -281,6 +283,36 @@ def test_lying_configurations_are_refused(tmp_path, change, message):
     resigned(tmp_path, change)
     with pytest.raises(SubsetError, match=message):
         Subset.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x[::-1].copy(), "increase strictly"),
+        (lambda x: np.append(x[:-1], np.int32(10**9)), r"lie in"),
+        (lambda x: np.append(np.int32(-1), x[1:]), "lie in"),
+        (lambda x: x[:-1], "expected int32"),
+        (lambda x: x.astype(np.int64), "expected int32"),
+        (lambda x: x.astype(np.float32), "expected int32"),
+    ],
+)
+def test_lying_raw_positions_are_refused(tmp_path, change, message):
+    found = example(np.random.default_rng(2), False)[2]
+    found.save(tmp_path, "raw")
+    tensors = safetensors.numpy.load_file(tmp_path / files.TENSORS)
+    assert (tensors["l3.positions"] == found["l3"].positions).all()  # for any reader of safetensors
+    tensors["l3.positions"] = change(tensors["l3.positions"])
+    content = safetensors.numpy.save(tensors)
+    (tmp_path / files.TENSORS).write_bytes(content)
+    resigned(tmp_path, lambda c: c["sha256"].update({files.TENSORS: hashlib.sha256(content).hexdigest()}))
+    with pytest.raises(SubsetError, match=message):
+        Subset.load(tmp_path)
+
+
+def test_an_unknown_encoding_is_refused_before_writing(tmp_path):
+    with pytest.raises(SubsetError, match="encoding"):
+        example(np.random.default_rng(2), False)[2].save(tmp_path / "x", "zip")
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_changed_configuration_is_refused(tmp_path):

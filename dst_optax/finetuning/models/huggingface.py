@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Container
 from pathlib import Path
 
+from dst_optax.subset import Subset, models
 from dst_optax.subset.coordinates import Tensor
 
 
@@ -41,6 +43,19 @@ def tensors_of(directory: str | os.PathLike[str], *, stacked: bool) -> list[Tens
     from dst_optax.finetuning.models import decoder
 
     return decoder.tensors(decoder.read_config(directory, scan_layers=stacked))
+
+
+def export_subset(directory: Path, checkpoint: Path) -> None:
+    """Writes a run's subset once more as ``subset_hf``, for the Hugging Face checkpoint that it started from.
+
+    Args:
+      directory: holds ``subset``; values are rounded to the checkpoint's dtypes.
+      checkpoint: with ``config.json``.
+    """
+    found, model = Subset.load(directory / "subset"), models.open_model(checkpoint)
+    table = tensors_of(checkpoint, stacked=is_stacked(found, checkpoint))
+    dtypes = [(f"^{re.escape(row.path)}$", model[row.name].dtype) for row in table]
+    found.astype(dtypes).to_hf(table, model).save(directory / "subset_hf")
 
 
 def is_stacked(paths: Container[str], directory: str | os.PathLike[str]) -> bool:
