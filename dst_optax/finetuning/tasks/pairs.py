@@ -1,4 +1,4 @@
-"""Tasks of prompts and completions in JSONL files; subclasses say what a row means and when an answer is right."""
+"""Tasks of prompts and completions in JSONL files; subclasses say what a row means and what is right."""
 
 import json
 from abc import ABC, abstractmethod
@@ -100,8 +100,9 @@ class Pairs(ABC):
         """The share of exact matches, in percent."""
         return measured[self.name]["exact_match"]
 
-    def majority(self) -> None:
+    def majority(self) -> float | None:
         """There is no most common answer."""
+        return None
 
     def write(
         self, directory: str | Path, task: str, made: Sequence[Mapping[str, Any]], predictions: Sequence[Any]
@@ -122,7 +123,8 @@ class Pairs(ABC):
     def _dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         del shuffle_files, seed  # the rows are in memory; seqio shuffles examples
         inputs, targets = zip(*self.pairs(split), strict=True)
-        return tf.data.Dataset.from_tensor_slices({"inputs": list(inputs), "targets": list(targets)})
+        columns: Any = {"inputs": list(inputs), "targets": list(targets)}
+        return tf.data.Dataset.from_tensor_slices(columns)
 
     def _exact_match(self, targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
         right = [self.is_right(said, wanted) for wanted, said in zip(targets, predictions, strict=True)]
