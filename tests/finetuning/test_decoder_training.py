@@ -89,18 +89,38 @@ def log_likelihood(params, inputs, targets):
 
 
 def test_the_likeliest_option_is_predicted():
-    params = cases.weights(CONFIG)
-    found = evaluator(DATA)
-    split = found.split("rte", "validation")
-    predictions = found.predict(params, split)
-    assert set(predictions) == {0, 1}
-    for example, prediction in list(zip(split.examples, predictions, strict=True))[:6]:
+    data = replace(DATA, names=("copa",))
+    found, params = evaluator(data, {"inputs": 48, "targets": 32}), cases.weights(CONFIG)
+    split = found.split("copa", "validation")
+    likeliest = found.predict(params, split)
+    assert set(likeliest) == {0, 1}
+    metrics, score = found.score(params)
+    labels = np.array([int(example["label"]) for example in split.examples])
+    assert score == metrics["eval/copa/accuracy"] == pytest.approx(100 * np.mean(likeliest == labels))
+    for example, prediction in list(zip(split.examples, likeliest, strict=True))[:6]:
         options = [Bytes().encode(option.decode()) for option in example["options"]]
         scores = [log_likelihood(params, example["inputs"].tolist(), option) for option in options]
         assert prediction == int(np.argmax(scores))
-    _, score = found.score(params)
-    labels = [int(example["label"]) for example in split.examples]
-    assert score == pytest.approx(100 * np.mean(np.array(predictions) == labels))
+
+
+def test_likelihoods_are_also_divided_by_the_bytes_of_options():
+    data = replace(DATA, names=("copa",))
+    found, params = evaluator(data, {"inputs": 48, "targets": 32}), cases.weights(CONFIG)
+    split = found.split("copa", "validation")
+    labels, normalised = [], []
+    for example in split.examples[:4]:
+        options = [option.decode() for option in example["options"]]
+        scores = [
+            log_likelihood(params, example["inputs"].tolist(), Bytes().encode(option)) / len(option)
+            for option in options
+        ]
+        labels.append(int(example["label"]))
+        normalised.append(int(np.argmax(scores)))
+    few = replace(split, examples=split.examples[:4])
+    found._splits["copa", "validation"] = few
+    metrics, _ = found.score(params)
+    right = 100 * np.mean(np.array(labels) == np.array(normalised))
+    assert metrics["eval/copa/accuracy_normalised"] == pytest.approx(right)
 
 
 def test_options_that_are_longer_than_targets_are_told():
