@@ -63,8 +63,9 @@ class Jsonl(Pairs):
             raise ValueError(
                 f"the last of {self.messages!r} is of {messages[-1]['role']!r}, not of 'assistant'"
             )
-        if not hasattr(self.vocabulary, "chat"):
+        chat = getattr(self.vocabulary, "chat", None)
+        if chat is None:
             raise ValueError(
                 f"{type(self.vocabulary).__name__} has no chat template; give prompts and completions"
             )
-        return self.vocabulary.chat(messages)
+        return chat(messages)

@@ -65,9 +65,10 @@ class Pairs(ABC):
         size = len(self.pairs("train"))
         if self.name in seqio.TaskRegistry.names():
             seqio.TaskRegistry.remove(self.name)
+        source: Any = seqio.FunctionDataSource(self._dataset, splits=self.splits())
         seqio.TaskRegistry.add(
             self.name,
-            source=seqio.FunctionDataSource(self._dataset, splits=self.splits()),
+            source=source,
             preprocessors=features.preprocessors(self.vocabulary, decoder_only),
             output_features=features.output_features(self.vocabulary, decoder_only),
             postprocess_fn=_stripped,
