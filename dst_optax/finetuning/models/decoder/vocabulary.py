@@ -175,7 +175,7 @@ def _tokenizer(directory: Path) -> Any:
     try:
         import tokenizers  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as e:
-        raise ValueError(f"{TOKENIZER} is read by tokenizers: pip install tokenizers.") from e
+        raise ValueError(f"{TOKENIZER} is read by tokenizers: pip install 'dst-optax[hub]'.") from e
     file = directory / TOKENIZER
     if not file.is_file():
         raise ValueError(f"{file} is missing; the directory of a checkpoint holds its tokenizer, too.")

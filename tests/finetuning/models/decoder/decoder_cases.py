@@ -118,6 +118,11 @@ def hugging_face(path):
     return model.eval()
 
 
+def signature(x):
+    """A number that changes when a tensor is transposed."""
+    return float((x.ravel().astype(np.float64) * np.cos(np.arange(x.size))).sum()) + x.shape[0]
+
+
 def record():
     import tempfile
 
@@ -129,6 +134,11 @@ def record():
             decoder.save_hf(weights(config), config, path)
             model = hugging_face(path)
             model.save_pretrained(path)
+            held = {k: x.numpy() for k, x in model.state_dict().items()}
+            if config.tie_embeddings:
+                del held["lm_head.weight"]
+            found[f"{name}/names"] = np.array(list(held))
+            found[f"{name}/signatures"] = np.array([signature(x) for x in held.values()])
             found[f"{name}/config"] = np.array((pathlib.Path(path) / "config.json").read_text())
         tokens, lengths = batch(config)
         rows, greedy = [], []

@@ -178,6 +178,15 @@ def test_the_table_maps_every_entry_once(scan):
     assert len({row.name for row in rows}) == len(rows)
 
 
+@pytest.mark.parametrize("name", cases.CONFIGS)
+def test_the_table_names_and_turns_tensors_as_transformers_does(name):
+    config = cases.CONFIGS[name]
+    params = flatten(cases.weights(config))
+    found = {row.name: cases.signature(row.take(params[row.path])) for row in decoder.tensors(config)}
+    expected = dict(zip(RECORD[f"{name}/names"].tolist(), RECORD[f"{name}/signatures"].tolist(), strict=True))
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
 def test_bfloat16_shards_are_read_into_any_dtype(tmp_path):
     params = {path: x.astype(ml_dtypes.bfloat16) for path, x in flatten(cases.weights(TIED)).items()}
     params = unflatten(params)

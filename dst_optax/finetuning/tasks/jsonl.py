@@ -1,0 +1,71 @@
+"""Your own data: prompts and completions, or conversations, in JSONL files."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from dst_optax.finetuning.tasks.pairs import Pair, Pairs, read_pairs, text_field
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Jsonl(Pairs):
+    """``train.jsonl`` and ``validation.jsonl``, and ``test.jsonl`` if there is one.
+
+    A row is an object with a prompt and a completion, or one with messages, ``{"role": ..., "content":
+    ...}``, of which the last is learned in the words of the model's chat template. The completion follows
+    the prompt as it is: a space between them must stand in one of them.
+
+    Attributes:
+      directory: where the files lie.
+      vocabulary: of inputs and targets.
+      prompt: name of the field of prompts.
+      completion: name of the field of completions.
+      messages: name of the field of messages; rows that have it need no others.
+
+    Example:
+      >>> import tempfile
+      >>> directory = Path(tempfile.mkdtemp())
+      >>> for split in ("train", "validation"):
+      ...     _ = (directory / f"{split}.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}')
+      >>> import seqio
+      >>> Jsonl(str(directory), seqio.ByteVocabulary()).pairs("train")
+      (('1+1=', '2'),)
+    """
+
+    prompt: str = "prompt"
+    completion: str = "completion"
+    messages: str = "messages"
+    name: ClassVar[str] = "jsonl"
+
+    def splits(self) -> Sequence[str]:  # noqa: D102
+        has_test = (Path(self.directory) / "test.jsonl").is_file()
+        return SPLITS if has_test else SPLITS[:2]
+
+    def pairs(self, split: str) -> Sequence[Pair]:  # noqa: D102
+        return read_pairs(Path(self.directory) / f"{split}.jsonl", self._pair)
+
+    def is_right(self, said: str, wanted: str) -> bool:  # noqa: D102
+        return said == wanted
+
+    def _pair(self, row: dict[str, Any]) -> Pair:
+        if self.messages not in row:
+            return text_field(row, self.prompt), text_field(row, self.completion)
+        messages = row[self.messages]
+        well_formed = isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
+        if not well_formed or len(messages) < 2:
+            raise ValueError(f"{self.messages!r} must be a list of two objects or more, got {messages!r:.80}")
+        for message in messages:
+            text_field(message, "role"), text_field(message, "content")
+        if messages[-1]["role"] != "assistant":
+            raise ValueError(
+                f"the last of {self.messages!r} is of {messages[-1]['role']!r}, not of 'assistant'"
+            )
+        chat = getattr(self.vocabulary, "chat", None)
+        if chat is None:
+            raise ValueError(
+                f"{type(self.vocabulary).__name__} has no chat template; give prompts and completions"
+            )
+        return chat(messages)

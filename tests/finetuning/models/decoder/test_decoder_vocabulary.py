@@ -1,0 +1,122 @@
+"""Tokenizers and features: ends by the configuration, padding by lengths, inputs cut at their beginning."""
+
+import json
+
+import numpy as np
+import pytest
+
+tf = pytest.importorskip("tensorflow")
+seqio = pytest.importorskip("seqio")
+
+from dst_optax.finetuning import inputs  # noqa: E402
+from dst_optax.finetuning.models import decoder  # noqa: E402
+from dst_optax.finetuning.tasks import features  # noqa: E402
+
+MODEL = decoder.CausalLM(decoder.CONFIGS["smollm2_135m"])
+
+
+def test_features_by_hand():
+    pairs = [([5, 0, 6], [7, 0]), ([0], [0, 8, 9])]
+    found = inputs.batch_of(MODEL, pairs, {"inputs": 4, "targets": 3})
+    assert {name: x.tolist() for name, x in found.items()} == {
+        "decoder_input_tokens": [[5, 0, 6, 7, 0, 0], [0, 0, 8, 0, 0, 0]],
+        "decoder_target_tokens": [[7, 0, 0], [0, 8, 9]],
+        "decoder_loss_weights": [[1, 1, 0], [1, 1, 1]],
+        "decoder_target_indices": [[2, 3, 4], [0, 1, 2]],
+    }
+    assert inputs.count_tokens(found) == 3 + 2 + 1 + 3
+
+
+def test_inputs_that_nothing_can_follow_are_refused():
+    with pytest.raises(Exception, match="empty inputs"):
+        inputs.batch_of(MODEL, [([], [1])], {"inputs": 4, "targets": 3})
+
+
+class Prefixed(seqio.ByteVocabulary):
+    prefix_ids = (1,)
+
+
+def tokens(vocabulary, text, lengths, decoder_only=True):
+    if "prefixed" in seqio.TaskRegistry.names():
+        seqio.TaskRegistry.remove("prefixed")
+    seqio.TaskRegistry.add(
+        "prefixed",
+        source=seqio.FunctionDataSource(
+            lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensors(
+                {"inputs": text, "targets": "x"}
+            ),
+            splits=["train"],
+        ),
+        preprocessors=features.preprocessors(vocabulary, decoder_only),
+        output_features=features.output_features(vocabulary, decoder_only),
+    )
+    data = seqio.get_mixture_or_task("prefixed").get_dataset(lengths, split="train", shuffle=False)
+    (example,) = data.as_numpy_iterator()
+    return example["inputs"].tolist(), example["targets"].tolist()
+
+
+def test_inputs_of_decoders_begin_as_their_tokenizer_wants_and_keep_their_end():
+    x = [c + 3 for c in b"abcd"]
+    assert tokens(Prefixed(), "abcd", None) == ([1, *x], [ord("x") + 3, 1])
+    assert tokens(Prefixed(), "abcd", {"inputs": 3, "targets": 2})[0] == [1, *x[2:]]
+    assert tokens(seqio.ByteVocabulary(), "abcd", {"inputs": 3, "targets": 2})[0] == x[1:]
+    assert tokens(Prefixed(), "abcd", {"inputs": 3, "targets": 2}, decoder_only=False)[0] == [*x[:2], 1]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    pytest.importorskip("tokenizers", reason="needs tokenizers")
+    import tiny_tokenizer
+
+    path = tmp_path_factory.mktemp("model")
+    tiny_tokenizer.make(path)
+    return path
+
+
+def vocabulary_of(directory):
+    from dst_optax.finetuning.models.decoder.vocabulary import HuggingFaceVocabulary
+
+    return HuggingFaceVocabulary(directory)
+
+
+def test_ends_and_prefix_are_those_of_the_model(directory):
+    vocabulary = vocabulary_of(directory)
+    assert vocabulary.eos_ids == (2, 0)
+    assert (vocabulary.eos_id, vocabulary.bos_id, vocabulary.prefix_ids) == (0, 1, (1,))
+    assert vocabulary.vocab_size == 3 + 256
+    ids = vocabulary.encode("aä 1")
+    assert len(ids) == 5
+    assert vocabulary.decode(ids) == "aä 1"
+    assert np.array_equal(vocabulary.encode_tf(tf.constant("aä 1")), ids)
+    assert vocabulary.decode_tf(tf.constant(ids)).numpy().decode() == "aä 1"
+    assert vocabulary.decode_until_end([*ids, 2, *ids]) == "aä 1"
+    (directory / "generation_config.json").write_text('{"eos_token_id": 2}')
+    assert vocabulary_of(directory).eos_id == 2
+    (directory / "generation_config.json").unlink()
+
+
+def test_chats_are_worded_by_the_template(directory):
+    pytest.importorskip("jinja2", reason="needs jinja2")
+    vocabulary = vocabulary_of(directory)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    assert vocabulary.chat(messages) == ("<start><turn>user Hi<turn>\n<turn>assistant ", "Ho")
+    ids = vocabulary.encode("<start><turn>")
+    assert ids == [1, 2]
+
+
+def test_absent_and_damaged_files_are_told(tmp_path, directory):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is missing"):
+        vocabulary_of(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer"):
+        vocabulary_of(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((directory / "tokenizer.json").read_bytes())
+    with pytest.raises(ValueError, match="eos_token_id"):
+        vocabulary_of(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 0}))
+    assert vocabulary_of(tmp_path).eos_ids == (0,)
+
+
+def test_vocabularies_of_other_models_are_refused():
+    with pytest.raises(ValueError, match="its own tokenizer, not ByteVocabulary"):
+        MODEL.check(seqio.ByteVocabulary())
