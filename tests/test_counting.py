@@ -37,9 +37,7 @@ def test_any_guess_leads_to_the_exact_threshold(layout, data):
     m = rng.integers(0, n, silos)
     guess = data.draw(st.lists(st.integers(-1, TOP), min_size=silos, max_size=silos))
     spread = data.draw(st.lists(st.integers(1, 2**31 - 1), min_size=silos, max_size=silos))
-    found = search(
-        layout, keys, Counts.of(m.tolist()), np.array(guess, np.int32), np.array(spread, np.int32)
-    )
+    found = search(layout, keys, Counts.of(m.tolist()), np.array(guess, np.int32), np.array(spread, np.int32))
     q = np.sort(keys, axis=1)[np.arange(silos), n - m - 1]
     wanted = (keys > q[:, None]) & (m > 0)[:, None]
     np.testing.assert_array_equal(keys > np.asarray(found.hi)[:, None], wanted)

@@ -415,8 +415,9 @@ def test_state_is_small_and_named():
     assert type(state).__name__.endswith("State")
     assert "count" not in state._fields
     assert jax.tree.map(lambda x: x.dtype, state.seed) == jax.tree.map(lambda x: x.dtype, params)
-    rest = sum(x.nbytes for x in jax.tree.leaves(state._replace(seed=())))
-    assert rest <= 8 * 2 + 8 * 2 + 40
+    assert [x.nbytes for x in jax.tree.leaves(state.mask)] == [64 * 64, 8]
+    rest = sum(x.nbytes for x in jax.tree.leaves(state._replace(seed=(), mask=())))
+    assert rest <= 8 * 2 + 40
 
 
 def test_captured_seed_is_passed_on_in_place():
@@ -467,7 +468,7 @@ def test_bad_parameters_are_refused():
     with pytest.raises(ValueError, match="'a' that params lacks"):
         tx.update({"b": jnp.ones(3)}, state, {"b": jnp.ones(3)})
     with pytest.raises(ValueError, match="fingerprint"):
-        tx.update(params, state._replace(plan=jnp.uint32(1)), params)
+        tx.update(params, state._replace(fingerprint=jnp.uint32(1)), params)
     with pytest.raises(ValueError, match="silos"):
         dst_optax.dynamic_subset_tuning(silos=silos.per_tensor(stacked=[("a", 0)])).update(
             params, state, params

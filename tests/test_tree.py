@@ -54,12 +54,13 @@ def test_a_prefix_of_the_tree_is_enough():
     assert tree.by_prefix(prefix, "encoder/layer/kernel", "x") == 0.1
     assert tree.by_prefix(prefix, "head/bias", "x") == 0.5
     assert tree.by_prefix(0.3, "anything", "x") == 0.3
-    with pytest.raises(ValueError, match="fractions.*'decoder/kernel'.*'head/bias'"):
+    with pytest.raises(ValueError, match=r"fractions.*'decoder/kernel'.*'head/bias'"):
         tree.by_prefix(prefix, "decoder/kernel", "fractions")
 
 
 @pytest.mark.parametrize(
-    ("value", "are"), [([("a", 1)], True), ((("a", 1), ("b", 2)), True), ([], False), ([1, 2], False), ("ab", False)]
+    ("value", "are"),
+    [([("a", 1)], True), ((("a", 1), ("b", 2)), True), ([], False), ([1, 2], False), ("ab", False)],
 )
 def test_rules_are_told_from_pytrees(value, are):
     assert tree.are_rules(value) == are

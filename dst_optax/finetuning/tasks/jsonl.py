@@ -58,7 +58,8 @@ class Jsonl(Pairs):
         if not well_formed or len(messages) < 2:
             raise ValueError(f"{self.messages!r} must be a list of two objects or more, got {messages!r:.80}")
         for message in messages:
-            text_field(message, "role"), text_field(message, "content")
+            for name in ("role", "content"):
+                text_field(message, name)
         if messages[-1]["role"] != "assistant":
             raise ValueError(
                 f"the last of {self.messages!r} is of {messages[-1]['role']!r}, not of 'assistant'"
