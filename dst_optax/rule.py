@@ -117,10 +117,25 @@ class SubsetRule:
     def _begin(
         self, updates: Any, state: DynamicSubsetTuningState, params: Any
     ) -> tuple[SiloPlan, DynamicSubsetTuningState]:
+        _check_whole(params)
         plan = self.plan(params)
         state_lib.check_structure(plan, updates, state, params)
         leaves = jax.tree.leaves(params)
         return plan, state_lib.capture(state, [leaves[i] for i in plan.ranked])
+
+
+def _check_whole(params: Any) -> None:
+    """Raises inside ``shard_map`` where each device would budget its part of a tensor."""
+    for path, p in named_leaves(params, is_leaf=lambda x: False):
+        aval = jax.typeof(p)
+        manual = getattr(aval, "manual_axis_type", None)  # its name since jax 0.9
+        axes = manual.varying if manual is not None else getattr(aval, "vma", ())
+        if axes:
+            raise ValueError(
+                f"parameter {path!r} is split over the mesh axes {sorted(axes)} inside shard_map, and "
+                "budgets count whole tensors: update outside of shard_map, under jit alone, or replicate the "
+                "parameters over these axes."
+            )
 
 
 def _check_budget(fraction: Any, num_free_params: int | None) -> None:

@@ -280,6 +280,12 @@ def seed_leaves(params: Any, state: Any) -> list[tuple[str, Any]]:
 
 def check_structure(plan: SiloPlan, updates: Any, state: DynamicSubsetTuningState, params: Any) -> None:
     """Raises if updates, state and params are not of one model."""
+    if not is_state(state):
+        raise ValueError(
+            f"the state is {type(state).__name__}, not a DynamicSubsetTuningState: restore a checkpoint "
+            "against jax.eval_shape(tx.init, params). One that dst-optax 0.1 wrote holds other fields; "
+            "extract its subset with 0.1, apply that to the seed, and start from there with dst_optax.reseed."
+        )
     given = dict(named_leaves(params, is_leaf=lambda x: False))
     for name, tree in (("updates", updates), ("the seed in the state", state.seed)):
         for path, leaf in named_leaves(tree, is_leaf=lambda x: False):

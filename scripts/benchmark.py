@@ -34,7 +34,8 @@ import numpy as np
 import optax
 
 import dst_optax
-from dst_optax import budget, reference, selection
+from dst_optax import budget, counting, reference
+from dst_optax.counts import Counts
 
 LIMIT = 60.0  # seconds that a cell may take
 INFINITY = 0x7F800000
@@ -112,20 +113,15 @@ def key_of(x: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def counting(delta: jax.Array, guess: jax.Array, spread: jax.Array, m: int) -> selection.Bracket:
+def search(delta: jax.Array, guess: jax.Array, spread: jax.Array, m: int) -> counting.Bracket:
     """The threshold as the transform finds it; a negative guess is a cold start."""
-    leaf = selection.Leaf(key_of(delta), None, (0,))
-    total = jnp.asarray(budget.limbs([delta.size]))
-    rowwise = jax.default_backend() == "cpu"
-    return selection.thresholds(
-        [leaf],
-        jnp.asarray(budget.limbs([m])),
-        total,
-        INFINITY,
-        selection.Guess(guess, spread, guess | (1 << 30)),
-        2**23,
-        rowwise,
-    )
+
+    def method(layout: counting.Layout, keys: jax.Array, first: counting.Guess) -> counting.Bracket:
+        row = counting.Keys(keys[None], 0, (0,), (0,), jnp.int32(0))
+        total = Counts.of([delta.size])
+        return layout.thresholds([row], Counts.of([m]), total, INFINITY, first, 2**23)
+
+    return counting.per_platform(method, key_of(delta), counting.Guess(guess, spread))
 
 
 def selection_cells(largest: int, runs: int) -> Iterator[dict[str, Any]]:
@@ -142,13 +138,13 @@ def selection_cell(delta: jax.Array, fraction: float, runs: int) -> dict[str, An
     n, host = delta.size, np.asarray(delta)
     m = budget.rank(fraction, n)
     none, one = jnp.full(1, -1, jnp.int32), jnp.ones(1, jnp.int32)
-    cold = counting(delta, none, one, m)
+    cold = search(delta, none, one, m)
     threshold = jax.lax.bitcast_convert_type(cold.hi, jnp.float32)
     off = key_of(threshold * 1.003)  # the last step's threshold, 0.3% off
     around = jnp.full(1, 1 << 14, jnp.int32)
     calls: dict[str, Callable[[], Any]] = {
-        "warm": lambda: counting(delta, off, around, m),
-        "cold": lambda: counting(delta, none, one, m),
+        "warm": lambda: search(delta, off, around, m),
+        "cold": lambda: search(delta, none, one, m),
         "np.partition": lambda: np.partition(host, n - m - 1)[n - m - 1],
     }
     skipped = {}
@@ -167,7 +163,7 @@ def selection_cell(delta: jax.Array, fraction: float, runs: int) -> dict[str, An
     jax.block_until_ready([c() for name, c in calls.items() if name != "jnp.quantile"])
     times = alternate(calls, runs)
     warm = times["warm"]["ms"]
-    passes = int(counting(delta, off, around, m).passes)
+    passes = int(search(delta, off, around, m).passes[0])
     quantile_below = np.partition(host, n - m - 1)[n - m - 1]
     assert int((delta > threshold[0]).sum()) == int(
         (host > quantile_below).sum()
@@ -176,7 +172,7 @@ def selection_cell(delta: jax.Array, fraction: float, runs: int) -> dict[str, An
         "part": "selection",
         "n": n,
         "fraction": fraction,
-        "passes": {"warm": passes, "cold": int(cold.passes)},
+        "passes": {"warm": passes, "cold": int(cold.passes[0])},
         "times": times,
         "x_warm": {name: t["ms"] / warm for name, t in times.items()},
         "skipped": skipped,
@@ -305,7 +301,7 @@ def step_cell(model: str, fraction: float, runs: int, naive: bool) -> dict[str, 
             name: (t.temp - plain.temp) / size for name, t in trainees.items() if t.temp >= 0
         },
         "passes": int(facts["passes"]),
-        "free": int(facts["free"]),
+        "free": int(facts["num_free"]),
         "budget": int(facts["budget"]),
         "skipped": skipped,
     }
@@ -342,7 +338,7 @@ def training_step_cell(fraction: float, runs: int, tokens: int = 128) -> dict[st
     steps, state, compile_seconds, temp = {}, {}, {}, {}
     for name, method in {"adamw": Full(adamw), "adamw+dst": DST(adamw, fraction)}.items():
         tuned = jax.tree.map(jnp.copy, seed)
-        state[name] = TrainState({}, tuned, method.transform.init(tuned))
+        state[name] = TrainState({}, tuned, method.init(seed, tuned))
         start = time.perf_counter()
         steps[name] = (
             jax.jit(make_step(model, method), donate_argnums=0).lower(state[name], batch(), key).compile()
@@ -380,7 +376,7 @@ def training_step_cell(fraction: float, runs: int, tokens: int = 128) -> dict[st
         "compile_seconds": compile_seconds,
         "temp_bytes_a_parameter": {name: (t - temp["adamw"]) / size for name, t in temp.items()},
         "passes": int(facts["passes"]),
-        "free": int(facts["free"]),
+        "free": int(facts["num_free"]),
         "budget": int(facts["budget"]),
         "skipped": {},
     }

@@ -10,6 +10,7 @@ import oracle
 import pytest
 
 import dst_optax
+from dst_optax import subset
 
 FRACTION = 0.1
 
@@ -114,6 +115,32 @@ def test_nnx_optimizer():
         jax.tree.map(lambda m, a, b: np.testing.assert_array_equal(m, a != b), mask, final, seed)
     nnx.update(model, final)
     check(seed, parameters(nnx, model))
+
+
+def test_nnx_objects_are_taken_as_they_are():
+    nnx = pytest.importorskip("flax.nnx", reason="needs flax")
+    model = nnx_model(nnx)
+    seed = copied(parameters(nnx, model))
+    tx = dst_optax.wrap(optax.adam(1e-2), FRACTION)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    for x in batches(2):
+        optimizer.update(model, nnx.grad(lambda m, x=x: jnp.mean((m(x) - 1.0) ** 2))(model))
+    final = dst_optax.finalize(model, optimizer.opt_state)
+    assert isinstance(final, type(model))
+    check(seed, parameters(nnx, final))
+    mask = dst_optax.subset_mask(final, optimizer.opt_state)
+    differs = jax.tree.map(lambda a, b: np.asarray(a != b), parameters(nnx, final), seed)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(mask), jax.tree.leaves(differs))
+    found = subset.extract(final, optimizer.opt_state)
+    size = dst_optax.diagnostics.metrics(optimizer.opt_state, final)["subset_size"]
+    assert sum(len(found[path].positions) for path in found) == int(size) > 0
+    assert sorted(found) == ["l1/bias", "l1/kernel", "l2/bias", "l2/kernel"]
+    reseeded = dst_optax.reseed(optimizer.opt_state, final)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.tree.leaves(dst_optax.finalize(final, reseeded)),
+        jax.tree.leaves(final),
+    )
 
 
 def test_equinox():

@@ -59,6 +59,14 @@ def test_per_group(groups):
     assert sizes(silos.per_group(groups)) == {"d": 45, "rest": 45}
 
 
+def test_groups_may_be_a_pytree_of_labels():
+    params = {"a": {"k": jnp.ones(4), "b": jnp.ones(3)}, "c": jnp.ones(2)}
+    plan = silos.make_plan(params, silos.per_group({"a": "inner", "c": "outer"}), 0.5)
+    assert dict(zip(plan.labels, plan.sizes, strict=True)) == {"inner": 7, "outer": 2}
+    with pytest.raises(ValueError, match=r"per_group.*'c'"):
+        silos.make_plan(params, silos.per_group({"a": "inner"}), 0.5)
+
+
 def test_whole_model_counts_offsets_in_path_order():
     plan = silos.make_plan(PARAMS, silos.whole_model())
     assert plan.sizes == (90,)

@@ -492,3 +492,102 @@ def test_no_recompile_after_the_first_call():
     for _ in range(3):
         _, state = step(params, state, params)
     assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("value", [jnp.asarray(1), lambda step: jnp.where(step < 1, 0, 1)])
+def test_fractions_at_run_time_may_be_integers(value):
+    tx = dst_optax.wrap(optax.sgd(1.0), value)
+    params, state = jnp.zeros(6), tx.init(jnp.zeros(6))
+    for _ in range(2):
+        updates, state = tx.update(-jnp.arange(6.0), state, params)
+        params = dst_optax.apply_updates(params, updates, state)
+    expected = 2 * jnp.arange(6.0) if isinstance(value, jax.Array) else jnp.arange(6.0)
+    np.testing.assert_array_equal(params, expected)
+
+
+def test_a_schedule_that_gives_no_scalar_is_refused():
+    tx = dst_optax.dynamic_subset_tuning(lambda step: jnp.ones(3))
+    with pytest.raises(ValueError, match=r"scalar.*\(3,\)"):
+        tx.update(jnp.ones(4), tx.init(jnp.ones(4)), jnp.ones(4))
+
+
+def test_fractions_as_a_pytree():
+    params = {"a": {"k": jnp.zeros(10), "b": jnp.zeros(4)}, "c": jnp.zeros(5)}
+    tx = dst_optax.wrap(given_updates(), {"a": {"k": 0.5, "b": 0.0}, "c": 1.0})
+    updates, state = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    after = dst_optax.apply_updates(params, updates, state)
+    assert [int((after["a"][n] != 0).sum()) for n in "kb"] == [0, 0]  # all tie at the threshold, and frozen
+    assert int((after["c"] != 0).sum()) == 5
+    assert int(state[-1].memory.diagnostics.budget) == 5 + 0 + 5
+    with pytest.raises(ValueError, match=r"fraction_of_free_params for 'a/b'.*1.5"):
+        dst_optax.dynamic_subset_tuning({"a": {"k": 0.5, "b": 1.5}, "c": 1.0})
+
+
+def test_both_kinds_of_budget_are_refused_whatever_their_values():
+    with pytest.raises(ValueError, match="both"):
+        dst_optax.dynamic_subset_tuning(0.1, num_free_params=3)
+    for default in (dst_optax.dynamic_subset_tuning(), dst_optax.dynamic_subset_tuning(None)):
+        state = default.init(jnp.ones(101))
+        _, state = default.update(jnp.arange(101.0), state, jnp.ones(101))
+        assert int(state.memory.diagnostics.budget) == 10
+
+
+def test_parameters_restored_in_another_dtype_are_refused():
+    tx = dst_optax.dynamic_subset_tuning(0.1)
+    state = tx.init({"w": jnp.ones(5)})
+    half = {"w": jnp.ones(5, jnp.bfloat16)}
+    for call in (
+        lambda: tx.update(half, state, half),
+        lambda: dst_optax.finalize(half, state),
+        lambda: dst_optax.reseed(state, half),
+    ):
+        with pytest.raises(ValueError, match=r"'w'.*bfloat16.*float32"):
+            call()
+
+
+def test_a_state_of_another_kind_is_refused():
+    tx = dst_optax.dynamic_subset_tuning(0.1)
+    with pytest.raises(ValueError, match=r"dict.*eval_shape"):
+        tx.update(jnp.ones(3), {"seed": jnp.ones(3), "gap": jnp.ones(1)}, jnp.ones(3))
+
+
+@pytest.mark.parametrize("option", ["jax_debug_nans", "jax_debug_infs"])
+def test_nothing_of_ours_is_infinite_or_nan(option):
+    params = {"a": jnp.arange(30.0), "free": jnp.ones(3), "frozen": jnp.ones(4)}
+    rules = [("free", 1.0), ("frozen", 0.0), ("", 0.2)]
+    for fraction in (rules, optax.linear_schedule(0.0, 1.0, 2)):
+        tx = dst_optax.wrap(optax.sgd(0.1), fraction)
+        jax.config.update(option, True)
+        try:
+            p, state = params, tx.init(params)
+            for i in range(3):
+                updates, state = jax.jit(tx.update)(jax.tree.map(lambda x, i=i: x + i, params), state, p)
+                p = dst_optax.apply_updates(p, updates, state)
+            jax.block_until_ready(dst_optax.finalize(p, state))
+        finally:
+            jax.config.update(option, False)
+
+
+def test_integer_leaves_may_be_masked():
+    params = {"w": jnp.arange(10.0), "ids": jnp.arange(3)}
+    tx = optax.masked(dst_optax.wrap(optax.sgd(1.0), 0.5), {"w": True, "ids": False})
+    grads = jax.grad(lambda p: jnp.sum(p["w"] ** 2), allow_int=True)(params)
+    updates, state = tx.update(grads, tx.init(params), params)
+    after = dst_optax.apply_updates(params, updates, state)
+    np.testing.assert_array_equal(after["ids"], params["ids"])
+    assert int((after["w"] != params["w"]).sum()) == 5
+
+
+def test_shard_map_sees_whole_tensors_or_is_refused():
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    tx = dst_optax.dynamic_subset_tuning(0.1)
+    params = jnp.arange(8.0)
+    spec = jax.sharding.PartitionSpec
+    update = lambda u, p: tx.update(u, tx.init(p), p)[0]  # noqa: E731
+
+    def inside(where):
+        return jax.jit(jax.shard_map(update, mesh=mesh, in_specs=where, out_specs=where))(params, params)
+
+    with pytest.raises(ValueError, match=r"shard_map.*outside"):
+        inside(spec("x"))
+    np.testing.assert_array_equal(inside(spec()), tx.update(params, tx.init(params), params)[0])

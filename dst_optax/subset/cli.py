@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import numpy as np
@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 
 from dst_optax.subset import Subset, compose, files, from_models, gaps, models, peft, tied
-from dst_optax.subset.dtypes import is_float
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -165,26 +164,12 @@ def extract(
     def command() -> dict[str, Any]:
         before, after = models.open_model(seed), models.open_model(tuned)
         before, after = tied.without_copies(before, after), tied.without_copies(after, before)
-        exact = _difference(before, after, None, with_seed_values, floats=False)
-        ranked = _difference(before, after, fraction, with_seed_values, floats=True)
         metadata = {"seed": seed.name, "tuned": tuned.name, "fraction_of_free_params": fraction}
-        found = Subset({**exact, **ranked}, metadata)
+        found = from_models(before, after, fraction, with_seed_values=with_seed_values, metadata=metadata)
         found.save(out)
         return {"out": str(out), "entries": found.count, "parameters": found.size}
 
     run(command, as_json, _wrote)
-
-
-def _difference(
-    seed: Mapping[str, Any],
-    tuned: Mapping[str, Any],
-    fraction: float | None,
-    with_seed_values: bool,
-    floats: bool,
-) -> Subset:
-    """The subset of the tensors that are floats, or of those that are not and have no largest changes."""
-    before, after = ({p: x for p, x in m.items() if is_float(x.dtype) == floats} for m in (seed, tuned))
-    return from_models(before, after, fraction, with_seed_values=with_seed_values)
 
 
 @app.command()

@@ -17,7 +17,7 @@ from dst_optax.silos import SiloPlan, Silos, groups_that_share_silos, make_plan
 from dst_optax.state import Free, leaf_states, seed_leaves
 from dst_optax.subset import trees
 from dst_optax.subset.core import Entries, Subset
-from dst_optax.subset.dtypes import is_float
+from dst_optax.subset.dtypes import checked, is_float
 from dst_optax.subset.errors import SubsetError
 from dst_optax.subset.fingerprint import fingerprints
 from dst_optax.tree import is_masked
@@ -120,13 +120,14 @@ def from_models(
     """
     seeds, tuneds = trees.named_leaves(seed, "the seed"), trees.named_leaves(tuned, "the tuned model")
     _check_models(seeds, tuneds)
-    chosen = {}
+    plan = None
     if fraction_of_free_params is not None or num_free_params is not None:
-        floats = {path: x for path, x in tuneds.items() if is_float(x.dtype)}
-        model = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in floats.items()}
-        plan = make_plan(model, silos, fraction_of_free_params, num_free_params)
-        chosen = _chosen(plan, seeds, floats, distance)
-    return _subset(seeds, tuneds, _differences(seeds, tuneds, chosen), with_seed_values, metadata)
+        floats = {
+            path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in tuneds.items() if is_float(x.dtype)
+        }
+        plan = make_plan(floats, silos, fraction_of_free_params, num_free_params)
+    parts = _differences(seeds, tuneds, plan, distance)
+    return _subset(seeds, tuneds, parts, with_seed_values, metadata)
 
 
 class _Part(NamedTuple):
@@ -163,12 +164,15 @@ def _subset(
 
 
 def _differences(
-    seeds: dict[str, Any], tuned: dict[str, Any], chosen: dict[str, Any] | None = None
+    seeds: dict[str, Any],
+    tuned: dict[str, Any],
+    plan: SiloPlan | None = None,
+    distance: distances.Distance | None = None,
 ) -> dict[str, _Part]:
-    """The entries that differ; of the tensors named in ``chosen``, those of its masks."""
+    """The entries that differ; of the tensors of a plan, as many as their silos may free."""
     _check_models(seeds, tuned)
-    masks = chosen or {}
-    parts = {path: _local_difference(seeds[path], x, masks.get(path)) for path, x in tuned.items()}
+    parts = {} if plan is None else _within_budget(seeds, tuned, plan, distance)
+    parts = {path: parts.get(path) or _local_difference(seeds[path], x) for path, x in tuned.items()}
     if _shared(tuned) and jax.process_index() > 0:  # arrays that do not span processes count once
         parts = {p: x if trees.spans_processes(tuned[p]) else x.take(slice(0)) for p, x in parts.items()}
     return parts
@@ -180,6 +184,7 @@ def _check_models(seeds: dict[str, Any], tuned: dict[str, Any]) -> None:
             owner = "tuned model" if path not in tuned else "seed"
             raise SubsetError(f"the {owner} lacks {path!r}.")
         a, b = seeds[path], tuned[path]
+        checked(b.dtype, path)
         if tuple(a.shape) != tuple(b.shape) or np.dtype(a.dtype) != np.dtype(b.dtype):
             raise SubsetError(
                 f"{path!r} is {a.dtype}{list(a.shape)} in the seed, "
@@ -244,18 +249,33 @@ def _gathered(x: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(x))
 
 
-def _chosen(
-    plan: SiloPlan, seeds: dict[str, Any], tuned: dict[str, Any], distance: distances.Distance | None
-) -> dict[str, Any]:
-    """Masks of the entries that the budgets take; one group of tensors that share silos at a time."""
-    masks = {}
-    with _x64(any(np.dtype(x.dtype) == np.float64 for x in tuned.values())):
+def _within_budget(
+    seeds: dict[str, Any], tuned: dict[str, Any], plan: SiloPlan, distance: distances.Distance | None
+) -> dict[str, _Part]:
+    """The farthest entries of each silo; one group of tensors that share silos is in memory at a time."""
+    parts = {}
+    with _x64(any(leaf.dtype == "float64" for leaf in plan.leaves)):
         for group in groups_that_share_silos(plan.leaves):
             paths = [plan.leaves[i].path for i in group]
-            models = [[jnp.asarray(model[path]) for path in paths] for model in (tuned, seeds)]
-            found = _project(plan.part(group), distance, *models)
-            masks |= dict(zip(paths, found, strict=True))
-    return masks
+            parts |= _group_within_budget(seeds, tuned, paths, plan.part(group), distance)
+    return parts
+
+
+def _group_within_budget(
+    seeds: dict[str, Any],
+    tuned: dict[str, Any],
+    paths: list[str],
+    plan: SiloPlan,
+    distance: distances.Distance | None,
+) -> dict[str, _Part]:
+    after, before = ([_loaded(model[path]) for path in paths] for model in (tuned, seeds))
+    masks = _project(plan, distance, *([jnp.asarray(x) for x in model] for model in (after, before)))
+    parts = map(_local_difference, before, after, masks)
+    return dict(zip(paths, parts, strict=True))
+
+
+def _loaded(x: Any) -> Any:
+    return x if isinstance(x, jax.Array) else np.asarray(x)
 
 
 @partial(jax.jit, static_argnums=(0, 1))  # compiled once for all groups of like tensors

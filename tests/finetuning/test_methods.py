@@ -101,8 +101,7 @@ class Trained:
     def _step(self, tuned, slots, i):
         key = jax.random.fold_in(jax.random.key(7), i)
         grads = jax.tree.map(lambda x: jax.random.normal(jax.random.fold_in(key, x.size), x.shape), tuned)
-        updates, after = self.method.transform.update(grads, slots, tuned)
-        moved = self.method.apply_updates(tuned, updates, after)
+        moved, after = self.method.update(grads, slots, tuned)
         found = self.method.metrics(moved, after, self.method.mark(tuned, slots))
         return moved, after, found["free_params"]
 

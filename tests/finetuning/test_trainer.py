@@ -73,7 +73,7 @@ def restored(run):
     """Tuned parameters and slots of the last checkpoint."""
     seed = storage.load_model(run.parents[1] / "seed" / "model.safetensors", shapes())
     params = jax.tree.map(jnp.asarray, seed)
-    return dst().load(run / "checkpoints" / "00000006", seed, params, dst().transform.init(params))
+    return dst().load(run / "checkpoints" / "00000006", seed, params, dst().init(seed, params))
 
 
 def contents(run):
@@ -288,7 +288,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     tokens = jnp.ones((1, 1), jnp.int32)
     params = network.init(jax.random.key(0), tokens, tokens, tokens, enable_dropout=False)["params"]
     method = Full(optax.sgd(1.0))
-    state = TrainState({}, params, method.transform.init(params))
+    state = TrainState({}, params, method.init(params, params))
     batch = batch_of(np.random.default_rng(0), 8)
     made = [
         jax.jit(make_step(t5.T5(network.config), method, accumulate=n))(state, batch, jax.random.key(1))
@@ -307,13 +307,13 @@ def test_a_selection_a_step_however_many_parts(whole):
     assert int(optax.tree.get(slots, "step")) == RECIPE.steps
 
 
-def test_dst_adds_the_seed_and_eight_bytes_a_silo_and_a_tensor():
+def test_dst_adds_the_seed_and_eight_bytes_a_silo():
     params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes())
     size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))  # noqa: E731
-    adam = Full(optax.adam(1e-2)).transform.init(params)
+    adam = optax.adam(1e-2).init(params)
     leaves = len(jax.tree.leaves(params))
-    extra = size(dst().transform.init(params)) - size(adam) - size(params)
-    assert extra <= 8 * leaves + 8 * leaves + 64
+    extra = size(dst().init(params, params)) - size(adam) - size(params)
+    assert extra <= 8 * leaves + 64
 
 
 EIGHT = """

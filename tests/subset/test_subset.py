@@ -102,6 +102,30 @@ def test_extract_needs_a_captured_and_known_seed():
     assert same(subset.extract(tuned, state, seed=params).apply(params), tuned)
 
 
+def trained():
+    seed = {"a": jnp.arange(40.0), "b": jnp.ones(30)}
+    return train(dst_optax.wrap(optax.adam(0.1), fraction_of_free_params=0.1), seed)
+
+
+def test_extract_refuses_what_changed_after_the_subset_was_chosen():
+    tuned, state = trained()
+    averaged = jax.tree.map(lambda x: x * np.float32(0.99), tuned)
+    with pytest.raises(SubsetError, match=r"'a'.*chained after|average"):
+        subset.extract(averaged, state)
+    one = {**tuned, "b": tuned["b"] + jnp.zeros(30).at[7].set(1e-7)}
+    with pytest.raises(SubsetError, match=r"^\d entries of 'b'.*finalize"):
+        subset.extract(one, state)
+    assert subset.extract(dst_optax.finalize(one, state), state).count == subset.extract(tuned, state).count
+
+
+def test_tensors_that_are_not_floats_are_taken_whole_and_floats_ranked():
+    seed = {"ids": np.arange(6), "w": np.zeros(21, np.float32)}
+    tuned = {"ids": np.arange(6) * 2, "w": np.arange(21, dtype=np.float32)}
+    found = subset.from_models(seed, tuned, 0.1)
+    assert found["ids"].positions.tolist() == [1, 2, 3, 4, 5]
+    assert found["w"].positions.tolist() == [19, 20]
+
+
 @pytest.mark.parametrize("fraction", [0.0, 0.01, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("dtype", [*DTYPES, np.float64])
 def test_largest_distances_of_each_silo(fraction, dtype):
