@@ -35,7 +35,7 @@ class DynamicSubsetTuningState(NamedTuple):
     """State of :func:`dst_optax.dynamic_subset_tuning`."""
 
     seed: Any  # like params, their dtypes; Free or Frozen where a leaf is so at every step
-    mask: Any  # like seed, bool: entries that may differ from it; None where a trainer sets parameters
+    mask: Any  # like seed, bool: entries that may differ from it; () where a trainer sets parameters
     captured: jax.Array  # (), bool: the seed is the model that training started from
     step: jax.Array  # (), int32: updates so far
     fingerprint: jax.Array  # (), uint32: of the plan
@@ -80,7 +80,7 @@ def init(plan: SiloPlan, params: Any, *, with_mask: bool = True) -> DynamicSubse
 
     return DynamicSubsetTuningState(
         seed=arrange(copy),
-        mask=arrange(_nowhere) if with_mask else None,
+        mask=arrange(_nowhere) if with_mask else (),
         captured=jnp.zeros((), bool),
         step=jnp.zeros((), jnp.int32),
         fingerprint=jnp.uint32(plan.fingerprint),
@@ -127,8 +127,8 @@ def capture(state: DynamicSubsetTuningState, params: list[jax.Array]) -> Dynamic
     """
     seeds, treedef = jax.tree.flatten(state.seed)
     if seeds:
-        # a loop of no or one turn: a captured seed is passed on in place instead of being rewritten
-        # (test_the_seed_is_not_rewritten)
+        # a loop of no or one turn: a captured seed is passed on in place, where a select would read and
+        # write all of it (test_the_seed_is_passed_on_in_place)
         _, seeds = lax.while_loop(
             lambda carry: ~carry[0],
             lambda carry: (jnp.ones_like(carry[0]), [jnp.asarray(p) for p in params]),
@@ -148,12 +148,10 @@ def reseed(state: DynamicSubsetTuningState, params: Any) -> DynamicSubsetTuningS
         _check_like(path, new, "the seed before", old)
         return copy(new)
 
-    mask = None
-    if state.mask is not None:
-        mask = jax.tree.map(lambda x: ~_nowhere(x), state.seed)
+    has_mask = bool(jax.tree.leaves(state.mask))
     return state._replace(
         seed=map_named(renew, state.seed),
-        mask=mask,
+        mask=jax.tree.map(lambda x: ~_nowhere(x), state.seed) if has_mask else state.mask,
         captured=jax.tree.map(jnp.ones_like, state.captured),
         memory=jax.tree.map(jnp.zeros_like, state.memory),
     )
@@ -213,7 +211,7 @@ def leaf_states(state: Any) -> dict[str, LeafState]:
     """
     found: dict[str, LeafState] = {}
     for dst in states(state):
-        masks = {} if dst.mask is None else dict(named_leaves(dst.mask))
+        masks = dict(named_leaves(dst.mask))
         for path, seed in named_leaves(dst.seed):
             if is_masked(seed) and not isinstance(seed, Free | Frozen):
                 continue

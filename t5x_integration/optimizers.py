@@ -194,8 +194,8 @@ def stacked_layers(param_logical_axes: Any) -> list[tuple[str, int]]:
 
 def partition(state: dst_optax.DynamicSubsetTuningState, params_axes: Any) -> Any:
     """Partition rule of DST's state: seed and mask lie as the parameters do, all else everywhere."""
-    mask = None if state.mask is None else _like_params(state.mask, params_axes)
-    rest = _everywhere(state._replace(seed=None, mask=None))
+    mask = _like_params(state.mask, params_axes) if jax.tree.leaves(state.mask) else state.mask
+    rest = _everywhere(state._replace(seed=(), mask=()))
     return rest._replace(seed=_like_params(state.seed, params_axes), mask=mask)
 
 
