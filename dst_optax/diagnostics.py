@@ -8,7 +8,7 @@ import numpy as np
 
 from dst_optax import silos
 from dst_optax.state import states
-from dst_optax.transform import subset_mask
+from dst_optax.transform import differing
 
 
 def _count(mask: Any) -> jax.Array:
@@ -53,11 +53,11 @@ def metrics(
         "passes": jnp.max(jnp.stack([x.passes for x in last])),
         "step": jnp.max(jnp.stack([s.step for s in found])),
     }
-    mask = None if params is None else subset_mask(params, state)
+    mask = None if params is None else differing(params, state)
     if mask is not None:
         out["subset_size"] = _count(mask)
         if previous is not None:
-            out |= overlap(subset_mask(previous, state), mask)
+            out |= overlap(differing(previous, state), mask)
     if plan is not None:
         if len(found) != 1:
             raise ValueError(f"a plan describes one DST state, got {len(found)}.")

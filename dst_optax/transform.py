@@ -25,7 +25,7 @@ from dst_optax import state as state_lib
 from dst_optax.rule import SubsetRule
 from dst_optax.select import add, bits
 from dst_optax.state import DynamicSubsetTuningState, Free, Frozen, LeafState
-from dst_optax.tree import is_masked, named_leaves
+from dst_optax.tree import is_masked, map_named, named_leaves
 
 NO_PARAMS = "dynamic_subset_tuning needs the current parameters: call tx.update(updates, state, params)."
 
@@ -222,13 +222,32 @@ def subset_mask(params: Any, state: Any) -> Any:
       >>> dst_optax.subset_mask(params, state).tolist()
       [False, True, False]
     """
+    moved = differing(params, state)
+    masks = {path: leaf.mask for path, leaf in state_lib.leaf_states(state).items()}
+
+    def allowed(path: str, differs: jax.Array) -> jax.Array:
+        mask = masks.get(path)
+        return differs if mask is None or is_masked(mask) else differs & mask
+
+    return map_named(allowed, moved)
+
+
+def differing(params: Any, state: Any) -> Any:
+    """Which entries differ from the seed, by their bits: of any parameters, not only those of the last step.
+
+    Args:
+      params: pytree of arrays.
+      state: any optimizer state that holds DST states.
+
+    Returns:
+      Pytree of bool like ``params``, see :func:`subset_mask`.
+    """
 
     def differs(path: str, p: Any, leaf: LeafState | None) -> jax.Array:
         del path
         if leaf is None or isinstance(leaf.seed, Free | Frozen):
             return jnp.full(jnp.shape(p), leaf is not None and isinstance(leaf.seed, Free))
-        moved = (bits(jnp.asarray(p)) != bits(leaf.seed)) & leaf.captured
-        return moved if leaf.mask is None else moved & leaf.mask
+        return (bits(jnp.asarray(p)) != bits(leaf.seed)) & leaf.captured
 
     return state_lib.map_leaf_states(differs, params, state)
 

@@ -110,7 +110,7 @@ def test_frozen_and_free_leaves():
     assert mask["b"].all()
     assert not mask["w"].any()
     got = diagnostics.metrics(state, trace[-1], plan=silos.make_plan(trace[0], None, rules))
-    assert int(got["subset_size"]) == int(got["budget"]) == int(got["free"]) == 31 + 12
+    assert int(got["subset_size"]) == int(got["budget"]) == int(got["num_free"]) == 31 + 12
     assert int(got["subset_size/w"]) == 0
 
 
@@ -122,7 +122,7 @@ def test_entries_that_are_not_finite_are_counted():
     after = dst_optax.apply_updates(params, updates, state)
     got = diagnostics.metrics(state, after)
     assert int(got["num_nonfinite"]) == 3
-    assert int(got["free"]) == 5
+    assert int(got["num_free"]) == 5
     assert int(got["subset_size"]) == 8
     many = {"a": jnp.full(70_000, jnp.nan)}  # more than 16 bits hold
     params = {"a": jnp.ones(70_000)}
@@ -136,7 +136,7 @@ def test_ties_that_are_filled_are_counted_as_free(ties, free):
     tx = dst_optax.wrap(optax.identity(), 0.1, ties=ties)
     u = jnp.ones(101).at[jnp.arange(3)].set(2.0)
     _, state = tx.update(u, tx.init(params), params)
-    assert int(diagnostics.metrics(state)["free"]) == free
+    assert int(diagnostics.metrics(state)["num_free"]) == free
 
 
 @pytest.mark.parametrize(
