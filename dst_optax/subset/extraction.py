@@ -270,6 +270,11 @@ def _group_within_budget(
 ) -> dict[str, _Part]:
     after, before = ([_loaded(model[path]) for path in paths] for model in (tuned, seeds))
     masks = _project(plan, distance, *([jnp.asarray(x) for x in model] for model in (after, before)))
+    # at once on all processes, of which some may have no entry of a tensor to read
+    masks = [
+        jax.device_put(m, x.sharding) if isinstance(x, jax.Array) else m
+        for m, x in zip(masks, after, strict=True)
+    ]
     parts = map(_local_difference, before, after, masks)
     return dict(zip(paths, parts, strict=True))
 
