@@ -99,7 +99,7 @@ def run(rule, shardings=None):
         params, state = step(params, state, put(arrays(SHAPES, i + 1), shardings))
         digests.append(digest(fetch(params)))
         if shardings is not None:
-            same &= kept(params, shardings) and kept(state[1].seed, shardings)
+            same &= all(kept(tree, shardings) for tree in (params, state[1].seed, state[1].mask))
     return {"digests": digests, "kept": same, "traffic": traffic(step.as_text())}
 
 
