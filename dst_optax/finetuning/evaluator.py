@@ -82,6 +82,14 @@ class Evaluator:
         flat = {f"{kind}/{task}/{name}": x for task, values in metrics.items() for name, x in values.items()}
         return flat, self._data.score(metrics)
 
+    @property
+    def tests(self) -> bool:
+        """Whether the test split of every task has labels; those of the official ones have none."""
+        names = self._data.names
+        return all(
+            self._data.predicted_split(name) == "test" and self.split(name, "test").labelled for name in names
+        )
+
     def _metrics(self, params: Params, split: inputs.EvalSplit) -> dict[str, float]:
         if self._data.evaluation == "options":
             likeliest, normalised = self._likeliest_options(params, split)

@@ -81,5 +81,9 @@ class RunDir:
             rows: dict[str, Any] = {} if majority is None else {"majority": {"score": majority}}
             metrics, score = evaluator.score(params)
             rows["seed model"] = {"score": score, "metrics": metrics}
+            if evaluator.tests:
+                rows["seed model"]["test_score"] = evaluator.score(params, "test")[1]
+                if majority is not None:
+                    rows["majority"]["test_score"] = data.majority("test")
             storage.write_text(file, json.dumps(rows, indent=1))
         return json.loads(file.read_text())

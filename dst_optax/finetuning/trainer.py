@@ -267,16 +267,13 @@ class Run:
             predicted = evaluator.predict(params, split)
             if processes.is_primary():
                 data.write(self.directory / "predictions", task, split.examples, predicted)
-        tests = [evaluator.split(task, "test") for task in data.names if data.predicted_split(task) == "test"]
         measured, score = evaluator.score(params)
         return {
             "method": self.name,
             "rng_seed": self.rng_seed,
             "score": score,
             "train_score": evaluator.score(params, "train")[1] if self.context.recipe.score_train else None,
-            "test_score": evaluator.score(params, "test")[1]
-            if len(tests) == len(data.names) and all(test.labelled for test in tests)
-            else None,
+            "test_score": evaluator.score(params, "test")[1] if evaluator.tests else None,
             "free_params": progress.free_params,
             "seconds": progress.seconds,
             "best_step": progress.best_step,

@@ -126,7 +126,7 @@ def test_likelihoods_are_also_divided_by_the_bytes_of_options():
 def test_options_that_are_longer_than_targets_are_told():
     data = replace(DATA)
     data.register(True)
-    with pytest.raises(ValueError, match=r"option ' True' has 5 tokens.*6 or more"):
+    with pytest.raises(ValueError, match=r"option ' False' has 6 tokens.*7 or more"):
         data.check(4)
 
 

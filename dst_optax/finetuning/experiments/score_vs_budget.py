@@ -1,15 +1,19 @@
-"""Score against free parameters: methods, budgets, tasks and seeds of randomness.
+"""Score against free parameters: methods, budgets, tasks and random seeds.
 
 For each task, method and budget the learning rate with the best score on the validation split is chosen
-from one grid, with the first seed of randomness; the runs of all seeds with that learning rate make the
-figure. Where a test split has labels, scores are reported on it. A killed sweep goes on where it was:
+from the method's grid, with the first random seed; the runs of all seeds with that learning rate make
+the figure. Scores are reported on the test split where it has labels, as ``sources.HeldOut`` gives it.
+Rerun the command to resume a sweep:
 
     <run_dir>/<task>/          a run directory of the trainer, one method a cell
     <run_dir>/results.jsonl    a line a run
     <run_dir>/results.md, score_vs_budget.png
+
+Checkpoints of finished runs are removed.
 """
 
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +59,7 @@ def score_vs_budget(
     model: Any,
     methods: Mapping[str, Callable[..., Method]],
     budgets: Mapping[str, Sequence[int | None]],
-    learning_rates: Sequence[float],
+    learning_rates: Mapping[str, Sequence[float]] | Sequence[float],
     optimizer: Callable[[float], optax.GradientTransformation],
     recipe: Recipe,
     *,
@@ -72,11 +76,11 @@ def score_vs_budget(
       model: shape of the network, or the name of a published one.
       methods: name to class; called with ``optimizer`` and, unless a budget is None, ``num_free_params``.
       budgets: name to budgets.
-      learning_rates: the grid, the same for all.
+      learning_rates: the grid of each method, by name; a sequence is that of all.
       optimizer: makes an optimizer from a learning rate.
       recipe: how to train; the same for all.
       checkpoint: the seed model.
-      rng_seeds: seeds of randomness.
+      rng_seeds: random seeds.
       tuning_seeds: how many of them choose the learning rate, that of the best mean score.
       config: text that a resumed command must repeat.
 
@@ -102,31 +106,40 @@ def score_vs_budget(
         return methods[cell.method](optimizer=optimizer(cell.learning_rate), **budget)
 
     def run(shared: RunContext, cell: Cell, rng_seed: int) -> Row:
-        row = Run(shared, str(cell), make(cell), rng_seed).result()
+        cell_run = Run(shared, str(cell), make(cell), rng_seed)
+        row = cell_run.result()
+        shutil.rmtree(cell_run.directory / "checkpoints", ignore_errors=True)
         return sheet.add({"task": shared.data.names[0], **row, **vars(cell)})
 
+    grids = learning_rates if isinstance(learning_rates, Mapping) else dict.fromkeys(budgets, learning_rates)
+    if missing := set(budgets) - set(grids):
+        raise ValueError(f"learning_rates: no grid for {', '.join(sorted(missing))}.")
     groups = [(name, budget) for name in budgets for budget in budgets[name]]
-    first = Cell(*groups[0], learning_rates[0])
+    first = Cell(*groups[0], grids[groups[0][0]][0])
     each = _seconds_a_run(lambda *where: context(data.names[0], *where), make(first), recipe)
     more = len(rng_seeds) - tuning_seeds
-    runs = len(data.names) * len(groups) * (len(learning_rates) * tuning_seeds + more)
+    runs = len(data.names) * sum(len(grids[name]) * tuning_seeds + more for name, _ in groups)
     done = sum(1 for _ in root.glob("*/*/rng_*/result.json"))
-    rates = ", ".join(f"{x:g}" for x in learning_rates)
+    rates = "; ".join(f"{name} {', '.join(f'{x:g}' for x in grids[name])}" for name in budgets)
     print(
-        f"{runs} runs: {len(data.names)} tasks x {len(groups)} methods with budgets x ({len(learning_rates)} "
-        f"learning rates {rates} x {tuning_seeds} seeds of randomness + {more} more seeds); {done} are done, "
-        f"the others take about {(runs - done) * each / 60:.0f} minutes.",
+        f"{runs} runs: {len(data.names)} tasks x {len(groups)} methods with budgets x (learning rates x "
+        f"{tuning_seeds} random seeds + {more} more); {done} are done, the others take about {each / 60:.1f} "
+        f"minutes each, {(runs - done) * each / 60:.0f} in all. Learning rates: {rates}.",
         flush=True,
     )
     for task in data.names:
         shared = context(task, root / task, recipe)
         for row in shared.baselines():
             sheet.add({"task": task, **row})
+        chosen = []
         for group in groups:
-            cells = [Cell(*group, rate) for rate in learning_rates]
+            cells = [Cell(*group, rate) for rate in grids[group[0]]]
             grid = [run(shared, cell, seed) for seed in rng_seeds[:tuning_seeds] for cell in cells]
-            for seed in rng_seeds[tuning_seeds:]:
-                run(shared, Cell(*group, best_rate(grid)), seed)
+            chosen.append(Cell(*group, best_rate(grid)))
+            storage.write_text(root / "results.md", markdown(sheet.rows))
+        for seed in rng_seeds[tuning_seeds:]:
+            for cell in chosen:
+                run(shared, cell, seed)
             storage.write_text(root / "results.md", markdown(sheet.rows))
         found = summarise(sheet.rows)
         figures.save(

@@ -71,7 +71,7 @@ class TaskSuite(Protocol):
         """One number, larger if better, of the metrics of all tasks."""
         ...
 
-    def majority(self) -> float | None:
+    def majority(self, split: str = "validation") -> float | None:
         """The score of always giving the most common answer; None where there is none."""
         ...
 

@@ -1,5 +1,7 @@
 """Where SuperGLUE rows come from: the official files, TFDS, or the built-in synthetic stand-in.
 
+:class:`HeldOut` keeps the official validation split for reporting.
+
 A source answers ``rows(task, split)`` with flat rows (:mod:`dst_optax.finetuning.tasks.superglue.benchmark`).
 """
 
@@ -138,3 +140,44 @@ class SyntheticSource:
         """Makes a split."""
         made = synthetic.rows(task, split, self.seed, self.train_size)
         return [flat for row in made for flat in flatten(task, row, labelled=True)]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Validates on a part of the training rows, so that nothing is chosen on the split that is reported.
+
+    The last rows of the training split become the validation split, and the official validation split,
+    whose labels are public, becomes the test split.
+
+    Attributes:
+      source: the official splits.
+      size: training rows that are held out.
+
+    Example:
+      >>> held_out = HeldOut(SyntheticSource(train_size=50), size=10)
+      >>> [len(held_out.rows("cb", split)) for split in ("train", "validation")]
+      [40, 10]
+      >>> held_out.rows("cb", "test") == SyntheticSource(train_size=50).rows("cb", "validation")
+      True
+    """
+
+    source: Source
+    size: int
+
+    def rows(self, task: str, split: str) -> list[dict[str, Any]]:
+        """Rows of a split.
+
+        Raises:
+          ValueError: as the source does, or the training split is not larger than ``size``.
+        """
+        if "train" not in spec(task).splits:
+            return self.source.rows(task, split)
+        if split == "test":
+            return self.source.rows(task, "validation")
+        rows = self.source.rows(task, "train")
+        if not 0 < self.size < len(rows):
+            raise ValueError(
+                f"{task}: {self.size} of {len(rows)} training rows cannot be held out; hold out from 1 to "
+                f"{len(rows) - 1}."
+            )
+        return rows[: -self.size] if split == "train" else rows[-self.size :]

@@ -92,13 +92,15 @@ class SuperGlue:
                 tasks.check_labels(task, self.vocabulary, target_length)
 
     def _check_options(self, task: str, made: Sequence[Mapping[str, Any]], target_length: int | None) -> None:
-        for option in {option for example in made for option in example["options"]}:
-            size = len(self.vocabulary.encode(option))
-            if target_length is not None and size > target_length:
-                raise ValueError(
-                    f"{task}: the option {option!r} has {size} tokens, but targets only {target_length}; "
-                    f"set the length of the targets to {size + 1} or more."
-                )
+        if target_length is None:
+            return
+        options = {option for example in made for option in example["options"]}
+        size, longest = max((len(self.vocabulary.encode(option)), option) for option in options)
+        if size > target_length:
+            raise ValueError(
+                f"{task}: the option {longest!r} has {size} tokens, but targets only {target_length}; "
+                f"set the length of the targets to {size + 1} or more."
+            )
 
     def provider(self, task: str) -> str:
         """Name of the seqio task."""
