@@ -1,7 +1,7 @@
-"""Reads this project's docstrings for the site: what Sphinx and pydoc show as it is, Markdown must be told.
+"""Reads this project's docstrings for the site, whose renderer expects Markdown.
 
-``Example:`` becomes the section that griffe calls Examples, and roles such as ``:func:`name``` become links to
-the name's place in the API reference, or code where it has none.
+The section ``Example:`` becomes the one that griffe calls Examples, and roles such as ``:func:`name``` become
+links to the name's place in the API reference, or plain code where it has none.
 """
 
 import re

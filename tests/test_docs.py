@@ -77,7 +77,8 @@ def public_names(module):
 
 
 def documented():
-    return re.findall(r"^::: (\S+)", "".join(p.read_text() for p in sorted((DOCS / "api").glob("*.md"))), re.M)
+    text = "\n".join(page.read_text() for page in sorted((DOCS / "api").glob("*.md")))
+    return re.findall(r"^::: (\S+)", text, re.M)
 
 
 def test_the_api_reference_has_every_public_name_once():
