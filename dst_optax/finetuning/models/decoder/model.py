@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dst_optax.finetuning.models.base import Batch, Params
+from dst_optax.finetuning.models.base import Batch, Params, Rules
 from dst_optax.finetuning.models.decoder import config_json, huggingface, parameters
 from dst_optax.finetuning.models.decoder.config import DecoderConfig
 from dst_optax.finetuning.models.decoder.decoding import decode
@@ -34,6 +34,7 @@ class CausalLM:
     config: DecoderConfig
     decoder_only = True
     embedding = "embed_tokens/embedding"
+    axis_rules = parameters.AXIS_RULES
 
     @property
     def network(self) -> Decoder:
@@ -68,9 +69,9 @@ class CausalLM:
     def save(self, directory: Path, params: Params) -> None:  # noqa: D102
         huggingface.save_hf(params, self.config, directory)
 
-    def shardings(self, params: Params, mesh: Mesh) -> Any:  # noqa: D102
+    def shardings(self, params: Params, mesh: Mesh, rules: Rules | None = None) -> Any:  # noqa: D102
         del params
-        return parameters.shardings(self.config, mesh)
+        return parameters.shardings(self.config, mesh, rules or self.axis_rules)
 
     def logits(self, params: Params, batch: Batch, key: jax.Array | None = None) -> jax.Array:  # noqa: D102
         del key

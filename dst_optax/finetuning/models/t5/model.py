@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dst_optax.finetuning.models.base import Batch, Params
+from dst_optax.finetuning.models.base import Batch, Params, Rules
 from dst_optax.finetuning.models.t5 import parameters
 from dst_optax.finetuning.models.t5.checkpoints import load
 from dst_optax.finetuning.models.t5.config import T5Config
@@ -37,6 +37,7 @@ class T5:
     config: T5Config
     decoder_only = False
     embedding = "token_embedder/embedding"
+    axis_rules = parameters.AXIS_RULES
 
     @property
     def network(self) -> Transformer:
@@ -62,8 +63,8 @@ class T5:
     def save(self, directory: Path, params: Params) -> None:  # noqa: D102
         save_hf(params, self.config, directory)
 
-    def shardings(self, params: Params, mesh: Mesh) -> Any:  # noqa: D102
-        return parameters.shardings(params, mesh)
+    def shardings(self, params: Params, mesh: Mesh, rules: Rules | None = None) -> Any:  # noqa: D102
+        return parameters.shardings(params, mesh, rules or self.axis_rules)
 
     def logits(self, params: Params, batch: Batch, key: jax.Array | None = None) -> jax.Array:  # noqa: D102
         logits: Any = self.network.apply(
