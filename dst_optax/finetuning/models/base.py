@@ -91,8 +91,8 @@ class LanguageModel(Protocol):
         """The text of a row that :meth:`decode` made."""
         ...
 
-    def check(self, vocabulary: Any) -> None:
-        """Raises a ValueError if a vocabulary cannot be the model's."""
+    def check(self, vocabulary: Any, checkpoint: str | None = None) -> None:
+        """Raises a ValueError if a vocabulary cannot be the model's, or not that of its checkpoint."""
         ...
 
     def matrices(self, paths: Iterable[str]) -> list[str]:

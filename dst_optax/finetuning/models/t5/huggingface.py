@@ -185,9 +185,9 @@ def config_of(path: str | os.PathLike[str]) -> T5Config:
 
 
 def check_config(path: Path, config: T5Config) -> None:
-    """Raises a ValueError where ``config.json``, if there is one, tells of another T5 than ``config``."""
+    """Raises a ValueError where ``config.json`` tells of another T5; only a lone file may have none."""
     directory = path if path.is_dir() else path.parent
-    if not (directory / CONFIG).is_file():
+    if path.is_file() and not (directory / CONFIG).is_file():
         return
     theirs = config_of(directory)
     differ = [

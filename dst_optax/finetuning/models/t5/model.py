@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     import seqio
 
 EOS = 1
+MAX_UNUSED = (
+    255  # rows of an embedding: 100 sentinels that a vocabulary may lack, padded to a multiple of 128
+)
 MATRICES = (r"/(query|value)/kernel$", r"/(key|out|wi(_\d+)?|wo)/kernel$")
 
 
@@ -96,11 +99,17 @@ class T5:
         ids = ids[: ids.index(EOS)] if EOS in ids else ids
         return vocabulary.decode([i for i in ids if i != 0])
 
-    def check(self, vocabulary: Any) -> None:  # noqa: D102
-        if vocabulary.vocab_size > self.config.vocab_size:
+    def check(self, vocabulary: Any, checkpoint: str | None = None) -> None:  # noqa: D102
+        if hasattr(vocabulary, "eos_ids"):
             raise ValueError(
-                f"the vocabulary has {vocabulary.vocab_size} pieces, the model's embedding only "
-                f"{self.config.vocab_size}; they do not belong together."
+                f"{type(vocabulary).__name__} is for decoder-only models, and this one is a T5: give its "
+                "SentencePieceVocabulary, or ByteVocabulary for ByT5, and leave models/decoder.gin out."
+            )
+        unused = self.config.vocab_size - vocabulary.vocab_size
+        if unused < 0 or (checkpoint is not None and unused > MAX_UNUSED):
+            raise ValueError(
+                f"the vocabulary has {vocabulary.vocab_size} pieces, the model's embedding "
+                f"{self.config.vocab_size} rows; they do not belong together."
             )
         if (vocabulary.pad_id, vocabulary.eos_id) != (0, EOS):
             raise ValueError(

@@ -47,14 +47,18 @@ def hf_tensors(config):
     }
 
 
-def write_hf(path, tensors):
+def write_hf(path, tensors, config=CONFIG):
+    """A directory as the hub has them; without a config its file can be loaded alone."""
     path.mkdir(exist_ok=True)
+    if config is not None:
+        (path / "config.json").write_text(json.dumps(huggingface._config_json(config, "float32")))
     safetensors.numpy.save_file(tensors, path / "model.safetensors")
-    return path
+    return path if config is not None else path / "model.safetensors"
 
 
 def write_sharded(path, tensors, shards=3):
     names = sorted(tensors)
+    (path / "config.json").write_text(json.dumps(huggingface._config_json(CONFIG, "float32")))
     files = {f"model-{i:05}-of-{shards:05}.safetensors": names[i::shards] for i in range(shards)}
     for file, part in files.items():
         safetensors.numpy.save_file({n: tensors[n] for n in part}, path / file)
@@ -152,10 +156,10 @@ def test_repeated_embeddings_must_be_the_embedding(tmp_path):
     tensors = hf_tensors(TIED)
     repeats = {name: tensors["shared.weight"].copy() for name in huggingface.COPIES}
     unused = {huggingface.UNUSED: np.ones((32, 2), np.float32)}
-    write_hf(tmp_path, tensors | repeats | unused)
+    write_hf(tmp_path, tensors | repeats | unused, TIED)
     assert_same(t5.load(tmp_path, TIED), cases.weights(TIED))
     repeats["lm_head.weight"][3, 3] += 1
-    write_hf(tmp_path, tensors | repeats)
+    write_hf(tmp_path, tensors | repeats, TIED)
     with pytest.raises(ValueError, match=r"lm_head\.weight differs from shared\.weight"):
         t5.load(tmp_path, TIED)
 
@@ -236,7 +240,7 @@ def test_t5x_of_another_model_is_refused(tmp_path, write, wrong, message):
 )
 def test_hugging_face_of_another_model_is_refused(tmp_path, wrong, message):
     with pytest.raises(ValueError, match=message):
-        t5.load(write_hf(tmp_path, hf_tensors(CONFIG)), dataclasses.replace(CONFIG, **wrong))
+        t5.load(write_hf(tmp_path, hf_tensors(CONFIG), None), dataclasses.replace(CONFIG, **wrong))
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path):
