@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -112,3 +113,41 @@ def test_links_and_figures_of_the_readme_exist():
     local = [a or b for a, b in targets if not (a or b).startswith("http")]
     assert local
     assert [target for target in local if not (ROOT / target).exists()] == []
+
+
+def benchmarks_page():
+    spec = importlib.util.spec_from_file_location("benchmarks_page", ROOT / "scripts" / "benchmarks_page.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_benchmarks_page_is_that_of_its_records():
+    records = [json.loads(file.read_text()) for file in sorted((DOCS / "benchmarks").glob("*.json"))]
+    assert (DOCS / "benchmarks.md").read_text() == benchmarks_page().page(records)
+
+
+def test_a_record_becomes_a_table_with_its_origin():
+    record = {
+        "environment": {
+            "machine": {"device": "1 x chip", "processor": "some", "cpus": 3, "memory_gb": 7},
+            "versions": {"jax": "1.2.3"},
+            "date": "2031-02-03",
+            "command": "python scripts/benchmark.py selection",
+        },
+        "cells": [
+            {
+                "part": "selection",
+                "n": 10_000,
+                "fraction": fraction,
+                "passes": {"warm": 4, "cold": 9},
+                "times": {"warm": {"ms": 1.234}, "np.partition": {"ms": 456.7}},
+            }
+            for fraction in (0.5, 0.1)
+        ],
+    }
+    found = benchmarks_page().page([record])
+    assert "| 10,000 | 0.1 | 4 | 1.23 ms | 457 ms |" in found
+    assert found.count("python scripts/benchmark.py selection`") == 1
+    assert all(word in found for word in ("1 x chip", "jax 1.2.3", "2031-02-03"))
+    assert found.count("No record yet") == 4
