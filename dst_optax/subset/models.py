@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from dst_optax.atomic import atomic_directory
+from dst_optax.paths import as_path, is_local
 from dst_optax.subset import files, tied, trees
 from dst_optax.subset.core import Subset
 from dst_optax.subset.dtypes import DTYPES, checked
@@ -53,7 +54,7 @@ def open_model(path: str | os.PathLike[str], names: Iterable[str] | None = None)
       ...     print(models.open_model(directory)["a.weight"].shape)
       (2, 3)
     """
-    source = pathlib.Path(path)
+    source = as_path(path)
     if shards := shard_files(source):
         tensors: dict[str, Any] = {}
         for file in shards:
@@ -149,7 +150,9 @@ def apply_to_files(
       ...     print(models.open_model(f"{directory}/tuned")["a.weight"].tolist())
       [0.0, 5.0, 0.0]
     """
-    source, target = pathlib.Path(seed), pathlib.Path(out)
+    source, target = as_path(seed), as_path(out)
+    if not is_local(target):
+        raise SubsetError(f"{target} lies in an object store; write a local directory and copy it there.")
     if target.exists():
         raise SubsetError(f"{target} exists; name a new directory.")
     model = open_model(source, subset)
@@ -217,6 +220,10 @@ def _new_header(model: dict[str, Any]) -> bytes:
 
 def _header(path: pathlib.Path) -> tuple[int, dict[str, Any]]:
     """Where the data of a safetensors file start, and its checked header."""
+    if not is_local(path):
+        raise SubsetError(
+            f"{path} lies in an object store; safetensors are mapped into memory, copy them here."
+        )
     try:
         size = path.stat().st_size
         with open(path, "rb") as f:
