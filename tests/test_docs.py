@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-BLOCK = re.compile(r"^(?:<!-- needs (?P<needs>[\w ]+) -->\n+)?```python\n(?P<code>.*?)^```", re.M | re.S)
+BLOCK = re.compile(r"^(?:<!-- (?P<note>[\w ]+) -->\n+)?```python\n(?P<code>.*?)^```", re.M | re.S)
 
 # Modules whose functions and classes are public, and which of those are not.
 PUBLIC = {
@@ -45,19 +45,24 @@ RETURNED = {
 
 
 def blocks(page):
-    """Packages that a block needs, and its code, padded so that an error names the page's line."""
+    """The code that can run here, padded so that an error names the page's line.
+
+    A comment before a block says ``not run``, or ``needs`` and the packages without which it is left out.
+    """
     text = page.read_text()
     for found in BLOCK.finditer(text):
-        yield (found["needs"] or "").split(), "\n" * text[: found.start("code")].count("\n") + found["code"]
+        note = found["note"] or ""
+        missing = [p for p in note.removeprefix("needs").split() if importlib.util.find_spec(p) is None]
+        if not missing and note != "not run":
+            yield "\n" * text[: found.start("code")].count("\n") + found["code"]
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if any(blocks(p))], ids=lambda p: p.name)
 def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "docs"}
-    for needs, code in blocks(page):
-        if all(importlib.util.find_spec(name) for name in needs):
-            exec(compile(code, str(page), "exec"), names)
+    for code in blocks(page):
+        exec(compile(code, str(page), "exec"), names)
 
 
 def definitions(module):
