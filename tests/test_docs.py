@@ -23,7 +23,8 @@ PUBLIC = {
     "dst_optax.project": {"project_updates"},
     "dst_optax.rule": set(),
     "dst_optax.reference": {"ReferenceState"},
-    "dst_optax.subset": set(),
+    "dst_optax.subset": {"fingerprint", "fingerprints"},  # described where they are defined
+    "dst_optax.subset.fingerprint": {"changed", "lanes"},
     "dst_optax.subset.models": {"shard_files"},
     "dst_optax.subset.coordinates": set(),
     "dst_optax.subset.versions": set(),
