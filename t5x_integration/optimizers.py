@@ -74,6 +74,11 @@ class DynamicSubsetTuning(optimizers.OptimizerDef):
         self, hyper_params: Any, params: Any, state: DynamicSubsetTuningState, grads: Any
     ) -> tuple[Any, DynamicSubsetTuningState]:
         """Free entries get exactly what the inner optimizer sets, all others exactly the seed."""
+        if not hasattr(state, "dst"):
+            raise ValueError(
+                f"the state is {type(state).__name__}, without DST's; make it with create, and put "
+                "dynamic_subset_tuning around MultiOptimizer, not into it."
+            )
         proposed, inner = self.inner.apply_gradient(hyper_params, params, state, grads)
         tuned, dst = self.rule.project(proposed, params, state.dst)
         return tuned, DynamicSubsetTuningState(inner.step, inner.param_states, dst)
@@ -198,8 +203,9 @@ def widened(params: Any, wanted: Any, state: Any) -> Any:
     Raises:
       ValueError: the state does not hold what was rounded off.
     """
-    dtypes = {path: _dtype(x) for path, x in named_leaves(wanted)}
-    rounded = [path for path, p in named_leaves(params) if _dtype(p) != dtypes[path]]
+    dtypes = {path: getattr(x, "dtype", None) for path, x in named_leaves(wanted)}
+    # T5X restores partition specs by the same function, and they have no dtype
+    rounded = [path for path, p in named_leaves(params) if getattr(p, "dtype", dtypes[path]) != dtypes[path]]
     if not rounded:
         return params
     known = leaf_states(state)
@@ -220,11 +226,6 @@ def widened(params: Any, wanted: Any, state: Any) -> Any:
         return unrounded(p, leaf.seed)
 
     return map_named(widen, params)
-
-
-def _dtype(x: Any) -> Any:
-    """Of an array; T5X restores partition specs in the same way, and they have none."""
-    return getattr(x, "dtype", None)
 
 
 def unrounded(p: Any, seed: Any) -> jax.Array:
