@@ -69,7 +69,8 @@ class RunContext:
                 f"recipe: batch_size {recipe.batch_size} must be a multiple of accumulate "
                 f"{recipe.accumulate} times the {self.mesh.shape['data']} devices along data."
             )
-        plain.check(data.vocabulary)
+        checkpoint_path = None if checkpoint is None else hub.local_path(checkpoint)
+        plain.check(data.vocabulary, checkpoint_path)
         self.model = plain.configured(recipe.dtype, recipe.dropout)
         self.train_name = data.register(plain.decoder_only)
         data.check(recipe.lengths["targets"])
@@ -86,8 +87,8 @@ class RunContext:
         self.run_dir = RunDir(Path(run_dir), identity)
         self.run_dir.check()
         processes.barrier(f"{run_dir} is free or ours")
-        self._checkpoint = checkpoint
-        load = None if checkpoint is None else lambda: plain.load(hub.local_path(checkpoint))
+        self._checkpoint = checkpoint_path
+        load = None if checkpoint_path is None else partial(plain.load, checkpoint_path)
         self.seed = self.run_dir.seed(partial(self.model.init, jax.random.key(0)), load)
         self.seed_fingerprint = storage.fingerprint(self.seed)
         self.start = self.seed if subset_dir is None else subset.Subset.load(subset_dir).apply(self.seed)
@@ -119,7 +120,7 @@ class RunContext:
             return
         if processes.is_primary():
             try:
-                checkpoint = Path(hub.local_path(self._checkpoint))
+                checkpoint = Path(self._checkpoint)
                 if (checkpoint / "config.json").is_file():
                     huggingface.export_subset(directory, checkpoint)
             except (

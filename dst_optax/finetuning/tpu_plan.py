@@ -2,8 +2,8 @@
 
     dst-optax plan --model t5_1_1_xxl --topology v5e:16x16 --fraction 0.01
 
-Three programs are compiled, each in a process of its own: the training step of our T5 without DST,
-the same with DST, and DST's update alone, of which every collective is DST's. The extra ``tpu``
+Three programs are compiled, each in a process of its own: the trainer's step of a T5 or a decoder without
+DST, the same with DST, and DST's update alone, of which every collective is DST's. The extra ``tpu``
 (libtpu) compiles; no TPU is needed.
 """
 
@@ -29,6 +29,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import dst_optax
 from dst_optax import silos
 from dst_optax.finetuning import compiled_program
+from dst_optax.finetuning.models.base import LanguageModel, language_model
 from dst_optax.tree import map_named, named_leaves
 
 GIB = 2**30
@@ -53,7 +54,7 @@ class Job:
     """What to compile for.
 
     Attributes:
-      model: name in ``dst_optax.finetuning.models.t5.CONFIGS``.
+      model: what :func:`~dst_optax.finetuning.models.base.language_model` takes by name.
       topology: generation and shape, for example "v5e:16x16".
       fraction: of the parameters that may differ from the seed.
       optimizer: "adafactor" or "adamw".
@@ -73,8 +74,7 @@ class Job:
     mesh: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if self.model not in _models():
-            raise ValueError(f"model {self.model!r}: choose one of {', '.join(_models())}.")
+        language_model(self.model)
         if not TOPOLOGY.fullmatch(self.topology):
             raise ValueError(
                 f"topology {self.topology!r}: give a generation ({', '.join(MEMORY)}) and its shape, for "
@@ -234,12 +234,6 @@ def _bytes(n: float) -> str:
     return f"{n:.2f} GiB"
 
 
-def _models() -> list[str]:
-    from dst_optax.finetuning.models.t5.config import CONFIGS
-
-    return list(CONFIGS)
-
-
 def _compile_apart(job: Job, program: str) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-m", "dst_optax.finetuning.tpu_plan", json.dumps(dataclasses.asdict(job)), program],
@@ -269,22 +263,18 @@ def compile_program(job: Job, program: str) -> dict[str, Any]:
     """
     from flax.linen import logical_axis_rules
 
-    from dst_optax.finetuning.models import t5
-
     cores = ONE_DEVICE.get(job.topology.split(":")[0], {})
     devices = topologies.get_topology_desc(platform="tpu", topology_name=job.topology, **cores).devices
     mesh = Mesh(np.array(devices).reshape(job.mesh_shape), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    network = t5.Transformer(
-        dataclasses.replace(t5.CONFIGS[job.model], dtype="bfloat16", scan_layers=True, remat=True)
-    )
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    made = jax.eval_shape(lambda key: network.init(key, tokens, tokens, tokens)["params"], jax.random.key(0))
-    rules = tuple((name, "data" if name == "embed" else axis) for name, axis in t5.AXIS_RULES)
-    params = jax.tree.map(_placed, made, t5.shardings(made, mesh, rules))
+    config = language_model(job.model).config
+    model = language_model(dataclasses.replace(config, dtype="bfloat16", scan_layers=True, remat=True))
+    made = jax.eval_shape(model.init, jax.random.key(0))
+    rules = tuple((name, "data" if name == "embed" else axis) for name, axis in model.axis_rules)
+    params = jax.tree.map(_placed, made, model.shardings(made, mesh, rules))
     if program == "update":
         step, arguments = _update(job, params, mesh)
     else:
-        step, arguments = _step(job, program, network, params, mesh)
+        step, arguments = _step(job, program, model, params, mesh)
     start = time.perf_counter()
     with jax.set_mesh(mesh), logical_axis_rules(rules):
         compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
@@ -322,7 +312,7 @@ def _state(transform: optax.GradientTransformation, params: Any, mesh: Mesh) -> 
 
 
 def _silos() -> silos.Silos:
-    return silos.per_tensor(stacked=[(r"^(encoder|decoder)/\1/", 1)])
+    return silos.per_tensor(stacked=[(r"^((encoder|decoder)/\2|layers)/", 1)])
 
 
 def _update(job: Job, params: Any, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
@@ -336,18 +326,19 @@ def _update(job: Job, params: Any, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
     return update, ((params, _state(transform, params, mesh)), params)
 
 
-def _step(job: Job, program: str, network: Any, params: Any, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+def _step(
+    job: Job, program: str, model: LanguageModel, params: Any, mesh: Mesh
+) -> tuple[Any, tuple[Any, ...]]:
     from dst_optax.finetuning.methods.dst import DST, DSTState
     from dst_optax.finetuning.methods.full import Full
-    from dst_optax.finetuning.models import t5
     from dst_optax.finetuning.steps import TrainState, make_step
 
     optimizer = getattr(optax, job.optimizer)(1e-3)
     method = Full(optimizer) if program == "full" else DST(optimizer, job.fraction, silos=_silos())
     rows = NamedSharding(mesh, PartitionSpec("data"))
-    lengths = {"encoder_input_tokens": job.inputs} | {
-        f"decoder_{name}": job.targets for name in ("input_tokens", "target_tokens", "loss_weights")
-    }
+    lengths = model.feature_converter().get_model_feature_lengths(
+        {"inputs": job.inputs, "targets": job.targets}
+    )
     batch = {
         name: jax.ShapeDtypeStruct((job.batch_size, n), jnp.int32, sharding=rows)
         for name, n in lengths.items()
@@ -362,7 +353,7 @@ def _step(job: Job, program: str, network: Any, params: Any, mesh: Mesh) -> tupl
         rest = jax.tree.map(lambda x: _placed(x, everywhere), dst._replace(seed=None))
         slots = DSTState(slots, rest._replace(seed=seed))
     state = TrainState({}, params, slots)
-    return make_step(t5.T5(network.config), method), (state, batch, key)
+    return make_step(model, method), (state, batch, key)
 
 
 def parse_mesh(text: str) -> tuple[int, int]:

@@ -44,6 +44,15 @@ def open_model(path: str | os.PathLike[str], names: Iterable[str] | None = None)
 
     Raises:
       SubsetError: there is no model of a known kind, or files of it are missing or damaged.
+
+    Example:
+      >>> import tempfile
+      >>> import numpy as np, safetensors.numpy
+      >>> from dst_optax.subset import models
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     safetensors.numpy.save_file({"a.weight": np.ones((2, 3))}, f"{directory}/model.safetensors")
+      ...     print(models.open_model(directory)["a.weight"].shape)
+      (2, 3)
     """
     source = as_path(path)
     if shards := shard_files(source):
@@ -127,6 +136,19 @@ def apply_to_files(
 
     Raises:
       SubsetError: the seed is not the subset's, or ``out`` exists; nothing is written then.
+
+    Example:
+      >>> import tempfile
+      >>> import numpy as np, safetensors.numpy
+      >>> from dst_optax import subset
+      >>> from dst_optax.subset import models
+      >>> seed, tuned = {"a.weight": np.zeros(3)}, {"a.weight": np.array([0.0, 5.0, 0.0])}
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     safetensors.numpy.save_file(seed, f"{directory}/model.safetensors")
+      ...     found = subset.from_models(seed, tuned)
+      ...     left_out = models.apply_to_files(found, directory, f"{directory}/tuned")
+      ...     print(models.open_model(f"{directory}/tuned")["a.weight"].tolist())
+      [0.0, 5.0, 0.0]
     """
     source, target = as_path(seed), as_path(out)
     if not is_local(target):

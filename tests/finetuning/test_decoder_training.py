@@ -22,7 +22,7 @@ from dst_optax.finetuning.methods.full import Full  # noqa: E402
 from dst_optax.finetuning.methods.lora import LoRA  # noqa: E402
 from dst_optax.finetuning.methods.prompt import Prompt  # noqa: E402
 from dst_optax.finetuning.models import decoder, t5  # noqa: E402
-from dst_optax.finetuning.models.base import flatten, language_model  # noqa: E402
+from dst_optax.finetuning.models.base import flatten  # noqa: E402
 from dst_optax.finetuning.tasks.jsonl import Jsonl  # noqa: E402
 from dst_optax.finetuning.tasks.superglue.sources import SyntheticSource  # noqa: E402
 from dst_optax.finetuning.tasks.superglue.suite import SuperGlue  # noqa: E402
@@ -157,17 +157,6 @@ def test_completions_are_scored_by_their_tokens_and_decoded(tmp_path):
         0
     ].tolist()
     assert said[0] == Bytes().decode_until_end(tokens).strip()
-
-
-def test_models_are_found_by_config_name_and_checkpoint(tmp_path):
-    assert language_model("t5_small") == t5.T5(t5.CONFIGS["t5_small"])
-    assert language_model("qwen3_0_6b") == decoder.CausalLM(decoder.CONFIGS["qwen3_0_6b"])
-    assert language_model(CONFIG).config is CONFIG
-    (tmp_path / "config.json").write_text(decoder.config_text(decoder.CONFIGS["gemma3_270m"]))
-    assert language_model(str(tmp_path)).config == decoder.CONFIGS["gemma3_270m"]
-    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
-    with pytest.raises(ValueError, match="mistral"):
-        language_model(str(tmp_path))
 
 
 def test_checkpoints_of_other_models_are_told(tmp_path):

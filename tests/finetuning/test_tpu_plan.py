@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 
 import pytest
 
@@ -11,6 +12,7 @@ pytest.importorskip("tensorstore")
 
 from dst_optax import cli
 from dst_optax.finetuning import compiled_program, tpu_plan
+from dst_optax.finetuning.models import decoder
 from dst_optax.finetuning.tpu_plan import GIB, Job
 
 HLO = """HloModule step
@@ -118,20 +120,10 @@ def test_without_libtpu(monkeypatch, capsys):
     assert "dst-optax[tpu,finetuning]" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("tpu")
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the extra 'tpu' (libtpu)")
-@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-def test_a_tiny_model(topology, capsys):
-    flags = [
-        "--model=tiny",
-        f"--topology={topology}",
-        "--batch_size=4",
-        "--inputs=16",
-        "--targets=8",
-        "--json",
-    ]
-    assert cli.main(["plan", *flags]) == 0
+def compiled(capsys, model, topology):
+    """What the command says of a tiny job, with what must hold of any."""
+    settings = ["--batch_size=4", "--inputs=16", "--targets=8", "--json"]
+    assert cli.main(["plan", f"--model={model}", f"--topology={topology}", *settings]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["verdict"]["fits"]
     update = found["update"]
@@ -139,3 +131,22 @@ def test_a_tiny_model(topology, capsys):
     assert set(update["collectives"]) == {"all-reduce"}
     assert 0 < update["pass_bytes"] <= 64 * 1024
     assert 0 < update["seed"] < found["dst"]["arguments"]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("tpu")
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the extra 'tpu' (libtpu)")
+class TestWithLibtpu:
+    @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+    def test_a_tiny_t5(self, capsys, topology):
+        compiled(capsys, "tiny", topology)
+
+    def test_a_tiny_decoder(self, capsys, tmp_path):
+        pytest.importorskip("seqio")
+        config = decoder.DecoderConfig("llama", 512, 96, 2, 9, 3, 32, 128, tie_embeddings=True)
+        (tmp_path / "config.json").write_text(decoder.config_text(config))
+        found = compiled(capsys, tmp_path, "v5e:2x2")
+        shares = {path: 2 if path.endswith("/scale") else 4 for path in decoder.shapes(config)}
+        shards = [math.prod(x) // shares[path] for path, x in decoder.shapes(config).items()]
+        assert found["update"]["seed"] == 4 * sum(shards)

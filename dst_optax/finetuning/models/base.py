@@ -1,6 +1,8 @@
 """What the trainer, the methods and the tasks know of a model: one small interface, families behind it."""
 
+import difflib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 
 Params = Any
 Batch = Mapping[str, Any]
+Rules = Sequence[tuple[str, str | None]]
 
 
 class LanguageModel(Protocol):
@@ -61,8 +64,13 @@ class LanguageModel(Protocol):
         """Writes a checkpoint that :meth:`load` reads."""
         ...
 
-    def shardings(self, params: Params, mesh: Mesh) -> Any:
-        """Where parameters lie on a mesh of ``data`` and ``model``."""
+    @property
+    def axis_rules(self) -> Rules:
+        """Which axis of a mesh of ``data`` and ``model`` each logical axis lies on, if any."""
+        ...
+
+    def shardings(self, params: Params, mesh: Mesh, rules: Rules | None = None) -> Any:
+        """Where parameters lie on a mesh; None takes ``axis_rules``."""
         ...
 
     def logits(self, params: Params, batch: Batch, key: jax.Array | None = None) -> jax.Array:
@@ -83,8 +91,8 @@ class LanguageModel(Protocol):
         """The text of a row that :meth:`decode` made."""
         ...
 
-    def check(self, vocabulary: Any) -> None:
-        """Raises a ValueError if a vocabulary cannot be the model's."""
+    def check(self, vocabulary: Any, checkpoint: str | None = None) -> None:
+        """Raises a ValueError if a vocabulary cannot be the model's, or not that of its checkpoint."""
         ...
 
     def matrices(self, paths: Iterable[str]) -> list[str]:
@@ -110,27 +118,70 @@ def language_model(model: Any) -> LanguageModel:
       >>> language_model("t5_1_1_small").decoder_only
       False
     """
-    from dst_optax.finetuning import hub
     from dst_optax.finetuning.models import decoder, t5
 
     if isinstance(model, str):
-        model = _config_of(hub.local_path(model))
+        model = _config_of(model)
     if isinstance(model, t5.T5Config):
         return t5.T5(model)
     return decoder.CausalLM(model) if isinstance(model, decoder.DecoderConfig) else model
 
 
 def _config_of(model: str) -> Any:
+    from dst_optax.finetuning import hub
     from dst_optax.finetuning.models import decoder, t5
 
-    if model in decoder.CONFIGS:
-        return decoder.CONFIGS[model]
-    file = Path(model) / "config.json"
+    published = t5.CONFIGS | decoder.CONFIGS
+    if model in published:
+        return published[model]
+    path = hub.local_path(model)
+    if Path(path).exists():
+        return read_config(path)
+    nearest = difflib.get_close_matches(model, published, 1, cutoff=0)[0]
+    raise ValueError(
+        f"unknown model {model!r}; did you mean {nearest}? Known are {', '.join(published)}, and directories "
+        "of Hugging Face checkpoints."
+    )
+
+
+def read_config(directory: str | os.PathLike[str]) -> Any:
+    """The configuration of a Hugging Face checkpoint, whichever family it is of.
+
+    Args:
+      directory: holds ``config.json``.
+
+    Returns:
+      A ``T5Config`` or a ``DecoderConfig``; how to compute has its defaults.
+
+    Raises:
+      ValueError: there is no such file, or its model is of no family that we have.
+
+    Example:
+      >>> import tempfile
+      >>> directory = Path(tempfile.mkdtemp())
+      >>> _ = (directory / "config.json").write_text('{"model_type": "t5", "d_model": 64}')
+      >>> read_config(directory).emb_dim
+      64
+    """
+    from dst_optax.finetuning.models import decoder, t5
+
+    file = Path(directory) / "config.json"
+    if not file.is_file():
+        raise ValueError(
+            f"{directory} holds no config.json, so its shape is not known. Download all files of the "
+            "checkpoint; of one of T5X, MODEL is the name of the published model, such as t5_1_1_small."
+        )
     try:
-        family = json.loads(file.read_text()).get("model_type") if file.is_file() else None
-    except (ValueError, AttributeError) as e:
+        family = json.loads(file.read_text()).get("model_type", "t5")
+    except (OSError, ValueError, AttributeError) as e:
         raise ValueError(f"{file} cannot be read as the configuration of a model: {e}.") from e
-    return decoder.read_config(model) if family in decoder.FAMILIES else t5.shape_of(model)
+    if family in decoder.FAMILIES:
+        return decoder.read_config(directory)
+    if family in t5.FAMILIES:
+        return t5.config_of(directory)
+    raise ValueError(
+        f"{file}: model_type {family!r} is not supported; {', '.join((*t5.FAMILIES, *decoder.FAMILIES))} are."
+    )
 
 
 def flatten(params: Params) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """Hugging Face checkpoints of every family: which table relates their tensors to our parameters."""
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Container
 from pathlib import Path
 
+from dst_optax.finetuning.models import decoder, t5
+from dst_optax.finetuning.models.base import read_config
+from dst_optax.finetuning.models.t5.huggingface import tensors as t5_tensors
 from dst_optax.subset import Subset, models
 from dst_optax.subset.coordinates import Tensor
 
@@ -31,18 +33,8 @@ def tensors_of(directory: str | os.PathLike[str], *, stacked: bool) -> list[Tens
       >>> tensors_of(directory, stacked=False)[-1].path
       'token_embedder/embedding'
     """
-    file = Path(directory) / "config.json"
-    try:
-        kind = json.loads(file.read_text()).get("model_type", "t5")
-    except (OSError, ValueError, AttributeError) as e:
-        raise ValueError(f"{file} cannot be read as the configuration of a model: {e}.") from e
-    if kind in ("t5", "mt5"):
-        from dst_optax.finetuning.models.t5 import huggingface as t5
-
-        return t5.tensors(dataclasses.replace(t5.config_of(directory), scan_layers=stacked))
-    from dst_optax.finetuning.models import decoder
-
-    return decoder.tensors(decoder.read_config(directory, scan_layers=stacked))
+    config = dataclasses.replace(read_config(directory), scan_layers=stacked)
+    return t5_tensors(config) if isinstance(config, t5.T5Config) else decoder.tensors(config)
 
 
 def export_subset(directory: Path, checkpoint: Path) -> None:

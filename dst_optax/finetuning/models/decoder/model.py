@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dst_optax.finetuning.models.base import Batch, Params
+from dst_optax.finetuning.models.base import Batch, Params, Rules
 from dst_optax.finetuning.models.decoder import config_json, huggingface, parameters
 from dst_optax.finetuning.models.decoder.config import DecoderConfig
 from dst_optax.finetuning.models.decoder.decoding import decode
@@ -34,6 +34,7 @@ class CausalLM:
     config: DecoderConfig
     decoder_only = True
     embedding = "embed_tokens/embedding"
+    axis_rules = parameters.AXIS_RULES
 
     @property
     def network(self) -> Decoder:
@@ -54,23 +55,15 @@ class CausalLM:
         return self.network.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
     def load(self, checkpoint: str) -> Params:  # noqa: D102
-        like = dict(scan_layers=self.config.scan_layers, dtype=self.config.dtype, remat=self.config.remat)
-        said = config_json.read_config(checkpoint, **like)
-        if said != self.config:
-            differ = [
-                f"{field.name} is {getattr(said, field.name)!r} there and {value!r} here"
-                for field in dataclasses.fields(said)
-                if (value := getattr(self.config, field.name)) != getattr(said, field.name)
-            ]
-            raise ValueError(f"{checkpoint} is another model: {'; '.join(differ)}.")
+        self._check_config(checkpoint)
         return huggingface.load(checkpoint, self.config)
 
     def save(self, directory: Path, params: Params) -> None:  # noqa: D102
         huggingface.save_hf(params, self.config, directory)
 
-    def shardings(self, params: Params, mesh: Mesh) -> Any:  # noqa: D102
+    def shardings(self, params: Params, mesh: Mesh, rules: Rules | None = None) -> Any:  # noqa: D102
         del params
-        return parameters.shardings(self.config, mesh)
+        return parameters.shardings(self.config, mesh, rules or self.axis_rules)
 
     def logits(self, params: Params, batch: Batch, key: jax.Array | None = None) -> jax.Array:  # noqa: D102
         del key
@@ -90,7 +83,9 @@ class CausalLM:
     def text(self, vocabulary: Any, tokens: Sequence[int]) -> str:  # noqa: D102
         return vocabulary.decode_until_end(list(tokens))
 
-    def check(self, vocabulary: Any) -> None:  # noqa: D102
+    def check(self, vocabulary: Any, checkpoint: str | None = None) -> None:  # noqa: D102
+        from dst_optax.finetuning.models.decoder.vocabulary import HuggingFaceVocabulary
+
         if not hasattr(vocabulary, "eos_ids"):
             raise ValueError(
                 f"a decoder-only model needs its own tokenizer, not {type(vocabulary).__name__}: give "
@@ -101,6 +96,21 @@ class CausalLM:
                 f"the vocabulary has {vocabulary.vocab_size} pieces, the model's embedding only "
                 f"{self.config.vocab_size}; they do not belong together."
             )
+        if checkpoint is not None:
+            self._check_config(checkpoint)
+            if isinstance(vocabulary, HuggingFaceVocabulary):
+                vocabulary.check_same(checkpoint)
+
+    def _check_config(self, checkpoint: str) -> None:
+        like = dict(scan_layers=self.config.scan_layers, dtype=self.config.dtype, remat=self.config.remat)
+        said = config_json.read_config(checkpoint, **like)
+        if said != self.config:
+            differ = [
+                f"{field.name} is {getattr(said, field.name)!r} there and {value!r} here"
+                for field in dataclasses.fields(said)
+                if (value := getattr(self.config, field.name)) != getattr(said, field.name)
+            ]
+            raise ValueError(f"{checkpoint} is another model: {'; '.join(differ)}.")
 
     def matrices(self, paths: Iterable[str]) -> list[str]:  # noqa: D102
         paths = list(paths)

@@ -95,6 +95,30 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
         ends = [i for i, token in enumerate(ids) if token in self.eos_ids]
         return self._decode(ids[: ends[0]] if ends else ids)
 
+    def check_same(self, directory: str | os.PathLike[str]) -> None:
+        """Raises a ValueError if a checkpoint comes with another tokenizer than this one.
+
+        Args:
+          directory: of the checkpoint; without a tokenizer nothing is known, and nothing is said.
+        """
+        if not (Path(directory) / TOKENIZER).is_file():
+            return
+        other = HuggingFaceVocabulary(directory)
+        ours, theirs = self._tokenizer.get_vocab(), other._tokenizer.get_vocab()
+        differ = sorted(
+            piece for piece in ours.keys() | theirs.keys() if ours.get(piece) != theirs.get(piece)
+        )
+        if differ:
+            raise ValueError(
+                f"{self!r} is not the tokenizer of {directory}: {len(differ)} pieces differ, for example "
+                f"{differ[0]!r} is {ours.get(differ[0])} and there {theirs.get(differ[0])}."
+            )
+        if set(self.eos_ids) != set(other.eos_ids):
+            raise ValueError(
+                f"{self!r} ends texts with {list(self.eos_ids)}, {directory} with {list(other.eos_ids)}; take "
+                "the tokenizer and the settings of the checkpoint."
+            )
+
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
         """A conversation in the words of the model's chat template; needs ``jinja2``.
 
@@ -178,7 +202,10 @@ def _tokenizer(directory: Path) -> Any:
         raise ValueError(f"{TOKENIZER} is read by tokenizers: pip install 'dst-optax[hub]'.") from e
     file = directory / TOKENIZER
     if not file.is_file():
-        raise ValueError(f"{file} is missing; the directory of a checkpoint holds its tokenizer, too.")
+        raise ValueError(
+            f"{file} is missing; the directory of a decoder-only checkpoint holds its tokenizer, too. A T5 has "
+            "a SentencePiece model instead: leave models/decoder.gin out and set MODEL and VOCAB."
+        )
     try:
         return tokenizers.Tokenizer.from_file(str(file))
     except Exception as e:  # tokenizers raises nothing narrower

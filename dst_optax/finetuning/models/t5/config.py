@@ -1,7 +1,6 @@
 """Shapes of T5: the dimensions that were published, and a tiny one."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 
 from jax.typing import DTypeLike
@@ -149,22 +148,3 @@ CONFIGS: dict[str, T5Config] = {
     "byt5_xxl": _byt5(4672, 64, 12, 12352),
 }
 """Published sizes of T5 1.0, T5 1.1 and ByT5 (arXiv 1910.10683, 2002.05202, 2105.13626), and ``tiny``."""
-
-
-def published(name: str) -> T5Config:
-    """The shape of a published model.
-
-    Args:
-      name: in :data:`CONFIGS`.
-
-    Raises:
-      ValueError: no such name.
-
-    Example:
-      >>> published("byt5_small").vocab_size
-      384
-    """
-    if name not in CONFIGS:
-        nearest = difflib.get_close_matches(name, CONFIGS, 1, cutoff=0)
-        raise ValueError(f"unknown model {name!r}; did you mean {nearest[0]}? Known: {', '.join(CONFIGS)}.")
-    return CONFIGS[name]

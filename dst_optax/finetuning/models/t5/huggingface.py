@@ -14,12 +14,14 @@ import safetensors.numpy
 
 from dst_optax.atomic import atomic_file
 from dst_optax.finetuning.models.t5 import parameters
-from dst_optax.finetuning.models.t5.config import MLP_ACTIVATIONS, T5Config, published
+from dst_optax.finetuning.models.t5.config import MLP_ACTIVATIONS, T5Config
 from dst_optax.finetuning.models.t5.parameters import Tensor
 from dst_optax.subset import coordinates, models
 
 WEIGHTS = models.WEIGHTS
 CONFIG = "config.json"
+FAMILIES = ("t5", "mt5")
+"""What ``model_type`` may be."""
 
 _SUBLAYERS = {
     "encoder": {"attention": "0.SelfAttention", "mlp": "1.DenseReluDense"},
@@ -153,7 +155,7 @@ def config_of(path: str | os.PathLike[str]) -> T5Config:
         kind = found.get("model_type", "t5")
     except (OSError, ValueError, AttributeError) as e:
         raise ValueError(f"{file} cannot be read as the configuration of a model: {e}.") from e
-    if kind not in ("t5", "mt5"):
+    if kind not in FAMILIES:
         raise ValueError(f"{file}: model_type is {kind!r}; T5 1.0, T5 1.1, mT5 and ByT5 are supported.")
     for name, fixed in (("pad_token_id", 0), ("decoder_start_token_id", 0), ("is_encoder_decoder", True)):
         if found.get(name) not in (None, fixed):
@@ -182,27 +184,10 @@ def config_of(path: str | os.PathLike[str]) -> T5Config:
     )
 
 
-def shape_of(model: str) -> T5Config:
-    """The shape of a model.
-
-    Args:
-      model: name of a published one, in :data:`t5.CONFIGS`, or a directory with a Hugging Face
-        ``config.json``.
-
-    Raises:
-      ValueError: neither, or no T5.
-
-    Example:
-      >>> shape_of("byt5_small").vocab_size
-      384
-    """
-    return config_of(model) if (Path(model) / CONFIG).is_file() else published(model)
-
-
 def check_config(path: Path, config: T5Config) -> None:
-    """Raises a ValueError where ``config.json``, if there is one, tells of another T5 than ``config``."""
+    """Raises a ValueError where ``config.json`` tells of another T5; only a lone file may have none."""
     directory = path if path.is_dir() else path.parent
-    if not (directory / CONFIG).is_file():
+    if path.is_file() and not (directory / CONFIG).is_file():
         return
     theirs = config_of(directory)
     differ = [

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dst_optax.finetuning.models.base import Batch, Params
+from dst_optax.finetuning.models.base import Batch, Params, Rules
 from dst_optax.finetuning.models.t5 import parameters
 from dst_optax.finetuning.models.t5.checkpoints import load
 from dst_optax.finetuning.models.t5.config import T5Config
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     import seqio
 
 EOS = 1
+MAX_UNUSED = (
+    255  # rows of an embedding: 100 sentinels that a vocabulary may lack, padded to a multiple of 128
+)
 MATRICES = (r"/(query|value)/kernel$", r"/(key|out|wi(_\d+)?|wo)/kernel$")
 
 
@@ -37,6 +40,7 @@ class T5:
     config: T5Config
     decoder_only = False
     embedding = "token_embedder/embedding"
+    axis_rules = parameters.AXIS_RULES
 
     @property
     def network(self) -> Transformer:
@@ -62,8 +66,8 @@ class T5:
     def save(self, directory: Path, params: Params) -> None:  # noqa: D102
         save_hf(params, self.config, directory)
 
-    def shardings(self, params: Params, mesh: Mesh) -> Any:  # noqa: D102
-        return parameters.shardings(params, mesh)
+    def shardings(self, params: Params, mesh: Mesh, rules: Rules | None = None) -> Any:  # noqa: D102
+        return parameters.shardings(params, mesh, rules or self.axis_rules)
 
     def logits(self, params: Params, batch: Batch, key: jax.Array | None = None) -> jax.Array:  # noqa: D102
         logits: Any = self.network.apply(
@@ -95,11 +99,17 @@ class T5:
         ids = ids[: ids.index(EOS)] if EOS in ids else ids
         return vocabulary.decode([i for i in ids if i != 0])
 
-    def check(self, vocabulary: Any) -> None:  # noqa: D102
-        if vocabulary.vocab_size > self.config.vocab_size:
+    def check(self, vocabulary: Any, checkpoint: str | None = None) -> None:  # noqa: D102
+        if hasattr(vocabulary, "eos_ids"):
             raise ValueError(
-                f"the vocabulary has {vocabulary.vocab_size} pieces, the model's embedding only "
-                f"{self.config.vocab_size}; they do not belong together."
+                f"{type(vocabulary).__name__} is for decoder-only models, and this one is a T5: give its "
+                "SentencePieceVocabulary, or ByteVocabulary for ByT5, and leave models/decoder.gin out."
+            )
+        unused = self.config.vocab_size - vocabulary.vocab_size
+        if unused < 0 or (checkpoint is not None and unused > MAX_UNUSED):
+            raise ValueError(
+                f"the vocabulary has {vocabulary.vocab_size} pieces, the model's embedding "
+                f"{self.config.vocab_size} rows; they do not belong together."
             )
         if (vocabulary.pad_id, vocabulary.eos_id) != (0, EOS):
             raise ValueError(

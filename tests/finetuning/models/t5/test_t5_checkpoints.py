@@ -21,6 +21,7 @@ import tensorstore as ts
 from flax import serialization
 
 from dst_optax.finetuning.models import t5
+from dst_optax.finetuning.models.base import language_model
 from dst_optax.finetuning.models.t5 import huggingface
 
 CONFIG = cases.CONFIGS["v1_1"]
@@ -46,14 +47,18 @@ def hf_tensors(config):
     }
 
 
-def write_hf(path, tensors):
+def write_hf(path, tensors, config=CONFIG):
+    """A directory as the hub has them; without a config its file can be loaded alone."""
     path.mkdir(exist_ok=True)
+    if config is not None:
+        (path / "config.json").write_text(json.dumps(huggingface._config_json(config, "float32")))
     safetensors.numpy.save_file(tensors, path / "model.safetensors")
-    return path
+    return path if config is not None else path / "model.safetensors"
 
 
 def write_sharded(path, tensors, shards=3):
     names = sorted(tensors)
+    (path / "config.json").write_text(json.dumps(huggingface._config_json(CONFIG, "float32")))
     files = {f"model-{i:05}-of-{shards:05}.safetensors": names[i::shards] for i in range(shards)}
     for file, part in files.items():
         safetensors.numpy.save_file({n: tensors[n] for n in part}, path / file)
@@ -151,10 +156,10 @@ def test_repeated_embeddings_must_be_the_embedding(tmp_path):
     tensors = hf_tensors(TIED)
     repeats = {name: tensors["shared.weight"].copy() for name in huggingface.COPIES}
     unused = {huggingface.UNUSED: np.ones((32, 2), np.float32)}
-    write_hf(tmp_path, tensors | repeats | unused)
+    write_hf(tmp_path, tensors | repeats | unused, TIED)
     assert_same(t5.load(tmp_path, TIED), cases.weights(TIED))
     repeats["lm_head.weight"][3, 3] += 1
-    write_hf(tmp_path, tensors | repeats)
+    write_hf(tmp_path, tensors | repeats, TIED)
     with pytest.raises(ValueError, match=r"lm_head\.weight differs from shared\.weight"):
         t5.load(tmp_path, TIED)
 
@@ -235,7 +240,7 @@ def test_t5x_of_another_model_is_refused(tmp_path, write, wrong, message):
 )
 def test_hugging_face_of_another_model_is_refused(tmp_path, wrong, message):
     with pytest.raises(ValueError, match=message):
-        t5.load(write_hf(tmp_path, hf_tensors(CONFIG)), dataclasses.replace(CONFIG, **wrong))
+        t5.load(write_hf(tmp_path, hf_tensors(CONFIG), None), dataclasses.replace(CONFIG, **wrong))
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path):
@@ -329,7 +334,7 @@ def test_saving_refuses_what_does_not_fit(tmp_path):
 def test_the_shape_comes_from_config_json(tmp_path, config):
     params = cases.weights(config)
     t5.save_hf(params, config, tmp_path)
-    assert t5.config_of(tmp_path) == t5.shape_of(str(tmp_path)) == config
+    assert t5.config_of(tmp_path) == language_model(str(tmp_path)).config == config
     assert_same(t5.load(tmp_path, dataclasses.replace(config, dropout_rate=0.5)), params)
     described = json.loads((tmp_path / "config.json").read_text())
     described |= {"scale_decoder_outputs": described.pop("tie_word_embeddings"), "tie_word_embeddings": True}
