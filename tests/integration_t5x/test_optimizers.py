@@ -86,6 +86,14 @@ def test_a_fraction_of_one_is_the_inner_optimizer():
     jax.tree.map(np.testing.assert_array_equal, optimizer.state.param_states, full.state.param_states)
 
 
+def test_a_state_without_a_seed_is_refused():
+    """MultiOptimizer keeps only what T5X's own optimizers have in their states."""
+    definition = optimizers.dynamic_subset_tuning(Doubling(), 0.1)
+    optimizer = definition.create(PARAMS).replace(state=Doubling().init_state(PARAMS))
+    with pytest.raises(ValueError, match="around MultiOptimizer"):
+        train(definition, optimizer=optimizer)
+
+
 def test_the_seed_is_what_was_restored_after_init():
     definition = optimizers.dynamic_subset_tuning(Doubling(), 0.1)
     restored = jax.tree.map(lambda x: x + 1, PARAMS)
