@@ -169,6 +169,15 @@ def test_a_run_resumes_from_parameters_in_fewer_bits(way):
         assert 0 < free.sum() <= (free.size if free.ndim == 1 and way == "a free tensor" else 53)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_parameters_of_another_model_are_refused(way):
+    definition = WAYS[way]()
+    saved = train(definition).state_dict()
+    saved["target"]["norm"]["scale"] = np.ones(13, np.float32)
+    with pytest.raises(ValueError, match=r"'norm/scale' has the shape \(13,\) in the checkpoint and \(12,\)"):
+        definition.create(PARAMS).restore_state(saved)
+
+
 @pytest.mark.parametrize("lost", ["before the first step", "a frozen tensor"])
 def test_what_was_rounded_off_and_is_nowhere_else_is_refused(lost):
     rules = [("norm", 0.0), ("", 0.1)] if lost == "a frozen tensor" else 0.1
