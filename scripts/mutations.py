@@ -55,15 +55,15 @@ MUTATIONS = [
     ),
     Mutation(
         "rank: fill meets the budget", "select.py", "tie = jnp.where(lacking, t, -2)",
-        "tie = jnp.where(lacking, -2, -2)", "tests/test_transform.py -k with_fill_meets",
+        "tie = jnp.where(lacking, -2, -2)", "tests/test_transform.py -k 'fill and oracle'",
     ),
     Mutation(
         "rank: what equals the seed has no distance", "select.py", "(bits(theta_hat) == bits(seed)) | ", "",
-        "tests/test_distances.py tests/test_transform.py -k 'distance or oracle'",
+        "tests/test_distances.py -k equals_the_seed",
     ),
     Mutation(
         "rank: subnormal distances are 0", "select.py", " | (delta < jnp.finfo(wide).tiny)", "",
-        "tests/test_transform.py -k oracle",
+        "tests/test_distances.py -k subnormal",
     ),
     Mutation(
         "rank: forced rounding of updates", "floats.py", "own ^ zero.astype(own.dtype)", "own",
@@ -71,7 +71,8 @@ MUTATIONS = [
     ),
     Mutation(
         "reverted: apply_updates sets the seed", "transform.py",
-        "jnp.where(leaf.mask | ~leaf.captured, p, leaf.seed)", "p", "tests/test_contract.py -k sgd",
+        "jnp.where(leaf.mask | ~leaf.captured, p, leaf.seed)", "p",
+        "tests/test_transform.py -k 'exact_apply or oracle'",
     ),
     Mutation(
         "reverted: finalize sets the seed", "transform.py",
@@ -85,7 +86,7 @@ MUTATIONS = [
     ),
     Mutation(
         "reverted: updates lead back to the seed", "project.py", "difference(seed, params[i], u.dtype)",
-        "jnp.zeros_like(u)", "tests/test_transform.py -k 'finalize or plain_apply'",
+        "jnp.zeros_like(u)", "tests/test_transform.py -k lead_back",
     ),
     Mutation(
         "seed: the first update captures", "state.py", "captured=jnp.zeros((), bool)",
@@ -110,7 +111,7 @@ MUTATIONS = [
     Mutation(
         "nonfinite: an infinite distance ranks largest", "select.py",
         "jnp.where(jnp.isnan(delta), jnp.inf, delta)",
-        "jnp.where(jnp.isinf(delta), 0.0, delta)", "tests/test_transform.py -k oracle",
+        "jnp.where(jnp.isinf(delta), 0.0, delta)", "tests/test_distances.py -k overflows",
     ),
     Mutation(
         "nonfinite: the state holds none of ours", "select.py",

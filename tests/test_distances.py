@@ -96,6 +96,23 @@ def test_a_subnormal_distance_is_none():
     assert (dst_optax.apply_updates(params, updates, state) == params).all()
 
 
+def test_a_distance_that_overflows_ranks_largest():
+    seed = jnp.array([1.0, -3e38, 2.0, 3.0, 4.0])
+    tx = dst_optax.wrap(optax.identity(), 0.25)
+    state = dst_optax.reseed(tx.init(seed), seed)
+    params = seed.at[1].set(3e38)
+    updates, state = tx.update(jnp.array([0.0, 0.0, 1e30, 1.0, 0.0]), state, params)
+    assert dst_optax.apply_updates(params, updates, state).tolist() == params.tolist()
+
+
+def test_what_equals_the_seed_has_no_distance():
+    """Whatever a user's distance says."""
+    tx = dst_optax.wrap(optax.sgd(1.0), 0.6, distance=lambda a, b, s: 1 + jnp.abs(a - b), ties="fill")
+    params = jnp.arange(9.0)
+    _, state = tx.update((params < 3).astype(jnp.float32), tx.init(params), params)
+    assert float(dst_optax.diagnostics.metrics(state)["num_free"]) == 3
+
+
 def signed(theta, theta_hat, theta_seed):
     return theta_hat - theta_seed
 

@@ -233,6 +233,20 @@ def test_finalize_heals_plain_apply(dtype):
     assert healed > 0
 
 
+def test_updates_are_the_optimizers_inside_the_subset_and_lead_back_outside():
+    seed = jax.random.normal(jax.random.key(0), (1000,))
+    inner, tx = optax.sgd(0.1), dst_optax.wrap(optax.sgd(0.1), 0.2)
+    params, state = seed, tx.init(seed)
+    for i in range(3):
+        grads = jax.random.normal(jax.random.key(1 + i), seed.shape)
+        updates, state = tx.update(grads, state, params)
+        proposed, _ = inner.update(grads, inner.init(params))
+        mask = state[-1].mask
+        assert 0 < int(mask.sum()) < 300
+        assert (updates == jnp.where(mask, proposed, seed - params)).all()
+        params = dst_optax.apply_updates(params, updates, state)
+
+
 def test_finalize_changes_nothing_after_an_exact_apply():
     params = jax.random.normal(jax.random.key(0), (500,))
     tx = dst_optax.wrap(optax.sgd(1e-3, 0.9), 0.1)
