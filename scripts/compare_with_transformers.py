@@ -5,7 +5,7 @@ first is applied to our parameters, the second by the command to the checkpoint'
 every validation example is scored by either: ours in one padded batch, PyTorch's row by row.
 
     pip install torch transformers
-    dst-optax subset apply RUN/dst/rng_0/tuned/subset_hf --seed smollm2 --out tuned
+    dst-optax subset apply --subset RUN/dst/rng_0/tuned/subset_hf --seed smollm2 --out tuned
     python scripts/compare_with_transformers.py --seed smollm2 --subset RUN/dst/rng_0/tuned/subset \
         --tuned tuned --data superglue --task cb --inputs 64 --targets 2
 """
