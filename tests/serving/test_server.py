@@ -192,6 +192,7 @@ def test_a_refusal_waits_for_the_pause(tmp_path):
         engine.pause = slow
         with pytest.raises(SubsetError, match="moved"):
             await server.activate("a")
+        await asyncio.sleep(0.02)
         assert not engine.paused
 
     run(tmp_path, body, fail=lambda i, verb, args: {"refused": "moved"} if verb == "check" else None)
