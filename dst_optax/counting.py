@@ -1,12 +1,11 @@
 """Exact thresholds by counting: without sorting, and without moving a parameter between devices.
 
-For a silo with budget m we look for the smallest threshold t with ``#(key > t) <= m``. A pass reads
-the keys once and counts how many exceed each of ``PROBES`` candidates; the counts narrow a bracket
-``(lo, hi]`` around t. Half of the probes stand where the ranks at the ends of the bracket say that t
-should be: the error of that interpolation is about the square root of the entries left, so from a good
-guess (the last step's threshold) three or four passes suffice. The other half is spaced evenly: where
-many keys are equal, ranks mislead, and so there are never more passes than in a search that divides by
-five. A silo whose count meets its budget is done.
+For a silo with budget m we look for a threshold t with exactly m keys above it or, where equal keys forbid
+that, the smallest t with fewer. A pass reads the keys once and counts how many exceed each of ``PROBES``
+candidates; the counts narrow a bracket ``(lo, hi]`` around t. Half of the probes stand where the ranks at the
+ends of the bracket say that t should be: the error of that interpolation is about the square root of the
+entries left, so from a good guess (the last step's threshold) three or four passes suffice. The other half is
+spaced evenly: where many keys are equal, ranks mislead, and at worst this is a search that divides by five.
 
 The keys lie in one of two layouts, and this file alone knows which. On one CPU device silos become
 rows of matrices, one matrix for all silos of a size, and are searched row by row, in cache; what is
@@ -30,13 +29,111 @@ from jax import lax
 from dst_optax.counts import Counts, concatenate, sum_by_silo, sum_of_mask
 from dst_optax.silos import LeafPlan, groups_that_share_silos
 
-PROBES = 8
-GUESS_OFFSETS = (-24.0, -8.0, -2.0, -0.3, 0.3, 2.0, 8.0, 24.0)  # in units of the guess's spread
-RANK_OFFSETS = (-2.0, -0.4, 0.4, 2.0)  # in standard deviations
+GUESS_OFFSETS = (-8.0, -2.0, -0.3, 0.3, 2.0, 8.0, 24.0)  # in units of the guess's spread
+RANK_OFFSETS = (-2.0, -0.4, 0.4, 2.0)  # in standard errors
 EVEN_SHARES = (0.2, 0.4, 0.6, 0.8)  # of the bracket's width
-CURVATURE = 0.05  # error of linear interpolation of ranks per binade of the bracket's width
-BATCH = 2**22  # entries, or an eighth of the model, whose keys are in memory at one time on one CPU
-ROW = 2**12  # entries that one core counts at a time
+PROBES = len(EVEN_SHARES) + len(RANK_OFFSETS)  # in the first pass one, -1, counts all keys that are ranked
+CURVATURE = 0.05  # error of linear interpolation of ranks, for a bracket in which the density may double
+BATCH = 2**22  # entries whose keys are in memory at one time on one CPU, or an eighth of the model
+CHUNK = 2**12  # entries that one core counts at a time
+
+
+class Query(NamedTuple):
+    """What is asked of each silo."""
+
+    m: Counts  # (silos,): so many keys may lie above the threshold
+    total: Counts  # (silos,): all keys
+    guess: jax.Array  # (silos,) key dtype: where the threshold may be; below 0 for nowhere
+    spread: jax.Array  # (silos,) key dtype, positive: how far off the guess may be
+
+
+class Bracket(NamedTuple):
+    """What is known of the thresholds: ``#(key > lo) > m >= #(key > hi)``, or ``lo`` is -1."""
+
+    lo: jax.Array  # (silos,) key dtype
+    hi: jax.Array  # (silos,) key dtype
+    above_lo: Counts  # (silos,)
+    above_hi: Counts  # (silos,)
+    ranked: Counts  # (silos,): keys >= 0
+    passes: jax.Array  # (silos,) int32
+
+    def met(self, m: Counts) -> jax.Array:
+        """Whether exactly the budget lies above ``hi``, shape (silos,) bool."""
+        return self.above_hi.equals(m)
+
+    def done(self, m: Counts) -> jax.Array:
+        """Whether ``hi`` is the threshold and ``ranked`` is known, shape (silos,) bool."""
+        return (self.passes > 0) & (self.met(m) | (self.hi - self.lo == 1))
+
+
+def _search(count: Callable[[jax.Array], Counts], query: Query, top: int, density_scale: int) -> Bracket:
+    """Narrows brackets until they are done; ``count(t)`` counts keys above ``t``, both (silos, probes)."""
+    m, guess = query.m, query.guess
+    dtype = guess.dtype
+    real = jnp.float64 if dtype == jnp.int64 else jnp.float32
+    unsigned = jnp.uint64 if dtype == jnp.int64 else jnp.uint32  # hi - lo may exceed a signed integer
+    start = Bracket(
+        lo=jnp.full_like(guess, -1),
+        hi=jnp.full_like(guess, top),
+        above_lo=query.total,
+        above_hi=m - m,
+        ranked=query.total,
+        passes=jnp.zeros(guess.shape, jnp.int32),
+    )
+
+    def inside(b: Bracket) -> jax.Array:
+        """Probes at even shares of the bracket, and around the share p = (#lo - m) / n of its n entries.
+
+        They lie within multiples of the standard error sqrt(p (1 - p) / n), at least 1 / 2n, and the bend
+        of the density.
+        """
+        width = (b.hi.astype(unsigned) - b.lo.astype(unsigned)).astype(real)
+        n = jnp.maximum((b.above_lo - b.above_hi).to_float(), 1.0)
+        p = jnp.clip((b.above_lo - m).to_float() / n, 0.0, 1.0)
+        error = jnp.sqrt(jnp.maximum(p * (1 - p) / n, 1 / (4 * n * n))).astype(real)
+        error = error + CURVATURE * jnp.minimum(width / float(density_scale), 1.0)
+        by_rank = p.astype(real)[:, None] + error[:, None] * jnp.array([RANK_OFFSETS], real)
+        even = jnp.broadcast_to(jnp.array([EVEN_SHARES], real), by_rank.shape)
+        share = jnp.clip(jnp.concatenate([even, by_rank], axis=1), 0.0, 1.0)
+        offset = jnp.round(share * width[:, None]).astype(dtype)
+        return b.lo[:, None] + jnp.minimum(offset, (b.hi - 1 - b.lo)[:, None])
+
+    def around_guess() -> jax.Array:
+        spread = jnp.minimum(query.spread.astype(real), float(density_scale))
+        away = (spread[:, None] * jnp.array([(0.0, *GUESS_OFFSETS)], real)).astype(dtype)
+        return guess[:, None] + jnp.clip(away, -guess[:, None], top - guess[:, None])
+
+    def probes(b: Bracket) -> jax.Array:
+        first = (b.passes == 0)[:, None]
+        t = jnp.where(first & (guess >= 0)[:, None], around_guess(), inside(b))
+        t = jnp.clip(t, b.lo[:, None] + 1, jnp.maximum(b.hi, 1)[:, None] - 1)
+        return jnp.where(first & (jnp.arange(PROBES) == 0)[None], -1, t)
+
+    def narrow(carry: tuple[Bracket, jax.Array]) -> tuple[Bracket, jax.Array]:
+        b, t = carry
+        above = count(t)
+        fits = (above <= m[:, None]) & (t >= 0)
+        lo = jnp.maximum(b.lo, jnp.max(jnp.where(fits, -1, t), axis=1))
+        hi = jnp.minimum(b.hi, jnp.min(jnp.where(fits, t, top), axis=1))
+
+        def count_at(end: jax.Array, old_end: jax.Array, old: Counts) -> Counts:
+            """The count at the probe that is the new end; equal probes have equal counts."""
+            at_end = jnp.where(t == end[:, None], 1, 0)
+            found = Counts(jnp.max(above.high * at_end, axis=1), jnp.max(above.low * at_end, axis=1))
+            return old.where(end == old_end, found)
+
+        narrowed = Bracket(
+            lo=lo,
+            hi=hi,
+            above_lo=count_at(lo, b.lo, b.above_lo),
+            above_hi=count_at(hi, b.hi, b.above_hi),
+            ranked=above[:, 0].where(b.passes == 0, b.ranked),
+            passes=b.passes + 1,
+        )
+        b = jax.tree.map(partial(jnp.where, b.done(m)), b, narrowed)
+        return b, probes(b)
+
+    return lax.while_loop(lambda carry: ~carry[0].done(m).all(), narrow, (start, probes(start)))[0]
 
 
 class Keys(NamedTuple):
@@ -78,32 +175,6 @@ def runtime_index(i: int, zero: jax.Array) -> jax.Array:
     return lax.dynamic_index_in_dim(jnp.asarray(np.array([i, -1], np.int32)), zero, keepdims=False)
 
 
-class Guess(NamedTuple):
-    """Where the thresholds may be."""
-
-    at: jax.Array  # (silos,) key dtype; below 0 for none
-    spread: jax.Array  # (silos,) key dtype, positive: how far off it may be
-
-
-class Bracket(NamedTuple):
-    """What is known of the thresholds: ``#(key > lo) > m >= #(key > hi)``."""
-
-    lo: jax.Array  # (silos,) key dtype
-    hi: jax.Array  # (silos,) key dtype
-    above_lo: Counts  # (silos,)
-    above_hi: Counts  # (silos,)
-    ranked: Counts  # (silos,): keys >= 0
-    passes: jax.Array  # (silos,) int32
-
-    def met(self, m: Counts) -> jax.Array:
-        """Whether exactly the budget lies above ``hi``, shape (silos,) bool."""
-        return self.above_hi.equals(m)
-
-    def done(self, m: Counts) -> jax.Array:
-        """Whether ``hi`` is the threshold, shape (silos,) bool."""
-        return (self.passes > 0) & (self.met(m) | (self.hi - self.lo == 1))
-
-
 class Layout(Protocol):
     """How keys lie in memory, and so how they are counted."""
 
@@ -115,18 +186,14 @@ class Layout(Protocol):
         """Keys of tensors as they are searched, and the same keys in the tensors' shapes, read from there."""
         ...
 
-    def thresholds(
-        self, keys: list[Keys], m: Counts, total: Counts, top: int, guess: Guess, binade: int
-    ) -> Bracket:
-        """Finds the smallest t of every silo with at most ``m`` keys above it, or one that meets ``m``.
+    def thresholds(self, keys: list[Keys], query: Query, top: int, density_scale: int) -> Bracket:
+        """Finds a threshold for every silo.
 
         Args:
           keys: the keys, arranged.
-          m: budgets, (silos,).
-          total: number of keys of each silo, (silos,).
+          query: what is asked.
           top: the largest possible key.
-          guess: first guess of t.
-          binade: difference of keys over which their density may change by its own size.
+          density_scale: difference of keys over which their density may double.
 
         Returns:
           A bracket that is done for every silo; ``hi`` is the threshold.
@@ -153,16 +220,14 @@ class Tensors:
         """As they are."""
         return keys, keys
 
-    def thresholds(
-        self, keys: list[Keys], m: Counts, total: Counts, top: int, guess: Guess, binade: int
-    ) -> Bracket:
+    def thresholds(self, keys: list[Keys], query: Query, top: int, density_scale: int) -> Bracket:
         """See :class:`Layout`."""
 
         def count(t: jax.Array) -> Counts:
             above = [_above(x.values, x.take(t), x.axis) for x in keys]
             return sum_by_silo(concatenate(above), [s for x in keys for s in x.silos], len(t))
 
-        return _search(count, m, total, top, guess, binade)
+        return _search(count, query, top, density_scale)
 
 
 class Rows:
@@ -183,7 +248,7 @@ class Rows:
             (sorted(batch) for alike in batches.values() for batch in alike),
             key=lambda batch: sum(sizes[j] for j in batch),
         )
-        # updates of a batch are in memory until they are applied, so large batches are kept apart
+        # steps of a batch are in memory until they are applied: a small batch follows each large one
         pairs = zip(reversed(ascending), ascending, strict=True)
         return [batch for pair in pairs for batch in pair][: len(ascending)]
 
@@ -221,24 +286,21 @@ class Rows:
         rows = [Keys(matrices[n], 0, tuple(s), (0,) * len(s), zero) for n, s in silos_of.items()]
         return rows, [x._replace(values=read(x)) for x in keys]
 
-    def thresholds(
-        self, keys: list[Keys], m: Counts, total: Counts, top: int, guess: Guess, binade: int
-    ) -> Bracket:
+    def thresholds(self, keys: list[Keys], query: Query, top: int, density_scale: int) -> Bracket:
         """See :class:`Layout`."""
 
-        def search_row(row: Any) -> Bracket:
-            values, *about = row
-            count = lambda t: _above(values, t, None)  # noqa: E731
-            return _search(count, about[0], about[1], top, about[2], binade)
+        def search_row(row: tuple[jax.Array, Query]) -> Bracket:
+            values, query = row
+            return _search(lambda t: _above(values, t, None), query, top, density_scale)
 
         found = []
         for x in keys:
-            ids = np.array(x.silos, np.int32)[:, None]  # each silo is a search of its own
-            about = jax.tree.map(lambda v, ids=ids: v[ids], (m, total, guess))
-            if len(ids) == 1:  # without a copy of a row that is the whole matrix
-                found.append(search_row(jax.tree.map(lambda v: v[0], (x.values, *about))))
+            at = np.array(x.silos, np.int32)[:, None]  # each silo is a search of its own
+            rows = x.values, jax.tree.map(lambda v, at=at: v[at], query)
+            if len(at) == 1:  # without a copy of a row that is the whole matrix
+                found.append(search_row(jax.tree.map(lambda v: v[0], rows)))
             else:
-                found.append(jax.tree.map(lambda v: v[:, 0], lax.map(search_row, (x.values, *about))))
+                found.append(jax.tree.map(lambda v: v[:, 0], lax.map(search_row, rows)))
         order = np.argsort([s for x in keys for s in x.silos])
         return jax.tree.map(lambda *parts: jnp.concatenate(parts)[order], *found)
 
@@ -252,72 +314,6 @@ def _slices(x: jax.Array, axis: int | None) -> list[jax.Array]:
     if axis is None:
         return [x]
     return [lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])]
-
-
-def _search(
-    count: Callable[[jax.Array], Counts], m: Counts, total: Counts, top: int, guess: Guess, binade: int
-) -> Bracket:
-    """Narrows brackets until they are done; ``count(t)`` counts keys above ``t``, both (silos, probes)."""
-    dtype = guess.at.dtype
-    real = jnp.float64 if dtype == jnp.int64 else jnp.float32
-    unsigned = jnp.uint64 if dtype == jnp.int64 else jnp.uint32  # hi - lo may exceed a signed integer
-    start = Bracket(
-        lo=jnp.full_like(guess.at, -1),
-        hi=jnp.full_like(guess.at, top),
-        above_lo=total,
-        above_hi=total - total,
-        ranked=total,
-        passes=jnp.zeros(guess.at.shape, jnp.int32),
-    )
-
-    def by_rank(b: Bracket) -> jax.Array:
-        width = (b.hi.astype(unsigned) - b.lo.astype(unsigned)).astype(real)
-        left = jnp.maximum((b.above_lo - b.above_hi).to_float(), 1.0)
-        at = jnp.clip((b.above_lo - m).to_float() / left, 0.0, 1.0)
-        deviation = jnp.sqrt(jnp.maximum(at * (1 - at) / left, 1 / (4 * left * left))).astype(real)
-        deviation = deviation + CURVATURE * jnp.minimum(width / float(binade), 1.0)
-        ranked = at.astype(real)[:, None] + deviation[:, None] * jnp.array([RANK_OFFSETS], real)
-        even = jnp.broadcast_to(jnp.array([EVEN_SHARES], real), ranked.shape)
-        share = jnp.clip(jnp.concatenate([even, ranked], axis=1), 0.0, 1.0)
-        offset = jnp.round(share * width[:, None]).astype(dtype)
-        return b.lo[:, None] + jnp.minimum(offset, (b.hi - 1 - b.lo)[:, None])
-
-    def around_guess() -> jax.Array:
-        spread = jnp.minimum(guess.spread.astype(real), float(binade))
-        away = (spread[:, None] * jnp.array([GUESS_OFFSETS], real)).astype(dtype)
-        return guess.at[:, None] + jnp.clip(away, -guess.at[:, None], top - guess.at[:, None])
-
-    def probes(b: Bracket) -> jax.Array:
-        first = (b.passes == 0)[:, None]
-        t = jnp.where(first & (guess.at >= 0)[:, None], around_guess(), by_rank(b))
-        t = jnp.clip(t, b.lo[:, None] + 1, jnp.maximum(b.hi, 1)[:, None] - 1)
-        # the first pass also learns how many keys there are at all
-        return jnp.where(first & (jnp.arange(PROBES) == 0)[None], -1, t)
-
-    def narrow(carry: tuple[Bracket, jax.Array]) -> tuple[Bracket, jax.Array]:
-        b, t = carry
-        above = count(t)
-        fits = (above <= m[:, None]) & (t >= 0)
-        lo = jnp.maximum(b.lo, jnp.max(jnp.where(fits, -1, t), axis=1))
-        hi = jnp.minimum(b.hi, jnp.min(jnp.where(fits, t, top), axis=1))
-
-        def count_at(end: jax.Array, old_end: jax.Array, old: Counts) -> Counts:
-            known = jnp.where(t == end[:, None], 1, 0)
-            found = Counts(jnp.max(above.high * known, axis=1), jnp.max(above.low * known, axis=1))
-            return old.where(end == old_end, found)
-
-        narrowed = Bracket(
-            lo=lo,
-            hi=hi,
-            above_lo=count_at(lo, b.lo, b.above_lo),
-            above_hi=count_at(hi, b.hi, b.above_hi),
-            ranked=above[:, 0].where(b.passes == 0, b.ranked),
-            passes=b.passes + 1,
-        )
-        b = jax.tree.map(partial(jnp.where, b.done(m)), b, narrowed)
-        return b, probes(b)
-
-    return lax.while_loop(lambda carry: ~carry[0].done(m).all(), narrow, (start, probes(start)))[0]
 
 
 @partial(jax.jit, static_argnames="axis")  # traced once for all tensors of a shape
@@ -342,8 +338,8 @@ def _sums_on_cpu(axes: tuple[int, ...], *arrays: jax.Array) -> list[jax.Array]:
     XLA CPU reads once for one variadic reduction, not for several sums, and spreads a reduction over
     its cores only along dimensions that stay (test_structure.py, test_long_vectors_are_counted_in_rows).
     """
-    if arrays[0].ndim == 1 and (rows := _rows(arrays[0].size)) > 1:
-        arrays = tuple(x.reshape(rows, -1) for x in arrays)
+    if arrays[0].ndim == 1 and (chunks := _chunks(arrays[0].size)) > 1:
+        arrays = tuple(x.reshape(chunks, -1) for x in arrays)
         return _sums_on_cpu((0,), *_variadic_sum((1,), *arrays))
     return _variadic_sum(axes, *arrays)
 
@@ -358,9 +354,9 @@ def _fused_sums(axes: tuple[int, ...], *arrays: jax.Array) -> list[jax.Array]:
     return [jnp.sum(x, axis=axes, dtype=jnp.int32) for x in arrays]
 
 
-def _rows(size: int) -> int:
-    """How many rows a vector is counted in: the largest divisor that leaves rows of ``ROW`` or more."""
-    return next(n for n in range(max(1, min(64, size // ROW)), 0, -1) if size % n == 0)
+def _chunks(size: int) -> int:
+    """In how many chunks a vector is counted: the largest divisor that leaves ``CHUNK`` entries or more."""
+    return next(n for n in range(max(1, min(64, size // CHUNK)), 0, -1) if size % n == 0)
 
 
 def _replicated(counts: jax.Array) -> jax.Array:

@@ -1,11 +1,14 @@
 """Dynamic Subset Tuning as a projection: the method.
 
-At every step the optimizer proposes new values for all parameters. The proposal is projected onto the
-models of which at most m entries in each silo differ from the seed:
+At every step the optimizer proposes new values for all parameters. The proposal is projected onto the set
+of models that differ from the seed in at most m entries of each silo:
 
-    delta  = d(seed, proposed, seed)              what it costs to revert an entry
+    delta  = d(seed, proposed, seed)              the distance that an entry is taken back if it is reverted
     q      = the (1 - fraction) quantile of delta in every silo
     params = where(delta > q, proposed, seed)     the costliest entries are kept
+
+Of the n entries of a silo, ``m = ceil(fraction * (n - 1))`` lie above q unless distances tie there. Entries
+that are NaN or infinite are kept beside these, so that they are seen.
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +18,8 @@ import jax.numpy as jnp
 
 from dst_optax import distances
 from dst_optax.counts import Counts
-from dst_optax.select import Proposal, choose, difference
+from dst_optax.floats import difference
+from dst_optax.select import Proposal, choose
 from dst_optax.silos import SiloPlan
 from dst_optax.state import Memory, new_memory
 
@@ -57,7 +61,7 @@ def project(
       Projected parameters, mask and memory.
 
     Raises:
-      ValueError: shapes or dtypes differ, or the plan is that of other parameters.
+      ValueError: shapes or dtypes differ, or the plan was made for other parameters.
 
     Example:
       >>> import jax.numpy as jnp
@@ -72,7 +76,7 @@ def project(
     _check(plan, values, seeds)
     choice = choose(
         plan,
-        distance or distances.absolute,
+        distance,
         ties,
         [Proposal(values[i]) for i in plan.ranked],
         [seeds[i] for i in plan.ranked],
@@ -80,12 +84,9 @@ def project(
         new_memory(len(plan.sizes)) if memory is None else memory,
     )
     masks = [jnp.full(leaf.shape, plan.is_free(leaf)) for leaf in plan.leaves]
-    for i, mask, value in zip(plan.ranked, choice.masks, choice.updates, strict=True):
-        masks[i], values[i] = mask, value
-    params = [
-        x if plan.is_free(leaf) else jnp.where(mask, x, s)
-        for leaf, mask, x, s in zip(plan.leaves, masks, values, seeds, strict=True)
-    ]
+    params = [x if plan.is_free(leaf) else s for leaf, x, s in zip(plan.leaves, values, seeds, strict=True)]
+    for i, mask, x in zip(plan.ranked, choice.masks, choice.steps, strict=True):
+        masks[i], params[i] = mask, jnp.where(mask, x, seeds[i])
     return Projection(treedef.unflatten(params), treedef.unflatten(masks), choice.memory)
 
 
@@ -99,13 +100,13 @@ def project_updates(
     distance: distances.Distance | None,
     ties: str,
 ) -> tuple[list[jax.Array], list[jax.Array], Memory]:
-    """The same projection, of ``params + updates`` and spelled as updates.
+    """The same projection of ``params + updates``, expressed as updates.
 
     Args:
       plan: silos and budgets.
       updates: proposed updates of all leaves, in any floating-point dtype.
       params: all leaves.
-      seeds: seeds of the leaves ``plan.ranked``.
+      seeds: seeds of the leaves ``plan.ranked``, which are neither free nor frozen at every step.
       budgets: entries that each silo may free, (silos,).
       memory: what the last step learned.
       distance: component-wise distance; None means absolute.
@@ -116,12 +117,12 @@ def project_updates(
       the leaves ``plan.ranked``, and the memory for the next step.
     """
     proposals = [Proposal(updates[i], jnp.asarray(params[i])) for i in plan.ranked]
-    choice = choose(plan, distance or distances.absolute, ties, proposals, seeds, budgets, memory)
+    choice = choose(plan, distance, ties, proposals, seeds, budgets, memory)
     out = [
-        jnp.full_like(u, -0.0) if plan.is_frozen(leaf) else u  # what keeps every bit when it is added
+        jnp.full_like(u, -0.0) if plan.is_frozen(leaf) else u  # -0.0 changes no bit of what it is added to
         for u, leaf in zip(updates, plan.leaves, strict=True)
     ]
-    for i, mask, u, seed in zip(plan.ranked, choice.masks, choice.updates, seeds, strict=True):
+    for i, mask, u, seed in zip(plan.ranked, choice.masks, choice.steps, seeds, strict=True):
         out[i] = jnp.where(mask, u, difference(seed, params[i], u.dtype))
     return out, choice.masks, choice.memory
 

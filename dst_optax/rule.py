@@ -1,4 +1,4 @@
-"""What may differ from the seed: the arguments of Dynamic Subset Tuning, checked, and one step by them."""
+"""The validated arguments of Dynamic Subset Tuning, and one step taken with them."""
 
 import dataclasses
 from typing import Any
@@ -19,7 +19,10 @@ DEFAULT_FRACTION = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class SubsetRule:
-    """The arguments of :func:`dst_optax.dynamic_subset_tuning`, for trainers that set parameters themselves.
+    """The arguments of :func:`dst_optax.dynamic_subset_tuning`, validated.
+
+    Trainers that set parameters themselves use :meth:`init` and :meth:`project`; the optax transform uses
+    :meth:`project_updates` and keeps masks.
 
     Attributes:
       fraction_of_free_params: see :func:`dst_optax.dynamic_subset_tuning`, like all that follow.
@@ -50,15 +53,14 @@ class SubsetRule:
 
     @property
     def fraction(self) -> Any:
-        """The fraction that counts; None where a number of parameters takes its place."""
+        """The fraction in effect; None where a number of parameters takes its place."""
         if self.fraction_of_free_params is None and self.num_free_params is None:
             return DEFAULT_FRACTION
         return self.fraction_of_free_params
 
     def plan(self, params: Any) -> SiloPlan:
-        """Silos and budgets for given parameters."""
-        at_run_time = callable(self.fraction) or isinstance(self.fraction, jax.Array)
-        fraction = None if at_run_time else self.fraction
+        """Silos and budgets for given parameters; no budgets where they are known at run time only."""
+        fraction = None if _at_run_time(self.fraction) else self.fraction
         return silos_lib.make_plan(params, self.silos, fraction, self.num_free_params)
 
     def init(self, params: Any) -> DynamicSubsetTuningState:
@@ -72,13 +74,13 @@ class SubsetRule:
 
         Args:
           proposed: pytree of arrays, what the optimizer would set the parameters to.
-          params: pytree of arrays, the parameters before the step.
+          params: pytree of arrays, the parameters before the step: the seed, if this is the first one.
           state: the state.
 
         Returns:
           The new parameters, and the new state.
         """
-        plan, state = self._begin(proposed, state, params)
+        plan, state = self._plan_and_capture(proposed, state, params)
         # a frozen leaf is its own seed, and a free one needs none
         known = iter(jax.tree.leaves(state.seed))
         ranked = set(plan.ranked)
@@ -99,7 +101,7 @@ class SubsetRule:
         self, updates: Any, params: Any, state: DynamicSubsetTuningState
     ) -> tuple[Any, DynamicSubsetTuningState]:
         """The same, spelled as updates; the new state holds the subset as a mask."""
-        plan, state = self._begin(updates, state, params)
+        plan, state = self._plan_and_capture(updates, state, params)
         proposed, treedef = jax.tree.flatten(updates)
         projected, masks, memory = project_updates(
             plan,
@@ -114,21 +116,21 @@ class SubsetRule:
         mask = jax.tree.structure(state.seed).unflatten(masks)
         return treedef.unflatten(projected), state._replace(mask=mask, step=state.step + 1, memory=memory)
 
-    def _begin(
+    def _plan_and_capture(
         self, updates: Any, state: DynamicSubsetTuningState, params: Any
     ) -> tuple[SiloPlan, DynamicSubsetTuningState]:
-        _check_whole(params)
+        _refuse_parts(params)
         plan = self.plan(params)
         state_lib.check_structure(plan, updates, state, params)
         leaves = jax.tree.leaves(params)
         return plan, state_lib.capture(state, [leaves[i] for i in plan.ranked])
 
 
-def _check_whole(params: Any) -> None:
+def _refuse_parts(params: Any) -> None:
     """Raises inside ``shard_map`` where each device would budget its part of a tensor."""
     for path, p in named_leaves(params, is_leaf=lambda x: False):
         aval = jax.typeof(p)
-        manual = getattr(aval, "manual_axis_type", None)  # its name since jax 0.9
+        manual = getattr(aval, "manual_axis_type", None)  # jax >= 0.9; ``vma`` before
         axes = manual.varying if manual is not None else getattr(aval, "vma", ())
         if axes:
             raise ValueError(
@@ -136,6 +138,10 @@ def _check_whole(params: Any) -> None:
                 "budgets count whole tensors: update outside of shard_map, under jit alone, or replicate the "
                 "parameters over these axes."
             )
+
+
+def _at_run_time(fraction: Any) -> bool:
+    return callable(fraction) or isinstance(fraction, jax.Array)
 
 
 def _check_budget(fraction: Any, num_free_params: int | None) -> None:
@@ -149,7 +155,7 @@ def _check_budget(fraction: Any, num_free_params: int | None) -> None:
             raise TypeError(f"num_free_params: expected an int, got {num_free_params!r}.")
         if num_free_params < 0:
             raise ValueError(f"num_free_params: got {num_free_params}; it must be 0 or more.")
-    elif fraction is None or callable(fraction) or isinstance(fraction, jax.Array):
+    elif fraction is None or _at_run_time(fraction):
         return
     elif are_rules(fraction):
         for pattern, value in fraction:

@@ -24,7 +24,7 @@ class Diagnostics(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What a step learned, for the next one to look first where thresholds should be by then."""
+    """What a step passes on: its thresholds tell the next search where to begin."""
 
     threshold: jax.Array  # (silos,), float32; 0 where all or none of the silo is free
     threshold_delta: jax.Array  # (silos,), float32: its change in the last step
@@ -36,7 +36,7 @@ class DynamicSubsetTuningState(NamedTuple):
 
     seed: Any  # like params, their dtypes; Free or Frozen where a leaf is so at every step
     mask: Any  # like seed, bool: entries that may differ from it; () where a trainer sets parameters
-    captured: jax.Array  # (), bool: the seed is the model that training started from
+    captured: jax.Array  # (), bool: False until the first update; the seed is a placeholder until then
     step: jax.Array  # (), int32: updates so far
     fingerprint: jax.Array  # (), uint32: of the plan
     memory: Memory
@@ -103,14 +103,17 @@ def new_memory(num_silos: int) -> Memory:
 
 
 def copy(x: Any) -> jax.Array:
-    """A copy; zeros for a ``jax.ShapeDtypeStruct``."""
+    """A copy; zeros for a ``jax.ShapeDtypeStruct``, of which states are made to restore into."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return jnp.zeros(x.shape, x.dtype)
     return jnp.array(x, copy=True)
 
 
 def _nowhere(x: Any) -> jax.Array:
-    """False for every entry, sharded like ``x``: a constant would lie on every device (test_sharding.py)."""
+    """False for every entry, as nothing is NaN and infinite.
+
+    Computed from ``x`` to be sharded as it is; a constant would lie on every device (test_sharding.py).
+    """
     x = copy(x)
     return jnp.isnan(x) & jnp.isinf(x)
 
@@ -127,8 +130,8 @@ def capture(state: DynamicSubsetTuningState, params: list[jax.Array]) -> Dynamic
     """
     seeds, treedef = jax.tree.flatten(state.seed)
     if seeds:
-        # a loop of no or one turn: a captured seed is passed on in place, where a select would read and
-        # write all of it (test_the_seed_is_passed_on_in_place)
+        # a loop that runs once or never: a captured seed is passed on in place, where a select would read
+        # and write all of it (test_the_seed_is_passed_on_in_place)
         _, seeds = lax.while_loop(
             lambda carry: ~carry[0],
             lambda carry: (jnp.ones_like(carry[0]), [jnp.asarray(p) for p in params]),
@@ -138,7 +141,7 @@ def capture(state: DynamicSubsetTuningState, params: list[jax.Array]) -> Dynamic
 
 
 def reseed(state: DynamicSubsetTuningState, params: Any) -> DynamicSubsetTuningState:
-    """The state with a copy of ``params`` as its seed, as before the first step otherwise."""
+    """The state with a copy of ``params`` as its seed; every entry is tuned, and thresholds are forgotten."""
     by_path = dict(named_leaves(params))
 
     def renew(path: str, old: Any) -> jax.Array:
@@ -152,7 +155,7 @@ def reseed(state: DynamicSubsetTuningState, params: Any) -> DynamicSubsetTuningS
     return state._replace(
         seed=map_named(renew, state.seed),
         mask=jax.tree.map(lambda x: ~_nowhere(x), state.seed) if has_mask else state.mask,
-        captured=jax.tree.map(jnp.ones_like, state.captured),
+        captured=jax.tree.map(jnp.ones_like, state.captured),  # may be a flax variable
         memory=jax.tree.map(jnp.zeros_like, state.memory),
     )
 
@@ -278,12 +281,14 @@ def seed_leaves(params: Any, state: Any) -> list[tuple[str, Any]]:
 
 def check_structure(plan: SiloPlan, updates: Any, state: DynamicSubsetTuningState, params: Any) -> None:
     """Raises if updates, state and params are not of one model."""
+    # it is a state of ours
     if not is_state(state):
         raise ValueError(
             f"the state is {type(state).__name__}, not a DynamicSubsetTuningState: restore a checkpoint "
             "against jax.eval_shape(tx.init, params). One that dst-optax 0.1 wrote holds other fields; "
             "extract its subset with 0.1, apply that to the seed, and start from there with dst_optax.reseed."
         )
+    # updates and seeds are those of the parameters, in path and shape
     given = dict(named_leaves(params, is_leaf=lambda x: False))
     for name, tree in (("updates", updates), ("the seed in the state", state.seed)):
         for path, leaf in named_leaves(tree, is_leaf=lambda x: False):
@@ -300,6 +305,7 @@ def check_structure(plan: SiloPlan, updates: Any, state: DynamicSubsetTuningStat
     if len(named_updates) != len(given):
         lost = next(path for path in given if path not in named_updates)
         raise ValueError(f"updates lacks the parameter {lost!r}; pass an update for every parameter.")
+    # the same leaves are ranked, in as many silos
     seeds = named_leaves(state.seed, is_leaf=lambda x: False)
     expected = [plan.leaves[i].path for i in plan.ranked]
     threshold = state.memory.threshold
@@ -315,7 +321,7 @@ def check_structure(plan: SiloPlan, updates: Any, state: DynamicSubsetTuningStat
         _check_like(path, given[path], "its seed", seed)
     if isinstance(state.fingerprint, Tracer):
         return
-    fingerprint = int(np.asarray(state.fingerprint).max())
+    fingerprint = int(np.asarray(state.fingerprint).max())  # one, or one a member of vmapped states
     if fingerprint != plan.fingerprint:
         raise ValueError(
             f"the state carries the plan fingerprint {fingerprint:#010x}, this transform has "
@@ -333,5 +339,5 @@ def _check_like(path: str, p: Any, other_name: str, other: Any) -> None:
     if jnp.result_type(p) != other.dtype:
         raise ValueError(
             f"parameter {path!r} has the dtype {jnp.result_type(p)}, {other_name} {other.dtype}; restore the "
-            "parameters in the seed's dtype, or make the seed anew with dst_optax.reseed."
+            "parameters in the seed's dtype, or call tx.init again for parameters of another dtype."
         )

@@ -1,16 +1,10 @@
 """Dynamic Subset Tuning as an optax transform.
 
-At every step the inner optimizer proposes an update u of all parameters. The proposal
-``theta_hat = params + u`` is compared with the seed model, and in every silo only the entries that
-moved furthest from it stay; all others return to the seed:
-
-    delta = d(seed, theta_hat, seed)
-    params <- where(delta > q, theta_hat, seed),   q: the (1 - fraction) quantile of the silo
-
-:mod:`dst_optax.project` is that method; here it is an ``optax.GradientTransformation``. Kept entries
-pass u through, all others get ``seed - params``. That difference alone does not always lead back to
-the seed, because ``params + (seed - params)`` rounds; so the state holds the subset as a mask, and
-:func:`apply_updates` sets everything outside of it to the seed, bit for bit.
+:mod:`dst_optax.project` is the method; here it is an ``optax.GradientTransformation``. The optimizer before
+it in the chain proposes ``params + u``. Kept entries pass u through, all others get ``seed - params``. That
+difference alone does not always lead back to the seed, because ``params + (seed - params)`` rounds; so the
+state holds the subset as a mask, and :func:`apply_updates` sets everything outside of it to the seed, bit for
+bit.
 """
 
 from typing import Any
@@ -22,10 +16,10 @@ import optax
 from dst_optax import distances
 from dst_optax import silos as silos_lib
 from dst_optax import state as state_lib
+from dst_optax.floats import add, bits
 from dst_optax.rule import SubsetRule
-from dst_optax.select import add, bits
 from dst_optax.state import DynamicSubsetTuningState, Free, Frozen, LeafState
-from dst_optax.tree import is_masked, map_named, named_leaves
+from dst_optax.tree import is_masked, named_leaves
 
 NO_PARAMS = "dynamic_subset_tuning needs the current parameters: call tx.update(updates, state, params)."
 
@@ -41,20 +35,21 @@ def dynamic_subset_tuning(
     """Lets only a small, moving subset of the parameters differ from the seed model.
 
     Chain it last, after any optimizer. In a silo of n entries the budget is
-    ``ceil(fraction * (n - 1))``; at every step the entries whose proposed values lie furthest from
-    the seed are kept and all others return to it. The seed is the model that the first ``update``
+    ``ceil(fraction * (n - 1))``; at every step the entries whose proposed values lie farthest from
+    the seed are kept and all others return to it. Entries that are NaN or infinite are kept beside the
+    budget and counted, so that they are seen. The seed is the model that the first ``update``
     sees, so parameters may be restored between ``init`` and the first step.
 
     Args:
       fraction_of_free_params: a number in [0, 1], an optax schedule, a traced scalar,
         ``[(regex, number), ...]`` of which the first match counts for each leaf path, or a pytree of
-        numbers with the parameters' structure or a prefix of it. 0 freezes, 1 frees. One tenth unless
-        it or ``num_free_params`` is given.
+        numbers with the parameters' structure or a prefix of it. 0 freezes, 1 frees. Defaults to 0.1
+        if ``num_free_params`` is not given either.
       num_free_params: absolute budget, shared over the silos in proportion to their sizes, instead
         of a fraction.
-      silos: which entries compete, see :mod:`dst_optax.silos`; None makes every tensor a silo.
-      distance: component-wise ``d(theta, theta_hat, theta_seed)``, non-negative, computed in float32
-        at least; None means :func:`dst_optax.distances.absolute`.
+      silos: groups of entries that share a budget, see :mod:`dst_optax.silos`; None makes every tensor one.
+      distance: component-wise ``d(theta, theta_hat, theta_seed)``, non-negative, evaluated in float32
+        or wider; None means :func:`dst_optax.distances.absolute`.
       ties: "strict" keeps what lies above the threshold, so fewer than the budget when distances tie
         there; "fill" fills the budget from the tied entries in a fixed pseudo-random order.
 
@@ -99,7 +94,7 @@ def dynamic_subset_tuning(
 def wrap(
     inner: optax.GradientTransformation, fraction_of_free_params: Any = None, **kwargs: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """``optax.chain(inner, dynamic_subset_tuning(...))``: the order is guaranteed.
+    """``optax.chain(inner, dynamic_subset_tuning(...))``, in that order.
 
     Args:
       inner: any optimizer.
@@ -123,7 +118,8 @@ def apply_updates(params: Any, updates: Any, state: Any) -> Any:
       params: current parameters.
       updates: what ``tx.update`` returned with ``state``; leaves may be missing or None where nothing
         changes.
-      state: the new optimizer state, or any pytree that holds DST states of disjoint leaves.
+      state: the new optimizer state, or any pytree that holds DST states of disjoint leaves, as
+        ``optax.partition`` makes them.
 
     Returns:
       The new parameters; outside the subset they equal the seed bit for bit.
@@ -148,8 +144,7 @@ def apply_updates(params: Any, updates: Any, state: Any) -> Any:
             return p
         if leaf is not None and isinstance(leaf.seed, Frozen):
             return p
-        moved = add(jnp.asarray(p), u)
-        return moved if leaf is None else _inside(moved, leaf)
+        return _restore_outside(path, add(jnp.asarray(p), u), leaf)
 
     return state_lib.map_leaf_states(apply, params, state)
 
@@ -174,9 +169,7 @@ def finalize(params: Any, state: Any) -> Any:
       >>> dst_optax.finalize(optax.apply_updates(params, updates), state).tolist()
       [1.0, 2.5, 3.0]
     """
-    return state_lib.map_leaf_states(
-        lambda path, p, leaf: p if leaf is None else _inside(p, leaf), params, state
-    )
+    return state_lib.map_leaf_states(_restore_outside, params, state)
 
 
 def reseed(state: Any, params: Any) -> Any:
@@ -184,7 +177,7 @@ def reseed(state: Any, params: Any) -> Any:
 
     Args:
       state: any optimizer state that holds DST states.
-      params: the model that the tuned one shall be compared with from now on.
+      params: the model that the tuned one is compared with from now on.
 
     Returns:
       The state with a copy of ``params`` as the seed and no memory of thresholds. Until the next update
@@ -198,12 +191,12 @@ def reseed(state: Any, params: Any) -> Any:
       >>> tx = dst_optax.wrap(optax.sgd(0.1))
       >>> state = dst_optax.reseed(tx.init(jnp.zeros(3)), jnp.ones(3))
     """
-    state_lib.states(state)
+    state_lib.states(state)  # raises if there is none
     return state_lib.map_states(lambda dst: state_lib.reseed(dst, params), state)
 
 
 def subset_mask(params: Any, state: Any) -> Any:
-    """Which entries differ from the seed, by their bits, as the optimizer allows them to.
+    """Entries inside the current subset whose bits differ from the seed's.
 
     Args:
       params: current parameters.
@@ -222,18 +215,16 @@ def subset_mask(params: Any, state: Any) -> Any:
       >>> dst_optax.subset_mask(params, state).tolist()
       [False, True, False]
     """
-    moved = differing(params, state)
-    masks = {path: leaf.mask for path, leaf in state_lib.leaf_states(state).items()}
 
-    def allowed(path: str, differs: jax.Array) -> jax.Array:
-        mask = masks.get(path)
-        return differs if mask is None or is_masked(mask) else differs & mask
+    def tuned(path: str, p: Any, leaf: LeafState | None) -> jax.Array:
+        differs = _differs(path, p, leaf)
+        return differs if leaf is None or leaf.mask is None or is_masked(leaf.mask) else differs & leaf.mask
 
-    return map_named(allowed, moved)
+    return state_lib.map_leaf_states(tuned, params, state)
 
 
 def differing(params: Any, state: Any) -> Any:
-    """Which entries differ from the seed, by their bits: of any parameters, not only those of the last step.
+    """Which entries differ from the seed, by their bits: of any parameters, since no mask is asked.
 
     Args:
       params: pytree of arrays.
@@ -242,18 +233,19 @@ def differing(params: Any, state: Any) -> Any:
     Returns:
       Pytree of bool like ``params``, see :func:`subset_mask`.
     """
-
-    def differs(path: str, p: Any, leaf: LeafState | None) -> jax.Array:
-        del path
-        if leaf is None or isinstance(leaf.seed, Free | Frozen):
-            return jnp.full(jnp.shape(p), leaf is not None and isinstance(leaf.seed, Free))
-        return (bits(jnp.asarray(p)) != bits(leaf.seed)) & leaf.captured
-
-    return state_lib.map_leaf_states(differs, params, state)
+    return state_lib.map_leaf_states(_differs, params, state)
 
 
-def _inside(p: Any, leaf: LeafState) -> Any:
-    """``p`` in the subset, the seed elsewhere; as it is where nothing competes, or before there is a seed."""
-    if leaf.mask is None or isinstance(leaf.seed, Free | Frozen):
+def _differs(path: str, p: Any, leaf: LeafState | None) -> jax.Array:
+    del path
+    if leaf is None or isinstance(leaf.seed, Free | Frozen):
+        return jnp.full(jnp.shape(p), leaf is not None and isinstance(leaf.seed, Free))
+    return (bits(jnp.asarray(p)) != bits(leaf.seed)) & leaf.captured
+
+
+def _restore_outside(path: str, p: Any, leaf: LeafState | None) -> Any:
+    """``p`` inside the subset and the seed outside; ``p`` where the state has no mask, or no seed yet."""
+    del path
+    if leaf is None or leaf.mask is None or isinstance(leaf.seed, Free | Frozen):
         return p
     return jnp.where(leaf.mask | ~leaf.captured, p, leaf.seed)

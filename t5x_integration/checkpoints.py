@@ -1,17 +1,37 @@
 """Starting from a pre-trained checkpoint, and never from another one in the same directory."""
 
 import json
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import tensorflow as tf  # pyright: ignore[reportMissingImports]
 from t5x import checkpoints, state_utils, utils  # pyright: ignore[reportMissingImports]
 
+from dst_optax.paths import as_path, write_bytes
 from dst_optax.subset import Subset
 
 RECORD = "initial_checkpoint.json"
+STEP = re.compile(r"checkpoint_(\d+)")
+STATE = re.compile(r"state/(?:dst|param_states/.+?)(?=/captured$)")
+
+
+def dst_states(names: Iterable[str]) -> list[str]:
+    """Where the states of DST lie in a checkpoint, under the wrapper or in a chain.
+
+    Args:
+      names: T5X's names of a checkpoint's arrays.
+
+    Returns:
+      The names without what follows a state's own.
+
+    Example:
+      >>> dst_states(["state/step", "state/param_states/1/captured", "state/param_states/1/step"])
+      ['state/param_states/1']
+    """
+    return [found[0] for name in names if (found := STATE.match(name))]
 
 
 def keep_model(checkpoint: Mapping[str, Any], wanted: Mapping[str, Any], *, is_resuming: bool = False) -> Any:
@@ -30,15 +50,21 @@ def keep_model(checkpoint: Mapping[str, Any], wanted: Mapping[str, Any], *, is_r
       The part of the checkpoint to restore.
 
     Raises:
-      ValueError: the checkpoint lacks parameters of the model.
+      ValueError: the checkpoint lacks parameters of the model, or one to resume from was written by
+        another optimizer, with DST or without.
     """
-    if is_resuming:
-        return checkpoint
     have = state_utils.flatten_state_dict(checkpoint)
+    names = state_utils.flatten_state_dict(wanted)
+    if is_resuming:
+        if dst_states(have) != dst_states(names):
+            raise ValueError(
+                f"the run in MODEL_DIR keeps the state of Dynamic Subset Tuning in {dst_states(have)}, the "
+                f"optimizer of this command in {dst_states(names)}; resume with the gin files that the run "
+                "was started with."
+            )
+        return checkpoint
     missing = [
-        name
-        for name in state_utils.flatten_state_dict(wanted)
-        if name not in have and (name.startswith("target/") or name == "state/step")
+        name for name in names if name not in have and (name.startswith("target/") or name == "state/step")
     ]
     if missing:
         raise ValueError(
@@ -79,6 +105,8 @@ class SubsetCheckpointManager(checkpoints.OrbaxCheckpointManagerInterface):
 
     def restore(self, *args: Any, **kwargs: Any) -> Any:
         """See the base class; a checkpoint that is not the subset's seed is an error."""
+        if path := kwargs.get("path"):
+            check_is_checkpoint(path)
         state = super().restore(*args, **kwargs)
         return state.replace_params(self._subset.apply(state.params))
 
@@ -98,14 +126,56 @@ class CheckpointConfig(utils.CheckpointConfig):
     def __post_init__(self) -> None:
         if not self.model_dir:
             raise ValueError("CheckpointConfig.model_dir is not set; bind it to %MODEL_DIR.")
-        claim(self.model_dir, self.restore.path if self.restore else None)
-        if self.restore and self.save and not checkpoints.all_steps(self.model_dir):
+        starts = not steps(self.model_dir)
+        initial = self.restore.path if self.restore else None
+        if starts and initial:
+            check_is_checkpoint(initial, self.restore.mode)  # pyright: ignore[reportOptionalMemberAccess]
+        claim(self.model_dir, initial)
+        if starts and self.restore and self.save:
             self.restore.checkpoint_manager_cls = InitialCheckpointManager
             self.save.checkpoint_manager_cls = InitialCheckpointManager
 
 
+def steps(directory: str | os.PathLike[str]) -> list[int]:
+    """The steps of the checkpoints in a directory, ascending.
+
+    Args:
+      directory: local or ``gs://``; it need not exist.
+    """
+    found = (STEP.fullmatch(path.name) for path in as_path(directory).glob("checkpoint_*"))
+    return sorted(int(name[1]) for name in found if name)
+
+
+def check_is_checkpoint(path: str, mode: str = "specific") -> None:
+    """Raises where T5X would find no checkpoint.
+
+    Args:
+      path: a directory ``checkpoint_<step>``, of Orbax or T5X's own format.
+      mode: T5X's; "latest" for a directory of such.
+
+    Raises:
+      ValueError: names the path and what it lacks.
+    """
+    place = as_path(path)
+    inside = steps(place)
+    if mode != "specific":
+        if inside:
+            return
+    elif STEP.fullmatch(place.name) and ((place / "state").is_dir() or (place / "checkpoint").is_file()):
+        return
+    where = place if inside or mode != "specific" else place.parent
+    there = ", ".join(f"checkpoint_{step}" for step in steps(where)[-3:]) or "no checkpoint_<step>"
+    what = "is no checkpoint" if mode == "specific" else "holds no checkpoint"
+    raise ValueError(
+        f"{path} {what} of T5X: a directory checkpoint_<step> with 'state' (Orbax) or 'checkpoint' (T5X's "
+        f"own format). In {where} lies {there}."
+    )
+
+
 def claim(model_dir: str, initial_checkpoint: Any) -> None:
     """Writes down the initial checkpoint, or raises if the directory belongs to another one.
+
+    A directory without checkpoints belongs to nobody yet.
 
     Args:
       model_dir: local or ``gs://`` directory.
@@ -114,24 +184,19 @@ def claim(model_dir: str, initial_checkpoint: Any) -> None:
     Raises:
       ValueError: the directory holds a run from another checkpoint, or checkpoints without a record.
     """
-    gfile = tf.io.gfile
-    record = gfile.join(model_dir, RECORD)
-    if gfile.exists(record):
-        with gfile.GFile(record) as file:
-            other = json.load(file)["initial_checkpoint"]
-        if other != (initial_checkpoint or None):
+    record = as_path(model_dir) / RECORD
+    initial = str(as_path(initial_checkpoint)) if initial_checkpoint else None
+    if steps(model_dir):
+        if not record.exists():
+            raise ValueError(
+                f"{model_dir} holds checkpoints of a run that did not write {RECORD}; give another MODEL_DIR."
+            )
+        other = json.loads(record.read_text())["initial_checkpoint"]
+        if initial != (other and str(as_path(other))):
             raise ValueError(
                 f"{model_dir} holds a run from the checkpoint {other!r}, this one starts from "
                 f"{initial_checkpoint!r}. Give another MODEL_DIR, or that INITIAL_CHECKPOINT_PATH to resume."
             )
-        return
-    if checkpoints.all_steps(model_dir):
-        raise ValueError(
-            f"{model_dir} holds checkpoints of a run that did not write {RECORD}; give another MODEL_DIR."
-        )
-    if jax.process_index() != 0:
-        return
-    gfile.makedirs(model_dir)
-    with gfile.GFile(record + ".tmp", "w") as file:
-        json.dump({"initial_checkpoint": initial_checkpoint or None}, file)
-    gfile.rename(record + ".tmp", record, overwrite=True)
+    elif jax.process_index() == 0:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(record, json.dumps({"initial_checkpoint": initial}).encode())

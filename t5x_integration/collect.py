@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from dst_optax.finetuning import storage
 from dst_optax.finetuning.experiments import figures, summary
-from t5x_integration import export
+from dst_optax.paths import as_path
+from t5x_integration import checkpoints, export
 
-FREE = re.compile(r"state/(?:dst|param_states/.+?)/free")
 RATE = re.compile(r"^utils\.create_learning_rate_scheduler\.base_learning_rate = (\S+)$", re.MULTILINE)
 
 
@@ -41,7 +40,7 @@ def collect(sweep: str | os.PathLike[str], out: str | os.PathLike[str]) -> list[
       ValueError: no run has been evaluated, or one does not say its learning rate.
     """
     rows: list[dict[str, Any]] = []
-    for run in sorted(epath.Path(os.fspath(sweep)).glob("*/*/*")):
+    for run in sorted(as_path(sweep).glob("*/*/*")):
         task, fraction, seed = run.parts[-3:]
         score = _best_score(run / "inference_eval" / f"superglue_{task}-metrics.jsonl")
         if score is None:
@@ -87,8 +86,8 @@ def _counts(run: Any) -> tuple[int, int]:
     """Parameters of the model, and how many of them are free."""
     found = export.tensors(run)
     size = sum(int(np.prod(x.shape)) for name, x in found.items() if name.startswith("target/"))
-    limbs = [np.asarray(x).astype(int) for name, x in found.items() if FREE.fullmatch(name)]
-    return size, sum(int(high) * 2**16 + int(low) for high, low in limbs)
+    numbers = [found[f"{state}/memory/diagnostics/num_free"] for state in checkpoints.dst_states(found)]
+    return size, sum(int(np.asarray(x)) for x in numbers)
 
 
 def _learning_rate(config: Any) -> float:

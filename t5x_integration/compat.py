@@ -34,10 +34,17 @@ def make_importable() -> None:
 
 
 def run(program: str) -> None:
-    """Runs one of T5X's programs as the main module, as its gin files expect it; ours are found anywhere.
+    """Runs one of T5X's programs as the main module, as its gin files expect it.
+
+    Our gin files are found from anywhere, and settings without effect are refused.
 
     Args:
       program: "train", "eval" or "infer"; flags come from the command line.
     """
+    from t5x import gin_utils  # pyright: ignore[reportMissingImports]
+
+    from t5x_integration import gin_flags  # imports T5X, which make_importable() comes before
+
     gin_files.add_search_paths()
+    gin_utils.parse_gin_flags = gin_flags.checking(gin_utils.parse_gin_flags)
     runpy.run_module(f"t5x.{program}", run_name="__main__", alter_sys=True)

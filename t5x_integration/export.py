@@ -5,18 +5,16 @@ python -m t5x_integration.export MODEL_DIR runs/cb [--seed=.../checkpoint_100000
 
 import argparse
 import os
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
-from t5x import checkpoints  # pyright: ignore[reportMissingImports]
 
 from dst_optax import subset
+from dst_optax.paths import as_path
 from dst_optax.subset import checkpoints as stored
-
-STATE = re.compile(r"(state/(?:dst|param_states/.+?))/captured")
+from t5x_integration import checkpoints
+from t5x_integration.optimizers import unrounded
 
 
 def export(
@@ -27,7 +25,7 @@ def export(
     Args:
       checkpoint: directory ``checkpoint_<step>`` of a run with DST, T5X's legacy format or Orbax; or
         MODEL_DIR, for its last checkpoint.
-      out: directory to make, see :meth:`dst_optax.subset.Subset.save`.
+      out: directory to make, local or ``gs://``, see :meth:`dst_optax.subset.Subset.save`.
       seed: the checkpoint that the run started from; None takes the seed that DST keeps in the optimizer's
         state.
 
@@ -46,7 +44,8 @@ def export(
             f"{checkpoint} keeps no seed of {lacking[0]!r} (none is captured before the first step); give "
             "the checkpoint that the run started from as the seed."
         )
-    found = subset.from_models({path: seeds[path] for path in model}, model)
+    seeds = {path: seeds[path] for path in model}
+    found = subset.from_models(seeds, {path: _like(seeds[path], x) for path, x in model.items()})
     found.save(out)
     return found
 
@@ -64,10 +63,10 @@ def tensors(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
       ValueError: there is none.
     """
-    path = epath.Path(os.fspath(checkpoint))
-    if steps := checkpoints.all_steps(os.fspath(path)):
+    path = as_path(checkpoint)
+    if steps := checkpoints.steps(path):
         path = path / f"checkpoint_{steps[-1]}"
-    found = stored.open_state(path)  # pyright: ignore[reportArgumentType]
+    found = stored.open_state(path)
     if found is None:
         raise ValueError(f"{path} is no checkpoint of T5X; give a directory checkpoint_<step>.")
     return found
@@ -77,9 +76,17 @@ def _model(found: dict[str, Any]) -> dict[str, Any]:
     return {name.removeprefix("target/"): x for name, x in found.items() if name.startswith("target/")}
 
 
+def _like(seed: Any, x: Any) -> Any:
+    """The array in its seed's dtype, if T5X saved it in fewer bits."""
+    if x.dtype == seed.dtype or x.dtype.itemsize >= seed.dtype.itemsize:
+        return x
+    return stored.StoredArray(x.shape, seed.dtype, lambda: np.asarray(unrounded(x, np.asarray(seed))))
+
+
 def _kept_seed(found: dict[str, Any]) -> dict[str, Any]:
     """The seed in the state of DST, under the wrapper or in a chain."""
-    prefixes = [x[1] + "/seed/" for name in found if (x := STATE.fullmatch(name)) and np.asarray(found[name])]
+    captured = [state for state in checkpoints.dst_states(found) if np.asarray(found[f"{state}/captured"])]
+    prefixes = [f"{state}/seed/" for state in captured]
     return {
         name.removeprefix(prefix): x
         for prefix in prefixes

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import struct, traverse_util
 from flax.serialization import from_state_dict, to_state_dict
@@ -20,7 +21,8 @@ from t5x import optimizers  # pyright: ignore[reportMissingImports]
 import dst_optax
 from dst_optax import distances, silos
 from dst_optax.rule import SubsetRule
-from dst_optax.tree import leaf_path
+from dst_optax.state import Free, leaf_states
+from dst_optax.tree import is_masked, leaf_path, map_named, named_leaves
 
 FIRST_EDITION = (
     "this checkpoint was written by dst-optax 0.1, whose state holds other fields. Finish the run with 0.1, "
@@ -112,6 +114,7 @@ class DynamicSubsetTuning(optimizers.OptimizerDef):
         dst = from_state_dict(opt_state.dst, traverse_util.unflatten_dict(flat))
         inner = {**state_dict, "state": state}
         target, inner = self.inner.restore_state(opt_target, _inner(opt_state), inner)
+        target = widened(target, opt_target, dst)
         return target, DynamicSubsetTuningState(inner.step, inner.param_states, dst)
 
 
@@ -154,6 +157,11 @@ class OptaxWrapper(optimizers.OptaxWrapper):
         params = dst_optax.apply_updates(params, updates, new)
         return params, optimizers.OptimizerState(step=state.step + 1, param_states=new)
 
+    def restore_state(self, opt_target: Any, opt_state: Any, state_dict: Mapping[str, Any]) -> Any:
+        """T5X's, for parameters that were saved in fewer bits too."""
+        target, state = super().restore_state(opt_target, opt_state, state_dict)
+        return widened(target, opt_target, state.param_states), state
+
     def derive_logical_axes(self, optimizer: Any, param_logical_axes: Any) -> Any:
         """T5X's, but that nothing is without a spec."""
         found = super().derive_logical_axes(optimizer, param_logical_axes)
@@ -171,6 +179,58 @@ def chain(transformations: Sequence[optax.GradientTransformation]) -> OptaxWrapp
       The optimizer. Learning rates are the transforms' own; T5X's schedule is only logged.
     """
     return OptaxWrapper(optax.chain(*transformations))
+
+
+def widened(params: Any, wanted: Any, state: Any) -> Any:
+    """The parameters of a run that resumes from a checkpoint that was saved in fewer bits.
+
+    T5X rounds parameters to ``SaveCheckpointConfig.dtype``, and keeps the optimizer's state, the seed among
+    it, as it is. Entries that show the seed, rounded, are the seed's.
+
+    Args:
+      params: pytree of arrays, as restored.
+      wanted: same structure, arrays or their shapes and dtypes as training has them.
+      state: the restored state, with those of DST in it.
+
+    Returns:
+      The parameters in the dtypes of ``wanted``.
+
+    Raises:
+      ValueError: the state does not hold what was rounded off.
+    """
+    dtypes = {path: _dtype(x) for path, x in named_leaves(wanted)}
+    rounded = [path for path, p in named_leaves(params) if _dtype(p) != dtypes[path]]
+    if not rounded:
+        return params
+    known = leaf_states(state)
+
+    def widen(path: str, p: jax.Array) -> jax.Array:
+        if path not in rounded:
+            return p
+        leaf = known.get(path)
+        if leaf is None or isinstance(leaf.seed, Free):
+            return p.astype(dtypes[path])
+        if is_masked(leaf.seed) or not bool(leaf.captured):
+            raise ValueError(
+                f"the parameter {path!r} was restored as {p.dtype}, training has {dtypes[path]}, and its "
+                "seed is not in the checkpoint. From an initial checkpoint, set "
+                "RestoreCheckpointConfig.dtype to that of training. A run that stopped before its first "
+                "step, or has frozen parameters, starts anew, with SaveCheckpointConfig.dtype = 'float32'."
+            )
+        return unrounded(p, leaf.seed)
+
+    return map_named(widen, params)
+
+
+def _dtype(x: Any) -> Any:
+    """Of an array; T5X restores partition specs in the same way, and they have none."""
+    return getattr(x, "dtype", None)
+
+
+def unrounded(p: Any, seed: Any) -> jax.Array:
+    """An array of fewer bits than its seed in the seed's dtype, where both agree the seed."""
+    p = jnp.asarray(p)
+    return jnp.where(p == jnp.asarray(seed).astype(p.dtype), seed, p.astype(seed.dtype))
 
 
 def stacked_layers(param_logical_axes: Any) -> list[tuple[str, int]]:

@@ -1,8 +1,15 @@
 """Settings that every test shares."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an installed libtpu must not be taken for a TPU
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # programs are compiled once for all workers and processes
+    cache = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
 
 import hypothesis
 import jax

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dst_optax import counting
-from dst_optax.counting import Guess, Keys
+from dst_optax.counting import Keys, Query
 from dst_optax.counts import Counts
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -23,7 +23,7 @@ def search(layout, keys, m, guess, spread, top=TOP):
     silos, size = keys.shape
     rows = Keys(keys, 0, tuple(range(silos)), (0,) * silos, jnp.int32(0))
     total = Counts.of([size] * silos)
-    return LAYOUTS[layout].thresholds([rows], m, total, top, Guess(guess, spread), 2**23)
+    return LAYOUTS[layout].thresholds([rows], Query(m, total, guess, spread), top, 2**23)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

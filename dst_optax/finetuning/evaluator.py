@@ -1,6 +1,7 @@
 """Scores and predictions of a model: decoding, or comparing options, with one compiled program each."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -55,6 +56,7 @@ class Evaluator:
         devices = mesh.shape["data"]
         self._batch_size = -(-recipe.eval_batch_size // devices) * devices
         self._splits: dict[tuple[str, str], inputs.EvalSplit] = {}
+        self._options = functools.cache(self._read_options)
         self._decode = jax.jit(
             lambda params, batch: model.decode(params, batch, data.vocabulary, recipe.lengths["targets"]),
             out_shardings=placement.replicated(mesh),
@@ -104,13 +106,7 @@ class Evaluator:
 
     def _likeliest_options(self, params: Params, split: inputs.EvalSplit) -> tuple[list[Any], list[Any]]:
         """Predictions by the log-likelihood of each option, and by that divided by the option's bytes."""
-        options = [self._data.options(split, example) for example in split.examples]
-        pairs = [
-            (example["inputs"], self._tokens_of(option))
-            for example, each in zip(split.examples, options, strict=True)
-            for option in each
-        ]
-        batch = inputs.batch_of(self._model, pairs, self._lengths)
+        options, batch = self._options(split)
         scores = iter(self._target_scores(params, batch)["log_likelihood"].tolist())
         likeliest, normalised = [], []
         for example, each in zip(split.examples, options, strict=True):
@@ -119,6 +115,16 @@ class Evaluator:
             for chosen, values in ((likeliest, found), (normalised, found / sizes)):
                 chosen.append(split.prediction(each[int(values.argmax())], example))
         return likeliest, normalised
+
+    def _read_options(self, split: inputs.EvalSplit) -> tuple[list[Sequence[str]], inputs.Batch]:
+        """The options of each example, and a batch of all of them, each after its inputs."""
+        options = [self._data.options(split, example) for example in split.examples]
+        pairs = [
+            (example["inputs"], self._tokens_of(option))
+            for example, each in zip(split.examples, options, strict=True)
+            for option in each
+        ]
+        return options, inputs.batch_of(self._model, pairs, self._lengths)
 
     def _tokens_of(self, option: str) -> list[int]:
         tokens = list(self._data.vocabulary.encode(option))

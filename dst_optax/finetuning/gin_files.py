@@ -124,6 +124,16 @@ def check(bindings: Iterable[str], function: Callable[..., Any] | None = None) -
             raise ValueError(f"{name} has no value; give --gin.{name}=... or a gin file that sets it.")
 
 
+def configured() -> set[Callable[..., Any]]:
+    """Functions and classes that have settings."""
+    return {gin_config._REGISTRY[selector].wrapped for _, selector in _config()}
+
+
+def used() -> set[Callable[..., Any]]:
+    """Functions and classes that a setting refers to."""
+    return {r.configurable.wrapped for r in _references(_config())}
+
+
 def _nearest(name: str, names: Iterable[str]) -> str:
     found = difflib.get_close_matches(name, sorted(names), 1)
     return f"; did you mean {found[0]}?" if found else "."

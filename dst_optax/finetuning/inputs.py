@@ -44,7 +44,7 @@ def train_batches(
     return iter(batches.as_numpy_iterator())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EvalSplit:
     """One split of a task, ready to decode.
 

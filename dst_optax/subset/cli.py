@@ -10,14 +10,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dst_optax.paths import as_path
 from dst_optax.subset import Subset, compose, files, from_models, gaps, models, peft, tied
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-Directory = Annotated[pathlib.Path, typer.Argument(help="Directory of a subset.")]
-Out = Annotated[pathlib.Path, typer.Option(help="Directory to write.")]
+PLACE: dict[str, Any] = {"parser": as_path, "metavar": "PATH"}  # local, or gs://...
+Directory = Annotated[pathlib.Path, typer.Argument(help="Directory of a subset.", **PLACE)]
+Out = Annotated[pathlib.Path, typer.Option(help="Directory to write.", **PLACE)]
 Seed = Annotated[
-    pathlib.Path, typer.Option(help="Safetensors file or directory, or a T5X or Orbax checkpoint.")
+    pathlib.Path, typer.Option(help="Safetensors file or directory, or a T5X or Orbax checkpoint.", **PLACE)
 ]
 
 
@@ -131,7 +133,7 @@ def diff(a: Directory, b: Directory, as_json: Json = False) -> None:
 @app.command()
 def apply(
     seed: Seed,
-    subset: Annotated[pathlib.Path, typer.Option(help="Directory of the subset.")],
+    subset: Annotated[pathlib.Path, typer.Option(help="Directory of the subset.", **PLACE)],
     out: Out,
     as_json: Json = False,
 ) -> None:
@@ -153,7 +155,9 @@ def apply(
 @app.command()
 def extract(
     seed: Seed,
-    tuned: Annotated[pathlib.Path, typer.Option(help="The fine-tuned model, same kinds as the seed.")],
+    tuned: Annotated[
+        pathlib.Path, typer.Option(help="The fine-tuned model, same kinds as the seed.", **PLACE)
+    ],
     out: Out,
     fraction: Annotated[float | None, typer.Option(help="Keep the largest changes only.")] = None,
     with_seed_values: Annotated[bool, typer.Option(help="Store the seed's values too.")] = False,
@@ -178,7 +182,9 @@ def convert(
     to: Annotated[
         str, typer.Option(help="hf for Hugging Face's names and layouts, jax for those of training.")
     ],
-    seed: Annotated[pathlib.Path, typer.Option(help="Hugging Face directory of the seed, with config.json.")],
+    seed: Annotated[
+        pathlib.Path, typer.Option(help="Hugging Face directory of the seed, with config.json.", **PLACE)
+    ],
     out: Out,
     stacked: Annotated[
         bool, typer.Option(help="With --to jax: layers are stacked, as scan_layers has them.")
@@ -205,7 +211,9 @@ def convert(
 
 @app.command("compose")
 def compose_(
-    subsets: Annotated[list[pathlib.Path], typer.Argument(help="Directories of subsets of one seed.")],
+    subsets: Annotated[
+        list[pathlib.Path], typer.Argument(help="Directories of subsets of one seed.", **PLACE)
+    ],
     out: Out,
     on_conflict: Annotated[str, typer.Option(help="error, first, last or mean.")] = "error",
     as_json: Json = False,
@@ -250,7 +258,7 @@ def export_peft(
 @app.command()
 def verify(
     directory: Directory,
-    seed: Annotated[pathlib.Path | None, typer.Option(help="Compare its fingerprints too.")] = None,
+    seed: Annotated[pathlib.Path | None, typer.Option(help="Compare its fingerprints too.", **PLACE)] = None,
     as_json: Json = False,
 ) -> None:
     """Check a subset's files, and that a seed is the one it was made for."""

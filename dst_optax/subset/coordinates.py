@@ -119,6 +119,17 @@ def from_hf(subset: Subset, table: Sequence[Tensor], seed: Mapping[str, Any]) ->
     Raises:
       SubsetError: names or shapes are not the table's, entries are in tensors that the model does not have,
         or the seed is another one.
+
+    Example:
+      >>> import numpy as np
+      >>> from dst_optax import subset
+      >>> from dst_optax.subset import coordinates
+      >>> table = [coordinates.Tensor("proj.weight", (3, 2), "proj/kernel", True)]
+      >>> seed = {"proj.weight": np.zeros((3, 2))}
+      >>> tuned = {"proj.weight": np.array([[0.0, 0], [0, 0], [7, 0]])}
+      >>> found = coordinates.from_hf(subset.from_models(seed, tuned), table, seed)
+      >>> found["proj/kernel"].positions.tolist(), found["proj/kernel"].values.tolist()
+      ([2], [7.0])
     """
     known = {row.name for row in table} | {copy for row in table for copy in row.copies}
     for row in table:

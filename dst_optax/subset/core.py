@@ -24,6 +24,13 @@ class Entries:
       values: (k,) values of the tuned tensor, in its dtype.
       seed_values: (k,) values of the seed, or None.
       seed_fingerprint: of the seed's tensor, or None where the seed is not known.
+
+    Example:
+      >>> import numpy as np
+      >>> from dst_optax import subset
+      >>> entries = subset.Entries((2, 3), np.array([1, 5]), np.array([0.5, 2.0], np.float32))
+      >>> len(entries), entries.size, str(entries.dtype)
+      (2, 6, 'float32')
     """
 
     shape: tuple[int, ...]

@@ -21,7 +21,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from dst_optax.atomic import atomic_file
+from dst_optax.paths import as_path, is_local, write_bytes
 from dst_optax.subset import gaps
 from dst_optax.subset.core import Entries, Subset
 from dst_optax.subset.dtypes import BY_NAME, DTYPES, checked
@@ -45,7 +45,7 @@ def save(subset: Subset, directory: str | os.PathLike[str], encoding: str = "gap
 
     Args:
       subset: what to write.
-      directory: made if it is missing; a subset in it is replaced.
+      directory: local or ``gs://``; made if it is missing. A subset in it is replaced.
       encoding: of positions: ``"gaps"``, or ``"raw"`` for plain integers, which other programs read.
 
     Raises:
@@ -82,17 +82,16 @@ def save(subset: Subset, directory: str | os.PathLike[str], encoding: str = "gap
         text = json.dumps(config, indent=1, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as e:
         raise SubsetError(f"metadata must be values that JSON can express: {e}.") from e
-    target = pathlib.Path(directory)
+    target = as_path(directory)
     target.mkdir(parents=True, exist_ok=True)
     readme = card(subset, len(content))
     for name, data in ((TENSORS, content), (CONFIG, text.encode()), (CARD, readme.encode())):
-        with atomic_file(target / name) as temporary:
-            temporary.write_bytes(data)
+        write_bytes(target / name, data)
 
 
 def load(directory: str | os.PathLike[str]) -> Subset:
     """Reads a subset; see :meth:`Subset.load`."""
-    source = pathlib.Path(directory)
+    source = as_path(directory)
     config = parse_config(read_file(source / CONFIG, MAX_CONFIG))
     content = read_file(source / TENSORS)
     with ThreadPoolExecutor(1) as pool:  # hashing and decoding run side by side
@@ -215,18 +214,25 @@ def _array(tensor: dict[str, Any], name: str) -> np.ndarray:
 
 
 def read_file(path: pathlib.Path, limit: int | None = None) -> bytes:
-    """The content of a regular file of at most ``limit`` bytes."""
+    """The content of a regular file, or of an object in a store, of at most ``limit`` bytes."""
     try:
+        if not is_local(path):
+            _check_size(path, path.stat().length, limit)  # pyright: ignore[reportAttributeAccessIssue]
+            return path.read_bytes()
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         with open(handle, "rb") as f:
             status = os.fstat(handle)
             if not stat.S_ISREG(status.st_mode):
                 raise SubsetError(f"{path} is not a regular file.")
-            if limit is not None and status.st_size > limit:
-                raise SubsetError(f"{path} has {status.st_size} bytes; at most {limit} are read.")
+            _check_size(path, status.st_size, limit)
             return f.read(status.st_size)
     except OSError as e:
-        raise SubsetError(f"{path} cannot be read: {e.strerror}.") from e
+        raise SubsetError(f"{path} cannot be read: {e.strerror or 'there is no such file'}.") from e
+
+
+def _check_size(path: pathlib.Path, size: int, limit: int | None) -> None:
+    if limit is not None and size > limit:
+        raise SubsetError(f"{path} has {size} bytes; at most {limit} are read.")
 
 
 def card(subset: Subset, file_bytes: int) -> str:

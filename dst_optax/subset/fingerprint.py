@@ -59,6 +59,13 @@ def fingerprints(arrays: Iterable[Any]) -> Iterator[str]:
 
     Yields:
       32 hexadecimal digits for each.
+
+    Example:
+      >>> import numpy as np
+      >>> from dst_optax.subset.fingerprint import fingerprint, fingerprints
+      >>> a, b = np.zeros(3, np.float32), np.ones(3, np.float32)
+      >>> list(fingerprints([a, b])) == [fingerprint(a), fingerprint(b)]
+      True
     """
     pending = [(_salt(x.dtype, x.shape), _partial(x), trees.spans_processes(x)) for x in arrays]
     if any(spans for _, _, spans in pending):

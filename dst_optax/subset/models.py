@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from dst_optax.atomic import atomic_directory
+from dst_optax.paths import as_path, is_local
 from dst_optax.subset import files, tied, trees
 from dst_optax.subset.core import Subset
 from dst_optax.subset.dtypes import DTYPES, checked
@@ -43,8 +44,17 @@ def open_model(path: str | os.PathLike[str], names: Iterable[str] | None = None)
 
     Raises:
       SubsetError: there is no model of a known kind, or files of it are missing or damaged.
+
+    Example:
+      >>> import tempfile
+      >>> import numpy as np, safetensors.numpy
+      >>> from dst_optax.subset import models
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     safetensors.numpy.save_file({"a.weight": np.ones((2, 3))}, f"{directory}/model.safetensors")
+      ...     print(models.open_model(directory)["a.weight"].shape)
+      (2, 3)
     """
-    source = pathlib.Path(path)
+    source = as_path(path)
     if shards := shard_files(source):
         tensors: dict[str, Any] = {}
         for file in shards:
@@ -126,8 +136,23 @@ def apply_to_files(
 
     Raises:
       SubsetError: the seed is not the subset's, or ``out`` exists; nothing is written then.
+
+    Example:
+      >>> import tempfile
+      >>> import numpy as np, safetensors.numpy
+      >>> from dst_optax import subset
+      >>> from dst_optax.subset import models
+      >>> seed, tuned = {"a.weight": np.zeros(3)}, {"a.weight": np.array([0.0, 5.0, 0.0])}
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     safetensors.numpy.save_file(seed, f"{directory}/model.safetensors")
+      ...     found = subset.from_models(seed, tuned)
+      ...     left_out = models.apply_to_files(found, directory, f"{directory}/tuned")
+      ...     print(models.open_model(f"{directory}/tuned")["a.weight"].tolist())
+      [0.0, 5.0, 0.0]
     """
-    source, target = pathlib.Path(seed), pathlib.Path(out)
+    source, target = as_path(seed), as_path(out)
+    if not is_local(target):
+        raise SubsetError(f"{target} lies in an object store; write a local directory and copy it there.")
     if target.exists():
         raise SubsetError(f"{target} exists; name a new directory.")
     model = open_model(source, subset)
@@ -195,6 +220,10 @@ def _new_header(model: dict[str, Any]) -> bytes:
 
 def _header(path: pathlib.Path) -> tuple[int, dict[str, Any]]:
     """Where the data of a safetensors file start, and its checked header."""
+    if not is_local(path):
+        raise SubsetError(
+            f"{path} lies in an object store; safetensors are mapped into memory, copy them here."
+        )
     try:
         size = path.stat().st_size
         with open(path, "rb") as f:

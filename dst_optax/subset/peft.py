@@ -42,6 +42,19 @@ def save_shira(
     Raises:
       SubsetError: seed values are missing, or a tensor with entries cannot be expressed: it is no matrix of a
         linear layer, or so many entries differ elsewhere that it cannot be filled up. Nothing is written.
+
+    Example:
+      >>> import os, tempfile
+      >>> import numpy as np
+      >>> from dst_optax import subset
+      >>> from dst_optax.subset import peft
+      >>> seed = {"proj.weight": np.zeros((4, 4), np.float32)}
+      >>> tuned = {"proj.weight": np.eye(4, dtype=np.float32)}
+      >>> found = subset.from_models(seed, tuned, with_seed_values=True)
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     peft.save_shira(found, directory)
+      ...     print(sorted(os.listdir(directory)))
+      ['adapter_config.json', 'adapter_model.safetensors']
     """
     if not subset.has_seed_values:
         raise SubsetError("SHiRA stores differences: extract the subset with with_seed_values=True.")

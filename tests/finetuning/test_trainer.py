@@ -27,6 +27,7 @@ import dst_optax  # noqa: E402
 from dst_optax import subset  # noqa: E402
 from dst_optax.finetuning import storage, trainer  # noqa: E402
 from dst_optax.finetuning.context import RunContext  # noqa: E402
+from dst_optax.finetuning.evaluator import Evaluator  # noqa: E402
 from dst_optax.finetuning.methods.dst import DST  # noqa: E402
 from dst_optax.finetuning.methods.full import Full  # noqa: E402
 from dst_optax.finetuning.models import t5  # noqa: E402
@@ -98,23 +99,24 @@ def shapes():
     return jax.eval_shape(init)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Programs are compiled once for all tests and the processes that they start."""
-    cache = str(tmp_path_factory.mktemp("cache"))
-    known = {"jax_compilation_cache_dir": cache, "jax_persistent_cache_min_compile_time_secs": 0.5}
-    before = {name: getattr(jax.config, name) for name in known}
-    for name, value in known.items():
-        jax.config.update(name, value)
-    yield {name.upper(): str(value) for name, value in known.items()}
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     directory = tmp_path_factory.mktemp("whole") / "run"
     return directory, tune(directory)
+
+
+def test_the_tuned_model_is_there_before_anything_is_predicted(tmp_path, monkeypatch):
+    run, predict = tmp_path / "run/dst/rng_0", Evaluator.predict
+
+    def fail_at_the_end(self, params, split):
+        if (run / "checkpoints/00000001").exists():
+            raise OSError("no prediction")
+        return predict(self, params, split)
+
+    monkeypatch.setattr(Evaluator, "predict", fail_at_the_end)
+    with pytest.raises(OSError, match="no prediction"):
+        tune(tmp_path / "run", recipe=replace(RECIPE, steps=1))
+    assert subset.Subset.load(run / "tuned/subset").count > 0
 
 
 def test_a_run_leaves_what_it_promises(whole):
@@ -188,11 +190,10 @@ test_trainer.tune({run!r})
 
 
 @pytest.mark.slow
-def test_kill_9_while_saving_loses_only_the_steps_since_the_last_checkpoint(whole, tmp_path, compiled_once):
+def test_kill_9_while_saving_loses_only_the_steps_since_the_last_checkpoint(whole, tmp_path):
     code = KILLED.format(tests=TESTS, run=str(tmp_path / "run"))
     with subprocess.Popen(
         [sys.executable, "-c", code],
-        env={**os.environ, **compiled_once},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     ) as child:

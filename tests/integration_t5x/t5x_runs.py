@@ -11,7 +11,7 @@ import gin
 import numpy as np
 
 from dst_optax import budget
-from t5x_integration import export
+from t5x_integration import export, gin_flags
 
 ROOT = Path(__file__).parents[2]
 TINY = "tests/integration_t5x/tiny.gin"
@@ -45,7 +45,7 @@ def call(program, files, bindings):
     try:
         with gin.unlock_config():
             gin.clear_config()
-            gin_utils.parse_gin_flags(paths, files, bindings)
+            gin_flags.checking(gin_utils.parse_gin_flags)(paths, files, bindings)
         return gin.get_configurable(getattr(module, {"train": "train", "eval": "evaluate"}[program]))()
     finally:
         sys.modules["__main__"] = main

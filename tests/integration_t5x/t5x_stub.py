@@ -5,10 +5,8 @@ where it is installed.
 """
 
 import dataclasses
-import re
 import sys
 import types
-from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -179,19 +177,23 @@ def intersect_state(tree, other):
     )
 
 
-def all_steps(directory):
-    names = [p.name for p in Path(directory).glob("checkpoint_*")]
-    return sorted(int(n.removeprefix("checkpoint_")) for n in names if re.fullmatch(r"checkpoint_\d+", n))
+def parse_gin_flags(paths, files, bindings):
+    import gin
+
+    for path in paths:
+        gin.add_config_file_search_path(path)
+    gin.parse_config_files_and_bindings(files, bindings)
 
 
-def train(*, checkpoint_cfg=None, infer_eval_dataset_cfg=None, total_steps=None, eval_period=None):
+def train(*, model_dir=None, checkpoint_cfg=None, train_dataset_cfg=None, total_steps=None):
     return checkpoint_cfg
 
 
 MODULES = {
     "optimizers": (OptimizerDef, OptimizerState, Optimizer, OptaxStatePartitionRules, OptaxWrapper),
     "adafactor": (Adafactor,),
-    "checkpoints": (OrbaxCheckpointManagerInterface, all_steps),
+    "checkpoints": (OrbaxCheckpointManagerInterface,),
+    "gin_utils": (parse_gin_flags,),
     "metrics": (AveragePerStep,),
     "partitioning": (PjitPartitioner, standard_logical_axis_rules),
     "state_utils": (flatten_state_dict, intersect_state),

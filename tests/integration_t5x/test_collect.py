@@ -16,8 +16,11 @@ RATE = "utils.create_learning_rate_scheduler.base_learning_rate"
 
 def tensors(run):
     model = {"target/a/kernel": np.zeros((SIZE // 2, 2)), "state/step": np.int32(9)}
-    free = {"0.01": [0, 699], "1.0": [1, 4464]}.get(run.parts[-2])
-    return model | ({} if free is None else {"state/dst/free": np.array(free, np.int32)})
+    free = {"0.01": 699, "1.0": SIZE}.get(run.parts[-2])
+    if free is None:
+        return model
+    state = {"captured": np.array(True), "memory/diagnostics/num_free": np.float32(free)}
+    return model | {f"state/dst/{name}": x for name, x in state.items()}
 
 
 def add_run(sweep, task, fraction, seed, *evaluations):

@@ -135,6 +135,41 @@ def test_state_dicts_hold_no_empty_nodes_and_restore_everything(fraction):
     jax.tree.map(np.testing.assert_array_equal, again.target, straight.target)
 
 
+def saved_in_bfloat16(optimizer):
+    saved = optimizer.state_dict()
+    return {**saved, "target": jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), saved["target"])}
+
+
+WAYS = {
+    "wrapper": lambda: optimizers.dynamic_subset_tuning(Doubling(), 0.1),
+    "a free tensor": lambda: optimizers.dynamic_subset_tuning(Doubling(), [("norm", 1.0), ("", 0.1)]),
+    "chain": lambda: optimizers.chain([optax.sgd(3.0), dst_optax.dynamic_subset_tuning(0.1)]),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_resumes_from_parameters_in_fewer_bits(way):
+    definition = WAYS[way]()
+    optimizer = train(definition)
+    restored = definition.create(PARAMS).restore_state(saved_in_bfloat16(optimizer))
+    for seed, p, q in zip(*map(jax.tree.leaves, (PARAMS, optimizer.target, restored.target)), strict=True):
+        assert q.dtype == p.dtype
+        rounded = np.asarray(p, jnp.bfloat16)
+        seed_shows = (rounded == np.asarray(seed, jnp.bfloat16)) & (way != "a free tensor" or p.ndim > 1)
+        np.testing.assert_array_equal(q, np.where(seed_shows, seed, rounded.astype(np.float32)))
+    for free in jax.tree.leaves(differing(train(definition, GRADIENTS[:1], optimizer=restored))):
+        assert 0 < free.sum() <= (free.size if free.ndim == 1 and way == "a free tensor" else 53)
+
+
+@pytest.mark.parametrize("lost", ["before the first step", "a frozen tensor"])
+def test_what_was_rounded_off_and_is_nowhere_else_is_refused(lost):
+    rules = [("norm", 0.0), ("", 0.1)] if lost == "a frozen tensor" else 0.1
+    definition = optimizers.dynamic_subset_tuning(Doubling(), rules)
+    optimizer = train(definition, GRADIENTS if lost == "a frozen tensor" else [])
+    with pytest.raises(ValueError, match=r"restored as bfloat16.*SaveCheckpointConfig\.dtype"):
+        definition.create(PARAMS).restore_state(saved_in_bfloat16(optimizer))
+
+
 @pytest.mark.parametrize("fraction", [0.1, [("norm", 1.0), ("", 0.1)]])
 def test_the_seed_is_sharded_as_its_parameter_and_nothing_is_without_a_spec(fraction):
     definition = optimizers.dynamic_subset_tuning(Doubling(), fraction)

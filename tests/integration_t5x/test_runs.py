@@ -138,6 +138,52 @@ def test_another_seed_in_the_same_directory_is_refused(tuned, pretrained):
     assert sorted(directory.rglob("*")) == before
 
 
+def test_a_run_of_dst_is_not_resumed_without_it(tuned, pretrained):
+    directory = tuned("wrapper", "orbax")
+    before = sorted(directory.rglob("*"))
+    with pytest.raises(ValueError, match=r"add --gin_file=.*dst\.gin"):
+        runs.train(directory, END + EVERY, files=(), initial=pretrained["orbax"])
+    with pytest.raises(ValueError, match="gin files that the run was started with"):
+        runs.train(directory, END + EVERY, "OPTIMIZER=%INNER_OPTIMIZER", initial=pretrained["orbax"])
+    assert sorted(directory.rglob("checkpoint_*")) == [p for p in before if p.match("checkpoint_*")]
+
+
+def test_the_corrected_command_runs_where_the_wrong_one_failed(root, pretrained):
+    directory, other = root / "corrected", pretrained["orbax"].with_name("checkpoint_3")
+    with pytest.raises(ValueError, match=rf"checkpoint_3 is no checkpoint.*checkpoint_{PRE}"):
+        runs.train(directory, PRE, initial=other)
+    with pytest.raises(Exception, match=r"shape|lacks"):  # of another model
+        runs.train(directory, PRE, "network.T5Config.mlp_dim=32", initial=pretrained["orbax"])
+    runs.train(directory, PRE, initial=pretrained["legacy"])
+    seed = runs.model(runs.arrays(pretrained["legacy"]))
+    runs.assert_same(runs.model(runs.arrays(directory / f"checkpoint_{PRE}")), seed)
+
+
+@pytest.mark.parametrize("way", ["wrapper", "chain"])
+def test_a_run_that_saves_bfloat16_resumes(root, tmp_path, pretrained, way):
+    """A step after the resumption, all but the subset is the seed again; the subset's changes are kept."""
+    directory, dtype = root / f"{way}_bfloat16", 'utils.SaveCheckpointConfig.dtype="bfloat16"'
+    for step in (PRE + EVERY, PRE + 2 * EVERY):
+        runs.train(directory, step, dtype, files=WAYS[way], initial=pretrained["orbax"])
+    seed = runs.model(runs.arrays(pretrained["orbax"]))
+    saved = runs.model(runs.arrays(directory / f"checkpoint_{PRE + 2 * EVERY}"))
+    assert {x.dtype.name for x in saved.values()} == {"bfloat16"}
+    rounded = {name: x.astype("bfloat16") for name, x in seed.items()}
+    assert runs.check_budget(rounded, saved) > 0
+    export.export(directory, tmp_path / "subset")
+    found = Subset.load(tmp_path / "subset")
+    runs.check_budget(seed, found.apply(seed))
+    runs.assert_same({n: x.astype("bfloat16") for n, x in found.apply(seed).items()}, saved)
+
+
+def test_a_misspelt_setting_ends_the_program(root, pretrained):
+    files, bindings = runs.flags(root / "misspelt", END, "FRACTON=0.1", initial=pretrained["orbax"])
+    process = runs.start("train", files, bindings, root / "misspelt.log")
+    assert process.wait(timeout=300) != 0
+    assert "did you mean FRACTION?" in (root / "misspelt.log").read_text()
+    assert not (root / "misspelt").exists()
+
+
 def test_on_a_mesh(root, pretrained):
     directory = root / "mesh"
     submesh = ["PjitPartitioner.num_partitions=None", "PjitPartitioner.model_parallel_submesh=(1, 2)"]

@@ -12,6 +12,7 @@ Rerun the command to resume a sweep:
 Checkpoints of finished runs are removed.
 """
 
+import itertools
 import json
 import shutil
 import tempfile
@@ -75,7 +76,7 @@ def score_vs_budget(
       data: tasks; each is tuned on by itself.
       model: shape of the network, or the name of a published one.
       methods: name to class; called with ``optimizer`` and, unless a budget is None, ``num_free_params``.
-      budgets: name to budgets.
+      budgets: name to budgets; the first ones of all methods are run first.
       learning_rates: the grid of each method, by name; a sequence is that of all.
       optimizer: makes an optimizer from a learning rate.
       recipe: how to train; the same for all.
@@ -114,7 +115,11 @@ def score_vs_budget(
     grids = learning_rates if isinstance(learning_rates, Mapping) else dict.fromkeys(budgets, learning_rates)
     if missing := set(budgets) - set(grids):
         raise ValueError(f"learning_rates: no grid for {', '.join(sorted(missing))}.")
-    groups = [(name, budget) for name in budgets for budget in budgets[name]]
+    groups = [
+        (name, budget)
+        for of_each in itertools.zip_longest(*([(name, x) for x in budgets[name]] for name in budgets))
+        for name, budget in filter(None, of_each)
+    ]
     first = Cell(*groups[0], grids[groups[0][0]][0])
     each = _seconds_a_run(lambda *where: context(data.names[0], *where), make(first), recipe)
     more = len(rng_seeds) - tuning_seeds

@@ -6,10 +6,10 @@ References:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from dst_optax.finetuning.tasks.pairs import Pair, Pairs, read_pairs, text_field
+from dst_optax.paths import as_path
 
 MARK = "####"
 
@@ -21,7 +21,7 @@ class Gsm8k(Pairs):
     An answer is right if the number after its ``####`` is that of the official answer.
 
     Attributes:
-      directory: where the files lie.
+      directory: where the files lie, local or ``gs://``.
       vocabulary: of inputs and targets.
       validation_size: rows of ``train.jsonl`` that are not trained on.
     """
@@ -33,7 +33,7 @@ class Gsm8k(Pairs):
         return ("train", "validation", "test")
 
     def pairs(self, split: str) -> Sequence[Pair]:  # noqa: D102
-        file = Path(self.directory) / ("test.jsonl" if split == "test" else "train.jsonl")
+        file = as_path(self.directory) / ("test.jsonl" if split == "test" else "train.jsonl")
         pairs = read_pairs(file, _pair)
         if split == "test":
             return pairs

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from dst_optax.finetuning.tasks.pairs import Pair, Pairs, read_pairs, text_field
+from dst_optax.paths import as_path
 
 SPLITS = ("train", "validation", "test")
 
@@ -19,15 +19,15 @@ class Jsonl(Pairs):
     the prompt as it is: a space between them must stand in one of them.
 
     Attributes:
-      directory: where the files lie.
+      directory: where the files lie, local or ``gs://``.
       vocabulary: of inputs and targets.
       prompt: name of the field of prompts.
       completion: name of the field of completions.
       messages: name of the field of messages; rows that have it need no others.
 
     Example:
-      >>> import tempfile
-      >>> directory = Path(tempfile.mkdtemp())
+      >>> import pathlib, tempfile
+      >>> directory = pathlib.Path(tempfile.mkdtemp())
       >>> for split in ("train", "validation"):
       ...     _ = (directory / f"{split}.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}')
       >>> import seqio
@@ -41,11 +41,11 @@ class Jsonl(Pairs):
     name: ClassVar[str] = "jsonl"
 
     def splits(self) -> Sequence[str]:  # noqa: D102
-        has_test = (Path(self.directory) / "test.jsonl").is_file()
+        has_test = (as_path(self.directory) / "test.jsonl").is_file()
         return SPLITS if has_test else SPLITS[:2]
 
     def pairs(self, split: str) -> Sequence[Pair]:  # noqa: D102
-        return read_pairs(Path(self.directory) / f"{split}.jsonl", self._pair)
+        return read_pairs(as_path(self.directory) / f"{split}.jsonl", self._pair)
 
     def is_right(self, said: str, wanted: str) -> bool:  # noqa: D102
         return said == wanted

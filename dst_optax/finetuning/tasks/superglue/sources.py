@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from dst_optax.finetuning.tasks.superglue import synthetic
 from dst_optax.finetuning.tasks.superglue.benchmark import flatten, spec
 from dst_optax.finetuning.tasks.superglue.text import to_text
+from dst_optax.paths import as_path
 
 FILES = {"train": "train", "validation": "val", "test": "test"}
 SHOWN = 10  # bad rows that an error lists
@@ -32,7 +33,7 @@ class JsonlSource:
     """The directory that the official archives unpack to: ``<directory>/<TASK>/{train,val,test}.jsonl``.
 
     Attributes:
-      directory: the directory that holds ``BoolQ``, ``CB``, and so on.
+      directory: the directory that holds ``BoolQ``, ``CB``, and so on, local or ``gs://``.
     """
 
     directory: str
@@ -49,7 +50,7 @@ class JsonlSource:
         known = spec(task)
         if split not in known.splits:
             raise ValueError(f"SuperGLUE's {task} has no split {split!r}, only {', '.join(known.splits)}.")
-        root = Path(self.directory) / known.directory
+        root = as_path(self.directory) / known.directory
         names = [f"{FILES[split]}.jsonl"] + [f"{known.directory}.jsonl"] * (known.splits == ("test",))
         for name in names:
             if (root / name).is_file():
@@ -64,7 +65,7 @@ class JsonlSource:
 def _read(path: Path, task: str, split: str) -> list[dict[str, Any]]:
     found, bad = [], []
     lines: dict[str, int] = {}  # where an index was read first
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue

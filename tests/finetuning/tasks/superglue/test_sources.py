@@ -9,7 +9,7 @@ import pytest
 
 from dst_optax.finetuning.tasks.superglue import synthetic
 from dst_optax.finetuning.tasks.superglue.benchmark import MAIN, TASKS, spec
-from dst_optax.finetuning.tasks.superglue.sources import JsonlSource, SyntheticSource, TfdsSource
+from dst_optax.finetuning.tasks.superglue.sources import HeldOut, JsonlSource, SyntheticSource, TfdsSource
 from dst_optax.finetuning.tasks.superglue.text import to_text
 
 GOOD = {"premise": "P", "hypothesis": "H", "label": "entailment", "idx": 0}
@@ -147,6 +147,25 @@ def test_synthetic_splits_are_distinct_repeatable_and_independent_of_the_trainin
     assert not set(texts["train"]) & set(texts["validation"] + texts["test"])
     assert not set(texts["validation"]) & set(texts["test"])
     assert SyntheticSource(seed=1).rows(task, "validation") != SyntheticSource().rows(task, "validation")
+
+
+@pytest.mark.parametrize("task", ["cb", "multirc"])
+def test_held_out_rows_are_neither_trained_on_nor_reported(task):
+    source = SyntheticSource(train_size=30)
+    train, validation, test = (HeldOut(source, 10).rows(task, s) for s in ("train", "validation", "test"))
+    assert train + validation == source.rows(task, "train")
+    assert len(validation) == 10
+    assert test == source.rows(task, "validation")
+
+
+def test_diagnostics_have_nothing_to_hold_out():
+    assert HeldOut(SyntheticSource(), 10).rows("axg", "test") == SyntheticSource().rows("axg", "test")
+
+
+@pytest.mark.parametrize("size", [0, -1, 30])
+def test_a_part_that_cannot_be_held_out_is_told(size):
+    with pytest.raises(ValueError, match=f"cb: {size} of 30 training rows cannot be held out"):
+        HeldOut(SyntheticSource(train_size=30), size).rows("cb", "train")
 
 
 @pytest.mark.parametrize("task", [task for task in MAIN if task != "record"])

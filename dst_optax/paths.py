@@ -1,0 +1,64 @@
+"""Files on this machine and in object stores, by paths with pathlib's methods."""
+
+import os
+import pathlib
+from typing import Any
+
+from dst_optax.atomic import atomic_file
+
+
+def as_path(path: str | os.PathLike[str]) -> pathlib.Path:
+    """A path whose methods reach the file: pathlib's, or etils' for ``gs://bucket/file`` and its like.
+
+    ``pathlib.Path("gs://bucket")`` would be the local ``gs:/bucket``.
+
+    Args:
+      path: a local path, or one with a scheme.
+
+    Returns:
+      The path. Object stores have pathlib's methods, but no file descriptors, links or directories of
+      their own.
+
+    Raises:
+      ValueError: the scheme is unknown, or etils is not installed.
+
+    Example:
+      >>> as_path("runs/cb")
+      PosixPath('runs/cb')
+      >>> str(as_path("gs://bucket/runs") / "cb")
+      'gs://bucket/runs/cb'
+    """
+    name = os.fspath(path)
+    scheme, separator, _ = name.partition("://")
+    if not separator:
+        return pathlib.Path(path)
+    try:
+        from etils import epath
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{name} lies in an object store; to reach it, pip install etils[epath].") from error
+    try:
+        found: Any = epath.Path(name)
+    except KeyError as error:
+        raise ValueError(
+            f"{name}: no file system is known by {scheme}://; etils.epath has gs:// and s3://."
+        ) from error
+    return found
+
+
+def is_local(path: pathlib.PurePath) -> bool:
+    """Whether a path of :func:`as_path` is of this machine's file system."""
+    return isinstance(path, pathlib.Path)
+
+
+def write_bytes(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file that is there whole or not at all.
+
+    Args:
+      path: see :func:`as_path`; a file of this name is replaced.
+      content: what to write.
+    """
+    if is_local(path):
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(content)
+    else:  # an object appears when all of it has arrived
+        path.write_bytes(content)
