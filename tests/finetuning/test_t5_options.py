@@ -24,7 +24,9 @@ def log_likelihood(params, inputs, option):
     """Of an option's bytes, one after the other, on one row without padding."""
     targets = np.array([[byte + 3 for byte in option.encode()]], np.int32)
     shifted = np.pad(targets, [(0, 0), (1, 0)])[:, :-1]
-    logits = t5.Transformer(CONFIG).apply({"params": params}, inputs[None], shifted, targets)
+    logits = t5.Transformer(CONFIG).apply(
+        {"params": params}, inputs[None], shifted, targets, enable_dropout=False
+    )
     chosen = jax.nn.log_softmax(logits[0])[np.arange(targets.size), targets[0]]
     return float(jnp.sum(chosen))
 
@@ -45,7 +47,7 @@ def test_the_likeliest_option_of_a_t5(task, options, predicted):
     likeliest = evaluator.predict(params, split)
     assert set(likeliest) == predicted
 
-    few = split.examples[:12]
+    few = split.examples[:4]
     scores = np.array([[log_likelihood(params, e["inputs"], option) for option in options] for e in few])
     assert [int(e["inputs"][-1]) for e in few] == [1] * len(few)
     assert likeliest[: len(few)] == scores.argmax(1).tolist()
