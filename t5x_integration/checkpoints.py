@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -126,14 +127,17 @@ class CheckpointConfig(utils.CheckpointConfig):
     def __post_init__(self) -> None:
         if not self.model_dir:
             raise ValueError("CheckpointConfig.model_dir is not set; bind it to %MODEL_DIR.")
-        starts = not steps(self.model_dir)
+        saved = steps(self.model_dir)
         initial = self.restore.path if self.restore else None
-        if starts and initial:
+        if not saved and initial:
             check_is_checkpoint(initial, self.restore.mode)  # pyright: ignore[reportOptionalMemberAccess]
         claim(self.model_dir, initial)
-        if starts and self.restore and self.save:
+        if not saved and self.restore and self.save:
             self.restore.checkpoint_manager_cls = InitialCheckpointManager
             self.save.checkpoint_manager_cls = InitialCheckpointManager
+        if saved and self.save and _is_orbax(as_path(self.model_dir) / f"checkpoint_{saved[-1]}"):
+            # whatever dtype says, T5X saves with Orbax in the dtype of training; only restoring would round
+            self.save.dtype = None
 
 
 def steps(directory: str | os.PathLike[str]) -> list[int]:
@@ -161,7 +165,7 @@ def check_is_checkpoint(path: str, mode: str = "specific") -> None:
     if mode != "specific":
         if inside:
             return
-    elif STEP.fullmatch(place.name) and ((place / "state").is_dir() or (place / "checkpoint").is_file()):
+    elif STEP.fullmatch(place.name) and (_is_orbax(place) or (place / "checkpoint").is_file()):
         return
     where = place if inside or mode != "specific" else place.parent
     there = ", ".join(f"checkpoint_{step}" for step in steps(where)[-3:]) or "no checkpoint_<step>"
@@ -170,6 +174,10 @@ def check_is_checkpoint(path: str, mode: str = "specific") -> None:
         f"{path} {what} of T5X: a directory checkpoint_<step> with 'state' (Orbax) or 'checkpoint' (T5X's "
         f"own format). In {where} lies {there}."
     )
+
+
+def _is_orbax(checkpoint: pathlib.Path) -> bool:
+    return (checkpoint / "state").is_dir()
 
 
 def claim(model_dir: str, initial_checkpoint: Any) -> None:

@@ -3,19 +3,18 @@
 python -m t5x_integration.collect gs://bucket/sweep runs/sweep
 """
 
-import argparse
 import json
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 
 from dst_optax.finetuning import storage
 from dst_optax.finetuning.experiments import figures, summary
-from dst_optax.paths import as_path
+from dst_optax.paths import as_path, is_local
 from t5x_integration import checkpoints, export
 
 RATE = re.compile(r"^utils\.create_learning_rate_scheduler\.base_learning_rate = (\S+)$", re.MULTILINE)
@@ -30,15 +29,17 @@ def collect(sweep: str | os.PathLike[str], out: str | os.PathLike[str]) -> list[
 
     Args:
       sweep: directory, local or ``gs://``.
-      out: directory for ``results.jsonl``, ``results.md`` and a figure a task.
+      out: local directory for ``results.jsonl``, ``results.md`` and a figure a task.
 
     Returns:
       Rows as :func:`dst_optax.finetuning.experiments.score_vs_budget.score_vs_budget` returns them;
       ``seconds`` is NaN.
 
     Raises:
-      ValueError: no run has been evaluated, or one does not say its learning rate.
+      ValueError: no run has been evaluated, one does not say its learning rate, or ``out`` is not local.
     """
+    if not is_local(as_path(out)):
+        raise ValueError(f"{out} lies in an object store; write a local directory and copy it there.")
     rows: list[dict[str, Any]] = []
     for run in sorted(as_path(sweep).glob("*/*/*")):
         task, fraction, seed = run.parts[-3:]
@@ -100,14 +101,16 @@ def _learning_rate(config: Any) -> float:
     return float(found[1])
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="python -m t5x_integration.collect", description=__doc__)
-    parser.add_argument("sweep")
-    parser.add_argument("out")
-    given = parser.parse_args(arguments)
-    print(summary.markdown(collect(given.sweep, given.out)))
+def main(
+    sweep: Annotated[str, typer.Argument(help="Directory of <task>/<fraction>/<seed>, local or gs://.")],
+    out: Annotated[str, typer.Argument(help="Local directory for the table and the figures.")],
+) -> None:
+    """Gather the runs of scripts/sweep_superglue.sh into one table and a figure a task."""
+    try:
+        print(summary.markdown(collect(sweep, out)))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

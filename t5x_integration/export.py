@@ -3,12 +3,11 @@
 python -m t5x_integration.export MODEL_DIR runs/cb [--seed=.../checkpoint_1000000]
 """
 
-import argparse
 import os
-from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 
 from dst_optax import subset
 from dst_optax.paths import as_path
@@ -95,15 +94,21 @@ def _kept_seed(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="python -m t5x_integration.export", description=export.__doc__)
-    parser.add_argument("checkpoint")
-    parser.add_argument("out")
-    parser.add_argument("--seed")
-    given = parser.parse_args(arguments)
-    print(export(given.checkpoint, given.out, given.seed))
+def main(
+    checkpoint: Annotated[
+        str, typer.Argument(help="Directory checkpoint_<step>, or MODEL_DIR for the last.")
+    ],
+    out: Annotated[str, typer.Argument(help="Directory of the subset to write.")],
+    seed: Annotated[
+        str | None, typer.Option(help="Checkpoint that the run started from; else the seed that DST keeps.")
+    ] = None,
+) -> None:
+    """Write what differs from the seed in a checkpoint of T5X."""
+    try:
+        print(export(checkpoint, out, seed))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -74,6 +74,11 @@ class DynamicSubsetTuning(optimizers.OptimizerDef):
         self, hyper_params: Any, params: Any, state: DynamicSubsetTuningState, grads: Any
     ) -> tuple[Any, DynamicSubsetTuningState]:
         """Free entries get exactly what the inner optimizer sets, all others exactly the seed."""
+        if not hasattr(state, "dst"):
+            raise ValueError(
+                f"the state is {type(state).__name__}, without DST's; make it with create, and put "
+                "dynamic_subset_tuning around MultiOptimizer, not into it."
+            )
         proposed, inner = self.inner.apply_gradient(hyper_params, params, state, grads)
         tuned, dst = self.rule.project(proposed, params, state.dst)
         return tuned, DynamicSubsetTuningState(inner.step, inner.param_states, dst)
@@ -114,7 +119,7 @@ class DynamicSubsetTuning(optimizers.OptimizerDef):
         dst = from_state_dict(opt_state.dst, traverse_util.unflatten_dict(flat))
         inner = {**state_dict, "state": state}
         target, inner = self.inner.restore_state(opt_target, _inner(opt_state), inner)
-        target = widened(target, opt_target, dst)
+        target = as_trained(target, opt_target, dst)
         return target, DynamicSubsetTuningState(inner.step, inner.param_states, dst)
 
 
@@ -160,7 +165,7 @@ class OptaxWrapper(optimizers.OptaxWrapper):
     def restore_state(self, opt_target: Any, opt_state: Any, state_dict: Mapping[str, Any]) -> Any:
         """T5X's, for parameters that were saved in fewer bits too."""
         target, state = super().restore_state(opt_target, opt_state, state_dict)
-        return widened(target, opt_target, state.param_states), state
+        return as_trained(target, opt_target, state.param_states), state
 
     def derive_logical_axes(self, optimizer: Any, param_logical_axes: Any) -> Any:
         """T5X's, but that nothing is without a spec."""
@@ -181,8 +186,8 @@ def chain(transformations: Sequence[optax.GradientTransformation]) -> OptaxWrapp
     return OptaxWrapper(optax.chain(*transformations))
 
 
-def widened(params: Any, wanted: Any, state: Any) -> Any:
-    """The parameters of a run that resumes from a checkpoint that was saved in fewer bits.
+def as_trained(params: Any, wanted: Any, state: Any) -> Any:
+    """Restored parameters in the dtypes of training.
 
     T5X rounds parameters to ``SaveCheckpointConfig.dtype``, and keeps the optimizer's state, the seed among
     it, as it is. Entries that show the seed, rounded, are the seed's.
@@ -196,10 +201,18 @@ def widened(params: Any, wanted: Any, state: Any) -> Any:
       The parameters in the dtypes of ``wanted``.
 
     Raises:
-      ValueError: the state does not hold what was rounded off.
+      ValueError: they are of another model, or the state does not hold what was rounded off.
     """
-    dtypes = {path: _dtype(x) for path, x in named_leaves(wanted)}
-    rounded = [path for path, p in named_leaves(params) if _dtype(p) != dtypes[path]]
+    # T5X restores partition specs by the same function, and they have neither shape nor dtype
+    shapes = {path: getattr(x, "shape", None) for path, x in named_leaves(wanted)}
+    for path, p in named_leaves(params):
+        if getattr(p, "shape", shapes[path]) != shapes[path]:
+            raise ValueError(
+                f"the parameter {path!r} has the shape {p.shape} in the checkpoint and {shapes[path]} in the "
+                "model; give a checkpoint of this model."
+            )
+    dtypes = {path: getattr(x, "dtype", None) for path, x in named_leaves(wanted)}
+    rounded = [path for path, p in named_leaves(params) if getattr(p, "dtype", dtypes[path]) != dtypes[path]]
     if not rounded:
         return params
     known = leaf_states(state)
@@ -220,11 +233,6 @@ def widened(params: Any, wanted: Any, state: Any) -> Any:
         return unrounded(p, leaf.seed)
 
     return map_named(widen, params)
-
-
-def _dtype(x: Any) -> Any:
-    """Of an array; T5X restores partition specs in the same way, and they have none."""
-    return getattr(x, "dtype", None)
 
 
 def unrounded(p: Any, seed: Any) -> jax.Array:

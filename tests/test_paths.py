@@ -60,7 +60,8 @@ def test_models_in_a_store_that_cannot_be_mapped_are_refused(bucket, tmp_path): 
         models.apply_to_files(subset.from_models(SEED, TUNED), tmp_path, f"{bucket}/out")
 
 
-def test_the_command_line_takes_paths_of_a_store(bucket):  # noqa: F811
+def test_the_command_line_takes_paths_of_a_store(bucket, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
     runner = pytest.importorskip("typer.testing").CliRunner()
     from dst_optax.cli import app
 
@@ -69,6 +70,7 @@ def test_the_command_line_takes_paths_of_a_store(bucket):  # noqa: F811
     out = runner.invoke(app, ["subset", "compose", f"{bucket}/subset", "--out", f"{bucket}/composed"])
     assert out.exit_code == 0, out.output
     assert subset.Subset.load(f"{bucket}/composed").count == 1
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["superglue", "jsonl", "gsm8k"])

@@ -106,6 +106,7 @@ class OptaxWrapper(OptimizerDef):
 
 @dataclasses.dataclass
 class SaveCheckpointConfig:
+    dtype: str | None = "float32"
     checkpoint_manager_cls: Any = None
     period: int | None = None
     keep: int | None = None

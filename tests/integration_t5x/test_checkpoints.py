@@ -114,6 +114,19 @@ def test_the_data_start_anew_only_when_the_run_does(tmp_path):
     assert checkpoints.InitialCheckpointManager not in configure(run, initial)
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [("state", None), ("checkpoint", "bfloat16")])
+def test_a_resumption_does_not_round_what_orbax_saved(directory, kind, dtype):
+    run, initial = f"{directory}/run", save(f"{directory}/pre", 10)
+    for expected in ("bfloat16", dtype):
+        config = checkpoints.CheckpointConfig(
+            save=utils.SaveCheckpointConfig(dtype="bfloat16"),
+            restore=utils.RestoreCheckpointConfig(path=initial, mode="specific"),
+            model_dir=run,
+        )
+        assert config.save.dtype == expected
+        save(run, 11, kind)
+
+
 def test_a_config_without_a_directory_is_refused():
     with pytest.raises(ValueError, match="MODEL_DIR"):
         checkpoints.CheckpointConfig()

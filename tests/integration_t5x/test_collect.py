@@ -42,7 +42,7 @@ def test_a_sweep_is_gathered(tmp_path, monkeypatch, capsys):
     add_run(sweep, "cb", "0.01", 1, worse)
     add_run(sweep, "rte", "1.0", 0, {"accuracy": 55.0})
     add_run(sweep, "rte", "0.01", 0)
-    collect.main([str(sweep), str(tmp_path / "out")])
+    collect.main(str(sweep), str(tmp_path / "out"))
     said = capsys.readouterr().out
     assert "rte/0.01/0 is not evaluated yet." in said
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
@@ -66,6 +66,13 @@ def test_a_sweep_is_gathered(tmp_path, monkeypatch, capsys):
 def test_a_directory_without_runs_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no evaluated run <task>/<fraction>/<seed>"):
         collect.collect(tmp_path, tmp_path / "out")
+
+
+def test_figures_are_not_written_into_a_store(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="gs://bucket/out lies in an object store"):
+        collect.main(str(tmp_path), "gs://bucket/out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_without_its_configuration_is_refused(tmp_path, monkeypatch):

@@ -86,6 +86,14 @@ def test_a_fraction_of_one_is_the_inner_optimizer():
     jax.tree.map(np.testing.assert_array_equal, optimizer.state.param_states, full.state.param_states)
 
 
+def test_a_state_without_a_seed_is_refused():
+    """MultiOptimizer keeps only what T5X's own optimizers have in their states."""
+    definition = optimizers.dynamic_subset_tuning(Doubling(), 0.1)
+    optimizer = definition.create(PARAMS).replace(state=Doubling().init_state(PARAMS))
+    with pytest.raises(ValueError, match="around MultiOptimizer"):
+        train(definition, optimizer=optimizer)
+
+
 def test_the_seed_is_what_was_restored_after_init():
     definition = optimizers.dynamic_subset_tuning(Doubling(), 0.1)
     restored = jax.tree.map(lambda x: x + 1, PARAMS)
@@ -159,6 +167,15 @@ def test_a_run_resumes_from_parameters_in_fewer_bits(way):
         np.testing.assert_array_equal(q, np.where(seed_shows, seed, rounded.astype(np.float32)))
     for free in jax.tree.leaves(differing(train(definition, GRADIENTS[:1], optimizer=restored))):
         assert 0 < free.sum() <= (free.size if free.ndim == 1 and way == "a free tensor" else 53)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_parameters_of_another_model_are_refused(way):
+    definition = WAYS[way]()
+    saved = train(definition).state_dict()
+    saved["target"]["norm"]["scale"] = np.ones(13, np.float32)
+    with pytest.raises(ValueError, match=r"'norm/scale' has the shape \(13,\) in the checkpoint and \(12,\)"):
+        definition.create(PARAMS).restore_state(saved)
 
 
 @pytest.mark.parametrize("lost", ["before the first step", "a frozen tensor"])
