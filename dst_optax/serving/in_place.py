@@ -7,7 +7,7 @@ subset's where it is, and nothing has to be read.
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -50,18 +50,20 @@ class InPlaceStore(Store[torch.nn.Module, dict[str, Piece]]):
     @torch.no_grad()
     def _switch(self, name: str | None) -> None:
         old, new = (self._get(n).pieces if n else {} for n in (self._active, name))
-        targets = {path: self._memory(path) for path in [*old, *new]}
+        targets = {path: self._memory(path) for path in dict.fromkeys([*old, *new])}
 
-        def write(pieces: dict[str, Piece], bits: Callable[[Piece], torch.Tensor]) -> None:
-            for path, piece in pieces.items():
-                scatter(targets[path], piece.offsets, bits(piece))
+        def exchange(out: dict[str, Piece], into: dict[str, Piece]) -> None:
+            """Tensor by tensor, so that the second write finds what the first has brought into the cache."""
+            for path, target in targets.items():
+                if path in out:
+                    scatter(target, out[path].offsets, out[path].seed)
+                if path in into:
+                    scatter(target, into[path].offsets, into[path].values)
 
         try:
-            write(old, lambda piece: piece.seed)
-            write(new, lambda piece: piece.values)
+            exchange(old, new)
         except BaseException:
-            write(new, lambda piece: piece.seed)
-            write(old, lambda piece: piece.values)
+            exchange(new, old)
             raise
         finally:
             torch.clear_autocast_cache()  # it may hold weights in another dtype

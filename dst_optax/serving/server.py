@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import os
 import pathlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -165,6 +165,11 @@ class SubsetServer:
         async with self._turns.turn(self.default if name is None else name):
             yield
 
+    @property
+    def names(self) -> Sequence[str]:
+        """The subsets that are loaded, in the order of their names."""
+        return sorted(self._loaded)
+
     def has(self, name: Any) -> bool:
         """Whether a subset of this name is loaded."""
         return isinstance(name, str) and name in self._loaded
@@ -182,9 +187,9 @@ class SubsetServer:
 
     async def _switch(self, name: str | None, mode: Mode = "wait") -> None:
         self._check_loaded(name)
-        await self._engine.pause(mode)
         try:
-            await self._everywhere("check", name)  # nothing is written before all agree
+            # nothing is written before all agree
+            await _all(self._engine.pause(mode), self._everywhere("check", name))
             await self._exchange(name)
         finally:
             if self._broken is None:
@@ -203,8 +208,8 @@ class SubsetServer:
             raise
 
     async def _write(self, name: str | None) -> None:
-        await self._everywhere("activate", name)
-        await self._engine.set_version(SEED_VERSION if name is None else name)
+        version = SEED_VERSION if name is None else name
+        await _all(self._everywhere("activate", name), self._engine.set_version(version))
 
     async def _everywhere(self, verb: str, *args: Any) -> Sequence[Any]:
         return results(await self._engine.call(verb, *args))
@@ -229,6 +234,13 @@ class SubsetServer:
     def _check_open(self) -> None:
         if self._broken is not None:
             raise BrokenServerError(f"{self._broken}; restart the server.")
+
+
+async def _all(*calls: Awaitable[Any]) -> None:
+    """Makes calls at once and waits for all of them; raises what the first of them raised."""
+    for reply in await asyncio.gather(*calls, return_exceptions=True):
+        if isinstance(reply, BaseException):
+            raise reply
 
 
 def results(replies: list[dict[str, Any]]) -> list[Any]:

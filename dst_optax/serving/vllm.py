@@ -1,7 +1,7 @@
 """Subsets on vLLM: plugins that add routes to its server, and :class:`SubsetLLM` for offline use.
 
 ``VLLM_PLUGINS=dst_subset DST_SUBSET_ROOT=/subsets vllm serve MODEL`` serves these routes behind the server's
-API key, and every subset under its name as a model of the OpenAI API:
+API key, and every subset under its name as a model of the OpenAI API, listed by ``GET /v1/models``:
 
   ===============================  =============================================
   ``POST /v1/subsets/load``        ``{"name": "cb", "directory": "cb"}``, below the root
@@ -201,7 +201,8 @@ class SubsetEndpoints:
     def attach_router(self, app: Any) -> None:
         """Called by vLLM while it builds the server."""
         app.include_router(_router())
-        app.add_middleware(_ByName)  # vLLM adds its own after this, so the API key is checked before
+        app.add_middleware(_ByName)  # vLLM adds its own after these, so the API key is checked before
+        app.add_middleware(_AmongModels)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Called by vLLM when the engine is up."""
@@ -301,8 +302,7 @@ class _ByName:
         state = scope["app"].state
         content = await _content(receive)
         name, content = _without_name(content, state)
-        headers = [(k, v) for k, v in scope["headers"] if k != b"content-length"]
-        scope = {**scope, "headers": [*headers, (b"content-length", str(len(content)).encode())]}
+        scope = {**scope, "headers": _sized(scope["headers"], content)}
         entered = False
         try:
             async with state.dst_subsets.turn(name):
@@ -312,6 +312,45 @@ class _ByName:
             if entered:
                 raise
             await _refusal(e)(scope, receive, send)
+
+
+class _AmongModels:
+    """Lists the loaded subsets in ``GET /v1/models``, each as a model whose parent is the served one."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or (scope["method"], scope["path"]) != ("GET", "/v1/models"):
+            await self._app(scope, receive, send)
+            return
+        start, parts = {}, []
+
+        async def collect(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                start.update(message)
+            else:
+                parts.append(message.get("body", b""))
+
+        await self._app(scope, receive, collect)
+        content = b"".join(parts)
+        if start["status"] == 200:
+            content = _with_models(content, scope["app"].state.dst_subsets.names)
+        await send({**start, "headers": _sized(start["headers"], content)})
+        await send({"type": "http.response.body", "body": content})
+
+
+def _with_models(content: bytes, names: Sequence[str]) -> bytes:
+    """A list of models with one more for each name, like the first of them but for ``id`` and ``parent``."""
+    found = json.loads(content)
+    base = found["data"][0]
+    found["data"] += [{**base, "id": name, "parent": base["id"]} for name in names]
+    return json.dumps(found).encode()
+
+
+def _sized(headers: Sequence[tuple[bytes, bytes]], content: bytes) -> list[tuple[bytes, bytes]]:
+    others = [(key, value) for key, value in headers if key.lower() != b"content-length"]
+    return [*others, (b"content-length", str(len(content)).encode())]
 
 
 async def _content(receive: Any) -> bytes:

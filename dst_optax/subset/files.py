@@ -69,7 +69,7 @@ def save(subset: Subset, directory: str | os.PathLike[str], encoding: str = "gap
             if subset.has_seed_values:
                 assert e.seed_values is not None
                 tensors[f"{path}.seed_values"] = np.ascontiguousarray(e.seed_values)
-    content = safetensors.numpy.save(tensors, {"format": FORMAT, "version": str(VERSION)})
+    content = safetensors.numpy.save(tensors, {"format": FORMAT})  # of several, the order is random
     config = {
         "format": FORMAT,
         "version": VERSION,

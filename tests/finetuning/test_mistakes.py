@@ -67,7 +67,7 @@ def test_a_t5_with_the_file_for_decoders(checkpoints, refused):
 
 def test_a_t5_without_a_tokenizer_with_the_file_for_decoders(tmp_path):
     pytest.importorskip("tokenizers", reason="needs the extra 'hub'")
-    with pytest.raises(ValueError, match="leave models/decoder.gin out"):
+    with pytest.raises(ValueError, match="leave models/decoder"):
         HuggingFaceVocabulary(tmp_path)
 
 

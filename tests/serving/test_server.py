@@ -1,11 +1,13 @@
 """All processes switch or none does, one at a time; a server that cannot promise it answers no more."""
 
 import asyncio
+import json
 
 import numpy as np
 import pytest
 
 from dst_optax.serving.server import BrokenServerError, SubsetServer, UnknownSubsetError
+from dst_optax.serving.vllm import _AmongModels
 from dst_optax.subset import SubsetError
 
 
@@ -135,6 +137,65 @@ def test_a_failure_that_cannot_be_undone_closes_the_server(tmp_path):
                 raise AssertionError
 
     run(tmp_path, body, fail=fail)
+
+
+class State:
+    """What a request finds at its application."""
+
+    def __init__(self, server):
+        self.state = self
+        self.dst_subsets = server
+
+
+def test_loaded_subsets_are_among_the_models(tmp_path):
+    base = {"id": "base", "object": "model", "max_model_len": 64, "parent": None}
+
+    async def app(scope, receive, send):
+        status = 200 if scope["path"] == "/v1/models" else 404
+        content = json.dumps({"object": "list", "data": [base]}).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": content[:5], "more_body": True})
+        await send({"type": "http.response.body", "body": content[5:]})
+
+    async def get(server, path):
+        messages = []
+
+        async def send(message):
+            messages.append(message)
+
+        scope = {"type": "http", "method": "GET", "path": path, "app": State(server)}
+        await _AmongModels(app)(scope, None, send)
+        content = b"".join(m.get("body", b"") for m in messages)
+        assert int(dict(messages[0]["headers"])[b"content-length"]) == len(content)
+        return [(model["id"], model["parent"]) for model in json.loads(content)["data"]]
+
+    async def body(server, engine):
+        assert await get(server, "/v1/models") == [("base", None), ("a", "base"), ("b", "base")]
+        await server.unload("a")
+        assert await get(server, "/v1/models") == [("base", None), ("b", "base")]
+        assert await get(server, "/v1/other") == [("base", None)]
+
+    run(tmp_path, body)
+
+
+def test_a_refusal_waits_for_the_pause(tmp_path):
+    """Or the engine would be resumed first and paused for ever."""
+
+    async def body(server, engine):
+        pause = engine.pause
+
+        async def slow(mode):
+            await asyncio.sleep(0.01)
+            await pause(mode)
+
+        engine.pause = slow
+        with pytest.raises(SubsetError, match="moved"):
+            await server.activate("a")
+        await asyncio.sleep(0.02)
+        assert not engine.paused
+
+    run(tmp_path, body, fail=lambda i, verb, args: {"refused": "moved"} if verb == "check" else None)
 
 
 def test_switches_at_once_are_serialised(tmp_path):

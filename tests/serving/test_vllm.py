@@ -42,6 +42,29 @@ def weights(llm):
     }
 
 
+def test_packed_experts_are_refused_by_name(tmp_path):
+    """On a CPU vLLM keeps the experts of a mixture in another order and the same shape."""
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=1003, hidden_size=128, intermediate_size=96, moe_intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "seed")
+    everything = random_subset(models.open_model(tmp_path / "seed"))
+    everything.save(tmp_path / "everything")
+    others = {n: e.take(slice(0, 0)) if ".experts." in n else e for n, e in everything.items()}
+    Subset(others).save(tmp_path / "others")
+    llm = started(tmp_path / "seed")
+    seed, subsets = weights(llm), SubsetLLM(llm)
+    with pytest.raises(SubsetError, match=r"\.experts\..*an order of its own"):
+        subsets.load("everything", tmp_path / "everything")
+    subsets.load("others", tmp_path / "others")
+    subsets.activate("others")
+    assert weights(llm) != seed
+    subsets.deactivate()
+    assert weights(llm) == seed
+
+
 CONFIGS = {
     "llama": ("LlamaConfig", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "qwen2": ("Qwen2Config", {"num_key_value_heads": 1, "tie_word_embeddings": False}),

@@ -115,8 +115,8 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
             )
         if set(self.eos_ids) != set(other.eos_ids):
             raise ValueError(
-                f"{self!r} ends texts with {list(self.eos_ids)}, {directory} with {list(other.eos_ids)}; take "
-                "the tokenizer and the settings of the checkpoint."
+                f"{self!r} ends texts with {list(self.eos_ids)}, {directory} with {list(other.eos_ids)}; "
+                "take the tokenizer and the settings of the checkpoint."
             )
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
@@ -203,8 +203,8 @@ def _tokenizer(directory: Path) -> Any:
     file = directory / TOKENIZER
     if not file.is_file():
         raise ValueError(
-            f"{file} is missing; the directory of a decoder-only checkpoint holds its tokenizer, too. A T5 has "
-            "a SentencePiece model instead: leave models/decoder.gin out and set MODEL and VOCAB."
+            f"{file} is missing; the directory of a decoder-only checkpoint holds its tokenizer, too. A T5 "
+            "has a SentencePiece model instead: leave models/decoder.gin out and set MODEL and VOCAB."
         )
     try:
         return tokenizers.Tokenizer.from_file(str(file))
