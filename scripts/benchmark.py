@@ -4,23 +4,24 @@
     python scripts/benchmark.py                       # everything
     python scripts/benchmark.py step --models small   # one part
     python scripts/benchmark.py training-step         # needs the extra finetuning
+    python scripts/benchmark.py serving               # the same; eighteen minutes
     python scripts/benchmark.py kernels --models small  # where the bytes and the time of a step go
 
 selection: thresholds of one silo of n distances, against numpy's and jax's sorts.
 step: a whole training step's optimizer on T5-shaped trees, with compile time, memory and passes.
 training-step: forward, backward and update of T5 v1.1 small, 8 examples of 128 tokens.
+serving: requests that each want another tuned T5, by subsets, by merged LoRA, by loading checkpoints.
 kernels: one profiled step of adamw+DST: time, bytes and bytes a parameter of each kind of kernel.
 A cell that would take more than a minute or the memory of the machine is skipped and says so.
-Figures are medians; `min` and `max` stand beside them in the JSON.
+Figures are medians; `min` and `max` stand beside them in the JSON. A record that is put into docs/benchmarks
+becomes a part of the site: scripts/benchmarks_page.py.
 """
 
 import argparse
 import functools
-import json
 import math
 import os
 import pathlib
-import platform
 import re
 import statistics
 import tempfile
@@ -32,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import record
 
 import dst_optax
 from dst_optax import budget, counting, reference
@@ -43,7 +45,11 @@ INFINITY = 0x7F800000
 
 def t5_shapes(size: str) -> dict[str, tuple[int, ...]]:
     """Parameter shapes of T5 v1.1, named as T5X does."""
-    emb, heads, mlp, layers = {"small": (512, 6, 1024, 8), "base": (768, 12, 2048, 12)}[size]
+    emb, heads, mlp, layers = {
+        "small": (512, 6, 1024, 8),
+        "base": (768, 12, 2048, 12),
+        "large": (1024, 16, 2816, 24),
+    }[size]
     joined, vocab = heads * 64, 32128
     attention = {"query": (emb, joined), "key": (emb, joined), "value": (emb, joined), "out": (joined, emb)}
     feed_forward = {"wi_0": (emb, mlp), "wi_1": (emb, mlp), "wo": (mlp, emb)}
@@ -116,12 +122,12 @@ def key_of(x: jax.Array) -> jax.Array:
 def search(delta: jax.Array, guess: jax.Array, spread: jax.Array, m: int) -> counting.Bracket:
     """The threshold as the transform finds it; a negative guess is a cold start."""
 
-    def method(layout: counting.Layout, keys: jax.Array, first: counting.Guess) -> counting.Bracket:
+    def method(layout: counting.Layout, keys: jax.Array, query: counting.Query) -> counting.Bracket:
         row = counting.Keys(keys[None], 0, (0,), (0,), jnp.int32(0))
-        total = Counts.of([delta.size])
-        return layout.thresholds([row], Counts.of([m]), total, INFINITY, first, 2**23)
+        return layout.thresholds([row], query, INFINITY, 2**23)
 
-    return counting.per_platform(method, key_of(delta), counting.Guess(guess, spread))
+    query = counting.Query(Counts.of([m]), Counts.of([delta.size]), guess, spread)
+    return counting.per_platform(method, key_of(delta), query)
 
 
 def selection_cells(largest: int, runs: int) -> Iterator[dict[str, Any]]:
@@ -382,6 +388,20 @@ def training_step_cell(fraction: float, runs: int, tokens: int = 128) -> dict[st
     }
 
 
+# --- serving -------------------------------------------------------------------------------------
+
+
+def serving_cells(models: list[str]) -> Iterator[dict[str, Any]]:
+    """Random T5s of published shapes; see the experiment of this name."""
+    from dst_optax.finetuning.experiments.serving_latency import serving_latency
+    from dst_optax.finetuning.models import t5
+
+    for model in models:
+        with tempfile.TemporaryDirectory() as directory:
+            rows = serving_latency(directory, {model: t5.CONFIGS[f"t5_1_1_{model}"]})
+        yield {"part": "serving", "model": model, "rows": rows, "skipped": {}}
+
+
 # --- kernels -------------------------------------------------------------------------------------
 
 
@@ -441,6 +461,8 @@ def kernels_cell(model: str, fraction: float) -> dict[str, Any]:
 
 
 def show(cell: dict[str, Any]) -> None:
+    if cell["part"] == "serving":
+        return  # printed row by row
     if cell["part"] == "kernels":
         print(f"T5 v1.1 {cell['model']}: one step of adamw+dst, {cell['ms']:.0f} ms while it is profiled")
         for name, kind in cell["kinds"].items():
@@ -474,26 +496,19 @@ def show(cell: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
-        "part", nargs="?", choices=["all", "selection", "step", "training-step", "kernels"], default="all"
+        "part",
+        nargs="?",
+        choices=["all", "selection", "step", "training-step", "serving", "kernels"],
+        default="all",
     )
     parser.add_argument("--out", default="benchmark.json", help="where the figures go")
     parser.add_argument("--runs", type=int, default=9, help="timed runs of each cell")
     parser.add_argument("--largest", type=float, default=1e8, help="largest n of the selection part")
-    parser.add_argument("--models", nargs="+", choices=["small", "base"], default=["small", "base"])
+    parser.add_argument("--models", nargs="+", choices=["small", "base", "large"], default=["small", "base"])
     parser.add_argument("--fraction", type=float, default=0.1, help="fraction of the step part")
     parser.add_argument("--skip-naive", action="store_true", help="leave out the naive step (22 s a run)")
     args = parser.parse_args()
-    device = jax.devices()[0]
-    report: dict[str, Any] = {
-        "environment": {
-            "device": f"{jax.device_count()} x {device.device_kind}",
-            "cpus": os.cpu_count(),
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "optax": optax.__version__,
-        },
-        "cells": [],
-    }
+    report: dict[str, Any] = {"environment": record.environment(), "cells": []}
     print(report["environment"], flush=True)
     cells: list[Iterator[dict[str, Any]]] = []
     if args.part in ("all", "selection"):
@@ -504,14 +519,13 @@ def main() -> None:
         cells.append(kernels_cell(m, args.fraction) for m in args.models)
     if args.part == "training-step":
         cells.append(iter([training_step_cell(args.fraction, args.runs)]))
+    if args.part == "serving":
+        cells.append(serving_cells(args.models))
     for part in cells:
         for cell in part:
             show(cell)
             report["cells"].append(cell)
-            temporary = f"{args.out}.part"
-            with open(temporary, "w") as f:
-                json.dump(report, f, indent=1)
-            os.replace(temporary, args.out)
+            record.write(report, args.out)
     print(f"written to {args.out}")
 
 

@@ -8,7 +8,6 @@ import argparse
 import json
 import os
 import pathlib
-import platform
 import statistics
 import tempfile
 import time
@@ -20,11 +19,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import numpy as np
+import record
 import safetensors
 import safetensors.numpy
 
 from dst_optax import serving, subset
-from dst_optax.atomic import atomic_file
 from dst_optax.subset import gaps
 
 SHAPES = (
@@ -180,17 +179,15 @@ def main() -> None:
     arguments = parser.parse_args()
     shapes = dict(list(SHAPES.items())[1:20]) if arguments.small else SHAPES
     report: dict[str, Any] = {
-        "machine": {"cpus": os.cpu_count(), "platform": platform.platform(), "jax": jax.__version__},
+        "environment": record.environment(),
         "coding": coding(200_000 if arguments.small else 2_000_000),
         "cycles": cycles(1000),
     }
     with tempfile.TemporaryDirectory() as directory:
         report["swapping"] = swapping(shapes, 0.01, pathlib.Path(directory))
-    text = json.dumps(report, indent=1)
-    print(text)
+    print(json.dumps(report, indent=1))
     if arguments.out:
-        with atomic_file(arguments.out) as temporary:
-            temporary.write_text(text + "\n")
+        record.write(report, arguments.out)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ MUTATIONS = [
     ),
     Mutation(
         "rank: shortest decimal", "budget.py", "Fraction(str(fraction))", "Fraction(fraction)",
-        "tests/test_transform.py -k rank_is_exact",
+        "tests/test_budget.py",
     ),
     Mutation(
         "rank: largest remainder", "budget.py", "key=lambda i: (-(", "key=lambda i: ((",

@@ -26,6 +26,13 @@ def exact_rank(fraction, n):
     return -(-product.numerator // product.denominator)
 
 
+@given(st.integers(1, 9), st.integers(1, 6), st.integers(0, 1000), st.sampled_from([float, np.float32]))
+def test_a_fraction_is_its_shortest_decimal(digit, places, tens, dtype):
+    """Of n - 1 = k 10**places entries exactly k are free for every unit of the last place."""
+    fraction = dtype(f"{digit}e-{places}")
+    assert budget.rank(fraction, tens * 10**places + 1) == digit * tens
+
+
 @settings(max_examples=300)
 @given(st.floats(-0.5, 1.5, width=32, allow_subnormal=False))
 def test_traced_rank_is_exact(fraction):

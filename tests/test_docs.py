@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-BLOCK = re.compile(r"^(?:<!-- needs (?P<needs>[\w ]+) -->\n+)?```python\n(?P<code>.*?)^```", re.M | re.S)
+BLOCK = re.compile(r"^(?:<!-- (?P<note>[\w ]+) -->\n+)?```python\n(?P<code>.*?)^```", re.M | re.S)
 
 # Modules whose functions and classes are public, and which of those are not.
 PUBLIC = {
@@ -22,7 +23,8 @@ PUBLIC = {
     "dst_optax.project": {"project_updates"},
     "dst_optax.rule": set(),
     "dst_optax.reference": {"ReferenceState"},
-    "dst_optax.subset": set(),
+    "dst_optax.subset": {"fingerprint", "fingerprints"},  # described where they are defined
+    "dst_optax.subset.fingerprint": {"changed", "lanes"},
     "dst_optax.subset.models": {"shard_files"},
     "dst_optax.subset.coordinates": set(),
     "dst_optax.subset.versions": set(),
@@ -44,19 +46,24 @@ RETURNED = {
 
 
 def blocks(page):
-    """Packages that a block needs, and its code, padded so that an error names the page's line."""
+    """The code that can run here, padded so that an error names the page's line.
+
+    A comment before a block says ``not run``, or ``needs`` and the packages without which it is left out.
+    """
     text = page.read_text()
     for found in BLOCK.finditer(text):
-        yield (found["needs"] or "").split(), "\n" * text[: found.start("code")].count("\n") + found["code"]
+        note = found["note"] or ""
+        missing = [p for p in note.removeprefix("needs").split() if importlib.util.find_spec(p) is None]
+        if not missing and note != "not run":
+            yield "\n" * text[: found.start("code")].count("\n") + found["code"]
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if any(blocks(p))], ids=lambda p: p.name)
 def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "docs"}
-    for needs, code in blocks(page):
-        if all(importlib.util.find_spec(name) for name in needs):
-            exec(compile(code, str(page), "exec"), names)
+    for code in blocks(page):
+        exec(compile(code, str(page), "exec"), names)
 
 
 def definitions(module):
@@ -112,3 +119,41 @@ def test_links_and_figures_of_the_readme_exist():
     local = [a or b for a, b in targets if not (a or b).startswith("http")]
     assert local
     assert [target for target in local if not (ROOT / target).exists()] == []
+
+
+def benchmarks_page():
+    spec = importlib.util.spec_from_file_location("benchmarks_page", ROOT / "scripts" / "benchmarks_page.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_benchmarks_page_is_that_of_its_records():
+    records = [json.loads(file.read_text()) for file in sorted((DOCS / "benchmarks").glob("*.json"))]
+    assert (DOCS / "benchmarks.md").read_text() == benchmarks_page().page(records)
+
+
+def test_a_record_becomes_a_table_with_its_origin():
+    record = {
+        "environment": {
+            "machine": {"device": "1 x chip", "processor": "some", "cpus": 3, "memory_gb": 7},
+            "versions": {"jax": "1.2.3"},
+            "date": "2031-02-03",
+            "command": "python scripts/benchmark.py selection",
+        },
+        "cells": [
+            {
+                "part": "selection",
+                "n": 10_000,
+                "fraction": fraction,
+                "passes": {"warm": 4, "cold": 9},
+                "times": {"warm": {"ms": 1.234}, "np.partition": {"ms": 456.7}},
+            }
+            for fraction in (0.5, 0.1)
+        ],
+    }
+    found = benchmarks_page().page([record])
+    assert "| 10,000 | 0.1 | 4 | 1.23 ms | 457 ms |" in found
+    assert found.count("python scripts/benchmark.py selection`") == 1
+    assert all(word in found for word in ("1 x chip", "jax 1.2.3", "2031-02-03"))
+    assert found.count("No record yet") == 4

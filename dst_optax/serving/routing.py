@@ -1,4 +1,4 @@
-"""Where an engine keeps each entry of a checkpoint, learnt from the engine's own loader.
+"""Where an engine keeps each entry of a checkpoint, learned from the engine's own loader.
 
 An engine packs a checkpoint's tensors as it likes: query, key and value in one matrix, the slice of this
 device, a padded vocabulary. Its loader knows how. It is run once on tensors without storage, and each copy

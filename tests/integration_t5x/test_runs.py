@@ -9,7 +9,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-pytest.importorskip("t5x.models", reason="needs T5X itself; README says how to install it")
+pytest.importorskip("t5x.models", reason="needs T5X itself; docs/t5x.md says how to install it")
 
 import t5x_runs as runs
 

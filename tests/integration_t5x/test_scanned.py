@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("t5x.models", reason="needs T5X itself; README says how to install it")
+pytest.importorskip("t5x.models", reason="needs T5X itself; docs/t5x.md says how to install it")
 
 import flax
 import seqio

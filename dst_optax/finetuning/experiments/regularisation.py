@@ -1,4 +1,4 @@
-"""Whether a small budget keeps a model from learning its training examples by heart.
+"""Whether a small budget keeps a model from memorising its training examples.
 
 <run_dir>/<examples>/           a run directory of the trainer
 <run_dir>/regularisation.json   a row a run

@@ -1,6 +1,6 @@
 """What it costs to serve many tuned models: swapping subsets against loading models and merging LoRA.
 
-Times do not depend on what a model has learnt: seed models and subsets are random here.
+Times do not depend on what a model has learned: seed models and subsets are random here.
 
     <run_dir>/serving_latency.json    a row a model, way and fraction; resumed by row
     <run_dir>/serving_latency.md, serving_latency.png

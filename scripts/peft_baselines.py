@@ -1,0 +1,152 @@
+"""LoRA and SHiRA of PEFT in PyTorch, on the weights, batches, rates and splits of our sweep.
+
+For comparison with experiments/score_vs_budget_smollm2.gin: the same checkpoint, the same batches in the same
+order, clipped Adam with the same schedule, rates chosen on held-out training rows and scores on the official
+validation split.
+
+    pip install torch transformers peft
+    python scripts/peft_baselines.py --checkpoint smollm2 --data superglue --method shira --budget 1345150 \
+        --learning-rate 1e-3 --out runs/peft.jsonl
+
+LoRA takes the largest rank whose parameters fit the budget. SHiRA spreads it over the same matrices, in
+proportion to their sizes, by its random mask.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, ShiraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from dst_optax.finetuning import inputs
+from dst_optax.finetuning.models.base import language_model
+from dst_optax.finetuning.models.decoder.vocabulary import HuggingFaceVocabulary
+from dst_optax.finetuning.tasks.superglue.sources import HeldOut, JsonlSource
+from dst_optax.finetuning.tasks.superglue.suite import SuperGlue
+
+MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def adapted(model: Any, method: str, budget: int, seed: int) -> Any:
+    """The model with an adapter of at most ``budget`` parameters."""
+    linear = [m for name, m in model.named_modules() if name.rpartition(".")[2] in MATRICES]
+    per_rank = sum(m.in_features + m.out_features for m in linear)
+    rank = budget // per_rank
+    if method == "lora":
+        if not rank:
+            raise SystemExit(f"LoRA takes {per_rank} parameters at rank 1; the budget is {budget}.")
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=16, target_modules=MATRICES))
+    # PEFT's SHiRA has rank * (in + out) entries a matrix as well, chosen at random
+    return get_peft_model(model, ShiraConfig(r=max(rank, 1), target_modules=MATRICES, random_seed=seed))
+
+
+def log_likelihoods(model: Any, batch: inputs.Batch) -> torch.Tensor:
+    """Of the targets of each row, (rows, targets), 0 where there is none."""
+    at = torch.from_numpy(batch["decoder_target_indices"]).long()
+    hidden = model.get_base_model().model(torch.from_numpy(batch["decoder_input_tokens"]).long())[0]
+    rows = torch.arange(len(at))[:, None]
+    logits = model.get_base_model().lm_head(hidden[rows, at])
+    targets = torch.from_numpy(batch["decoder_target_tokens"]).long()
+    found = torch.log_softmax(logits, -1).gather(-1, targets[..., None])[..., 0]
+    return found * torch.from_numpy(batch["decoder_loss_weights"])
+
+
+def score(model: Any, data: SuperGlue, task: str, split: str, lengths: dict[str, int]) -> float:
+    """By the likeliest option, as the trainer scores."""
+    lm = language_model(str(model.name_or_path))
+    found = inputs.eval_split(lm, data.provider(task), split, lengths)
+    options = [data.options(found, example) for example in found.examples]
+    pairs = [
+        (example["inputs"], data.vocabulary.encode(option))
+        for example, each in zip(found.examples, options, strict=True)
+        for option in each
+    ]
+    batch, scores = inputs.batch_of(lm, pairs, lengths), []
+    with torch.no_grad():
+        for start in range(0, len(pairs), 30):
+            part = {name: x[start : start + 30] for name, x in batch.items()}
+            scores += log_likelihoods(model, part).sum(1).tolist()
+    likelihoods = iter(scores)
+    predictions = []
+    for example, each in zip(found.examples, options, strict=True):
+        best = int(np.argmax([next(likelihoods) for _ in each]))
+        predictions.append(found.prediction(each[best], example))
+    return data.score({task: found.metrics(predictions)})
+
+
+def rates(peak: float, steps: int, warmup: int) -> Iterator[float]:
+    """Those of ``optimizers.decayed_adam``: linear warm-up from 0, then a cosine to 0."""
+    for step in range(steps):
+        if step < warmup:
+            yield peak * step / warmup
+        else:
+            yield peak * 0.5 * (1 + np.cos(np.pi * (step - warmup) / (steps - warmup)))
+
+
+def main() -> None:
+    """Trains one adapter, and adds a line to the file."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--checkpoint", required=True, help="a Hugging Face directory")
+    parser.add_argument("--data", required=True, help="of SuperGLUE")
+    parser.add_argument("--method", required=True, choices=["lora", "shira"])
+    parser.add_argument("--budget", required=True, type=int, help="trained parameters at most")
+    parser.add_argument("--learning-rate", required=True, type=float)
+    parser.add_argument("--task", default="cb")
+    parser.add_argument("--held-out", type=int, default=50)
+    parser.add_argument("--inputs", type=int, default=64)
+    parser.add_argument("--targets", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--warmup", type=int, default=6)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--rng-seed", type=int, default=0)
+    parser.add_argument("--out", required=True, type=Path, help="a file of JSON lines")
+    given = parser.parse_args()
+
+    lengths = {"inputs": given.inputs, "targets": given.targets}
+    source = HeldOut(JsonlSource(given.data), given.held_out)
+    vocabulary = HuggingFaceVocabulary(given.checkpoint)
+    data = SuperGlue(source, vocabulary, (given.task,), evaluation="options")
+    mixture = data.register(True)
+    torch.manual_seed(given.rng_seed)
+    model = AutoModelForCausalLM.from_pretrained(given.checkpoint, dtype=torch.float32)
+    model = adapted(model, given.method, given.budget, given.rng_seed)
+    tuned = [p for p in model.parameters() if p.requires_grad]
+    adam = torch.optim.Adam(tuned, betas=(0.9, 0.98))
+    lm = language_model(given.checkpoint)
+    batches = inputs.train_batches(lm, mixture, lengths, given.batch_size, given.rng_seed)
+    began, losses = time.perf_counter(), []
+    for step, rate in enumerate(rates(given.learning_rate, given.steps, given.warmup), 1):
+        batch = next(batches)
+        loss = -log_likelihoods(model, batch).sum() / float(batch["decoder_loss_weights"].sum())
+        adam.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(tuned, 1.0)
+        adam.param_groups[0]["lr"] = rate
+        adam.step()
+        losses.append(loss.item())
+        if step % 10 == 0 or step == 1:
+            print(f"{given.method} step {step}/{given.steps}  loss {losses[-1]:.4f}", flush=True)
+    row = {
+        "task": given.task,
+        "method": f"PEFT {given.method}",
+        "budget": given.budget,
+        "learning_rate": given.learning_rate,
+        "rng_seed": given.rng_seed,
+        "free_params": sum(p.numel() for p in tuned),
+        "seconds": time.perf_counter() - began,
+        "score": score(model, data, given.task, "validation", lengths),
+        "test_score": score(model, data, given.task, "test", lengths),
+    }
+    with open(given.out, "a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Where and how a benchmark was run: what its record must say beside the figures."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+import shlex
+import sys
+from typing import Any
+
+from dst_optax.atomic import atomic_file
+
+PACKAGES = ("jax", "jaxlib", "optax", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions, date and command of this process."""
+    import jax
+
+    script = pathlib.Path(sys.argv[0]).resolve()
+    root = pathlib.Path(__file__).resolve().parents[1]
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "machine": {
+            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "processor": _processor(),
+            "cpus": os.cpu_count(),
+            "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
+        },
+        "versions": {"python": platform.python_version(), **versions},
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": shlex.join(["python", str(script.relative_to(root)), *sys.argv[1:]]),
+    }
+
+
+def write(record: dict[str, Any], file: str | os.PathLike[str]) -> None:
+    """Writes a record as JSON, whole or not at all."""
+    with atomic_file(pathlib.Path(file)) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _processor() -> str:
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
