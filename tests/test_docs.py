@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+PACKAGES = ("dst_optax", "t5x_integration")
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 BLOCK = re.compile(r"^(?:<!-- (?P<note>[\w ]+) -->\n+)?```python\n(?P<code>.*?)^```", re.M | re.S)
 
@@ -105,7 +106,7 @@ def test_every_public_name_has_an_example(name):
 def test_the_errors_that_are_explained_exist():
     """Each row of the page quotes a message up to where it names a parameter or value."""
     strings = []
-    for file in (ROOT / "dst_optax").rglob("*.py"):
+    for file in [f for package in PACKAGES for f in (ROOT / package).rglob("*.py")]:
         strings += [x.value for x in ast.walk(ast.parse(file.read_text())) if isinstance(x, ast.Constant)]
     said = "\n".join(x for x in strings if isinstance(x, str))
     quoted = re.findall(r"^\| `([^`]+)` \|", (DOCS / "errors.md").read_text(), re.M)

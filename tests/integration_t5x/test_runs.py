@@ -12,6 +12,7 @@ from jax.experimental.compilation_cache import compilation_cache
 pytest.importorskip("t5x.models", reason="needs T5X itself; docs/t5x.md says how to install it")
 
 import t5x_runs as runs
+from real_data import REAL_DATA, needs_data
 
 from dst_optax.subset import Subset
 from t5x_integration import export
@@ -23,7 +24,6 @@ pytestmark = [
 ]
 
 PRE, END, EVERY = 4, 10, 2
-DATA = runs.ROOT.parent / "shared" / "data"
 WAYS = {
     "wrapper": (runs.DST,),
     "chain": (runs.DST, "tests/integration_t5x/chain.gin"),
@@ -226,11 +226,11 @@ def test_export_before_the_first_step_asks_for_the_seed(tmp_path, tuned):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the real data in {DATA}")
+@needs_data
 def test_cb_through_training_and_evaluation(root):
     """The official CB with T5's vocabulary; a subset on its seed predicts what the tuned model does."""
-    vocabulary = f'seqio.SentencePieceVocabulary.sentencepiece_model_file="{DATA}/t5_vocab/spiece.model"'
-    data = [vocabulary, f'sources.JsonlSource.directory="{DATA}/superglue"']
+    vocabulary = f'seqio.SentencePieceVocabulary.sentencepiece_model_file="{REAL_DATA}/t5_vocab/spiece.model"'
+    data = [vocabulary, f'sources.JsonlSource.directory="{REAL_DATA}/superglue"']
     small, own = "t5x/examples/t5/t5_1_1/small.gin", "tests/integration_t5x/cb.gin"
 
     def train(name, steps, files, initial):
