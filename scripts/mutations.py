@@ -132,11 +132,11 @@ MUTATIONS = [
     ),
     Mutation(
         "state: of the same plan", "state.py", "if fingerprint != plan.fingerprint:", "if False:",
-        "tests/test_transform.py -k 'another or state'",
+        "tests/test_frameworks.py -k another_plan",
     ),
     Mutation(
         "composable: disjoint states only", "state.py", "if path in found:", "if False:",
-        "tests/test_wrappers.py tests/test_diagnostics.py tests/test_transform.py -k 'disjoint or two'",
+        "tests/test_diagnostics.py -k two_states",
     ),
     Mutation(
         "composable: no callable default", "transform.py", "distance: distances.Distance | None = None",
@@ -151,11 +151,6 @@ MUTATIONS = [
         "speed: one batch in memory", "floats.py",
         "    zero, xs = lax.while_loop(lambda carry: carry[0] != 0, turn, (zero, xs))\n", "",
         "tests/test_structure.py -k temporary_memory",
-    ),
-    Mutation(
-        "speed: the seed is passed on in place", "state.py",
-        "_, seeds = lax.while_loop(", "_, seeds = (lambda c, b, a: (0, [jnp.where(a[0], s, p) for s, p in "
-        "zip(a[1], params, strict=True)]))(", "tests/test_structure.py -k in_place",
     ),
 ]  # fmt: skip
 

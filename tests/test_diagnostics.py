@@ -102,6 +102,18 @@ def test_states_of_disjoint_leaves_add_up():
         diagnostics.metrics(state, plan=silos.make_plan(trace[0]))
 
 
+def test_two_states_of_one_leaf_are_refused():
+    """Which of them would say where the subset is?"""
+    tx = optax.chain(
+        optax.sgd(0.1), dst_optax.dynamic_subset_tuning(0.5), dst_optax.dynamic_subset_tuning(0.1)
+    )
+    params = {"a": jnp.arange(10.0), "b": jnp.ones(5)}
+    updates, state = tx.update(params, tx.init(params), params)
+    for use in (dst_optax.apply_updates, dst_optax.finalize, dst_optax.subset_mask):
+        with pytest.raises(ValueError, match="two DST states hold the parameter 'a'"):
+            use(params, updates, state) if use is dst_optax.apply_updates else use(params, state)
+
+
 def test_frozen_and_free_leaves():
     """A frozen leaf differs nowhere. A free one keeps no seed: nobody can tell where it differs."""
     rules = [("b", 1.0), ("w", 0.0), ("stack", FRACTION)]

@@ -29,9 +29,7 @@ WRAPPERS = {
     "apply_if_finite": lambda opt: optax.apply_if_finite(optax.chain(opt, dst()), 3),
     "inject_hyperparams": lambda opt: optax.chain(
         opt,
-        optax.inject_hyperparams(dst_optax.dynamic_subset_tuning, static_args=("distance", "silos", "ties"))(
-            FRACTION
-        ),
+        optax.inject_hyperparams(dst_optax.dynamic_subset_tuning)(fraction_of_free_params=FRACTION),
     ),
     "schedule": lambda opt: optax.chain(opt, dst(optax.constant_schedule(FRACTION))),
     "frozen_partition": lambda opt: optax.partition(
