@@ -166,6 +166,7 @@ def _run(
       search_paths: directories, separated by commas.
       defaults: settings that the function need not read.
     """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow looks for a GPU that it does not need
     with _without_banners():
         function = getattr(importlib.import_module(module), name)
     import gin  # pyright: ignore[reportMissingImports]

@@ -38,13 +38,29 @@ while [ $# -gt 0 ]; do
       break
       ;;
     create | install | run | fetch | delete | all) command=$1 ;;
-    *) fail "unknown argument '$1'; the head of this file says what there is." ;;
+    -h | --help)
+      sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
+      exit 0
+      ;;
+    *) fail "unknown argument '$1'; --help says what there is." ;;
   esac
   shift
 done
 [ -n "$command" ] || fail "no command: create, install, run, fetch, delete or all."
 [ -n "$name" ] || fail "no --name."
 [ -n "$zone" ] || fail "no --zone."
+case "$command" in
+  create | all) [ -n "$type" ] || fail "no --type, for example v5litepod-8." ;;
+esac
+case "$command" in
+  run | fetch | all) [ -n "$model_dir" ] || fail "no --model_dir, where checkpoints outlive the TPU: gs://..." ;;
+esac
+case "$command" in
+  run | all)
+    [ ${#gin[@]} -gt 0 ] || fail "no gin flags after --."
+    [[ "${gin[*]}" == *dst.gin* ]] || fail "no dst.gin among the gin files: all parameters would be tuned."
+    ;;
+esac
 out=${out:-runs/$name}
 
 run() {
@@ -67,7 +83,6 @@ on() {
 }
 
 create() {
-  [ -n "$type" ] || fail "no --type, for example v5litepod-8."
   tpu create "$name" "--accelerator-type=$type" "--version=$version" ${spot[@]+"${spot[@]}"}
 }
 
@@ -89,8 +104,6 @@ preempted() {
 }
 
 train() {
-  [ -n "$model_dir" ] || fail "no --model_dir, where checkpoints outlive the TPU: gs://..."
-  [ ${#gin[@]} -gt 0 ] || fail "no gin flags after --."
   local flags
   printf -v flags '%q ' "${gin[@]}" "--gin.MODEL_DIR=\"$model_dir\""
   until on all "cd dst-optax && .venv/bin/python -m t5x_integration.train $flags"; do
@@ -103,7 +116,6 @@ train() {
 }
 
 fetch() {
-  [ -n "$model_dir" ] || fail "no --model_dir."
   on 0 "cd dst-optax && rm -rf subset && \
 JAX_PLATFORMS=cpu .venv/bin/python -m t5x_integration.export $model_dir subset"
   run mkdir -p "$(dirname "$out")"

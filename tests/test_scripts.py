@@ -10,7 +10,7 @@ import pytest
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 LAUNCH = ["launch_tpu.sh", "--dry-run", "--name=dst", "--zone=z", "--type=v5litepod-8", "--project=p"]
-RUN = ["--model_dir=gs://b/rte", "--", "--gin_file=a.gin", '--gin.TASKS=["rte"]']
+RUN = ["--model_dir=gs://b/rte", "--", "--gin_file=dst.gin", '--gin.TASKS=["rte"]']
 
 
 def run(*arguments):
@@ -51,7 +51,7 @@ def test_gin_flags_reach_the_workers_unchanged():
     (train,) = commands(run(*LAUNCH, "run", *RUN))
     (remote,) = [a.removeprefix("--command=") for a in train if a.startswith("--command=")]
     assert shlex.split(remote)[-3:] == [
-        "--gin_file=a.gin",
+        "--gin_file=dst.gin",
         '--gin.TASKS=["rte"]',
         '--gin.MODEL_DIR="gs://b/rte"',
     ]
@@ -64,6 +64,9 @@ def test_gin_flags_reach_the_workers_unchanged():
         (["launch_tpu.sh", "--dry-run", "--name=a", "--zone=z"], "no command"),
         (["launch_tpu.sh", "--dry-run", "--name=a", "--zone=z", "create"], "--type"),
         (["launch_tpu.sh", "--dry-run", "--name=a", "--zone=z", "run", "--", "x"], "--model_dir"),
+        ([*LAUNCH, "all", "--", "x"], "--model_dir"),  # before a TPU is made
+        ([*LAUNCH, "all", "--model_dir=gs://b"], "no gin flags"),
+        ([*LAUNCH, "all", "--model_dir=gs://b", "--", "--gin_file=t5_1_1_xxl.gin"], "dst.gin"),
         (["launch_tpu.sh", "--nmae=a"], "--nmae"),
         (["sweep_superglue.sh", "--dry-run", "--model=t6", "--out=o"], "t6"),
         (["sweep_superglue.sh", "--dry-run", "--model=t5_1_1_small"], "--out"),
