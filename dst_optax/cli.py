@@ -75,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as done:
         return int(done.code or 0)
     except ValueError as error:
-        print(f"dst-optax: {error}", file=sys.stderr)
+        said, *_ = str(error).partition("\n  In call to configurable")  # gin's trace of its calls
+        print(f"dst-optax: {said}", file=sys.stderr)
         return 2
     return 0
 

@@ -76,6 +76,10 @@ def test_a_decoder_with_the_vocabulary_of_t5(checkpoints, refused):
     refused("needs its own tokenizer, not ByteVocabulary", seqio.ByteVocabulary(), str(path), path)
 
 
+def test_a_vocabulary_that_is_not_there(tmp_path, refused):
+    refused("absent.model does not exist", seqio.SentencePieceVocabulary("absent.model"), TINY, tmp_path)
+
+
 def test_a_decoder_as_the_checkpoint_of_a_t5(checkpoints, refused):
     refused("model_type is 'llama'", seqio.ByteVocabulary(), TINY, checkpoints["decoder"])
 

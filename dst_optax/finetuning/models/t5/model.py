@@ -18,6 +18,7 @@ from dst_optax.finetuning.models.t5.config import T5Config
 from dst_optax.finetuning.models.t5.decoding import decode
 from dst_optax.finetuning.models.t5.huggingface import save_hf
 from dst_optax.finetuning.models.t5.network import Transformer
+from dst_optax.paths import as_path
 
 if TYPE_CHECKING:
     import seqio
@@ -105,6 +106,9 @@ class T5:
                 f"{type(vocabulary).__name__} is for decoder-only models, and this one is a T5: give its "
                 "SentencePieceVocabulary, or ByteVocabulary for ByT5, and leave models/decoder.gin out."
             )
+        file = getattr(vocabulary, "sentencepiece_model_file", None)
+        if file is not None and not as_path(file).exists():
+            raise ValueError(f"the vocabulary {file} does not exist; VOCAB names T5's spiece.model.")
         unused = self.config.vocab_size - vocabulary.vocab_size
         if unused < 0 or (checkpoint is not None and unused > MAX_UNUSED):
             raise ValueError(
