@@ -110,9 +110,21 @@ def test_commands_work_away_from_the_checkout(installed, tmp_path):
     assert 0 < shown["entries"] < 0.11 * shown["parameters"]
 
 
+T5X = """
+import sys
+import t5x_stub
+
+path = __path__
+t5x_stub.install()
+sys.modules["t5x"].__path__ = path
+sys.modules.pop("t5x.train", None)
+"""
+
+
 def test_t5x_finds_the_gin_files_in_the_wheel(installed, tmp_path):
+    shutil.copy(ROOT / "tests" / "integration_t5x" / "t5x_stub.py", tmp_path)
     (tmp_path / "t5x").mkdir()
-    (tmp_path / "t5x" / "__init__.py").touch()
+    (tmp_path / "t5x" / "__init__.py").write_text(T5X)
     program = "import gin\nprint(gin.parse_config_file('configs/t5x/superglue_tasks.gin').imports)\n"
     (tmp_path / "t5x" / "train.py").write_text(program)
     assert "t5x_integration.tasks" in run(installed, tmp_path, "python", "-m", "t5x_integration.train").stdout
