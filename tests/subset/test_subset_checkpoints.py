@@ -122,9 +122,10 @@ def test_the_command_line_takes_checkpoints(tmp_path, kind):
     assert all((bits(x) == bits(expected[p])).all() for p, x in written.items())
 
 
-@pytest.mark.parametrize("kind", ["orbax", "t5x legacy"])
-def test_one_tensor_is_in_memory_at_a_time(tmp_path, kind, monkeypatch):
-    params = {f"w{i}": np.full((300, 200), i, np.float32) for i in range(6)}
+@pytest.mark.parametrize(("kind", "held"), [("orbax", 4), ("t5x legacy", 1)])
+def test_one_tensor_is_in_memory_at_a_time(tmp_path, kind, held, monkeypatch):
+    """But for those that Orbax's threads hold until their next work."""
+    params = {f"w{i}": np.full((300, 200), i, np.float32) for i in range(12)}
     tuned = jax.tree.map(lambda x: x + 1, params)
     for name, tree in (("seed", params), ("tuned", tuned)):
         WRITERS[kind](tmp_path / name, tree)
@@ -134,7 +135,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path, kind, monkeypatch):
     def counted(self, dtype=None, copy=None):
         for _ in range(100):  # a thread that has just worked on an array lets go of it a moment later
             alive[:] = [r for r in alive if r() is not None]
-            if len(alive) <= 1:
+            if len(alive) <= held:
                 break
             time.sleep(0.01)
         most.append(len(alive))
@@ -147,8 +148,8 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path, kind, monkeypatch):
     found = subset.from_models(seed, models.open_model(tmp_path / "tuned"), 0.01)
     found.save(tmp_path / "subset")
     models.apply_to_files(found, tmp_path / "seed", tmp_path / "out")
-    assert len(most) == 5 * 6
-    assert max(most) <= 1
+    assert len(most) == 5 * 12
+    assert max(most) <= held
 
 
 P = {"dense": {"w": np.arange(6, dtype=np.float32).reshape(2, 3)}}
