@@ -69,8 +69,11 @@ class RunContext:
                 f"recipe: batch_size {recipe.batch_size} must be a multiple of accumulate "
                 f"{recipe.accumulate} times the {self.mesh.shape['data']} devices along data."
             )
-        checkpoint_path = None if checkpoint is None else hub.local_path(checkpoint)
-        plain.check(data.vocabulary, checkpoint_path)
+        # a run directory that keeps its seed needs the checkpoint no more
+        needed = (
+            None if checkpoint is None or RunDir.keeps_seed(Path(run_dir)) else hub.local_path(checkpoint)
+        )
+        plain.check(data.vocabulary, needed)
         self.model = plain.configured(recipe.dtype, recipe.dropout)
         self.train_name = data.register(plain.decoder_only)
         data.check(recipe.lengths["targets"])
@@ -87,8 +90,8 @@ class RunContext:
         self.run_dir = RunDir(Path(run_dir), identity)
         self.run_dir.check()
         processes.barrier(f"{run_dir} is free or ours")
-        self._checkpoint = checkpoint_path
-        load = None if checkpoint_path is None else partial(plain.load, checkpoint_path)
+        self._checkpoint = checkpoint
+        load = None if needed is None else partial(plain.load, needed)
         self.seed = self.run_dir.seed(partial(self.model.init, jax.random.key(0)), load)
         self.seed_fingerprint = storage.fingerprint(self.seed)
         self.start = self.seed if subset_dir is None else subset.Subset.load(subset_dir).apply(self.seed)
@@ -120,7 +123,7 @@ class RunContext:
             return
         if processes.is_primary():
             try:
-                checkpoint = Path(self._checkpoint)
+                checkpoint = Path(hub.local_path(self._checkpoint))
                 if (checkpoint / "config.json").is_file():
                     huggingface.export_subset(directory, checkpoint)
             except (

@@ -59,6 +59,11 @@ class RunDir:
             with storage.shared_directory(self.root / "seed") as temporary:
                 storage.save_model(temporary / "model.safetensors", seed)
 
+    @staticmethod
+    def keeps_seed(root: Path) -> bool:
+        """Whether a run directory has a copy of its seed model."""
+        return (root / "seed" / "model.safetensors").exists()
+
     def seed(self, init: Callable[[], Params], load: Callable[[], Params] | None) -> Params:
         """The seed model on the host: the one kept here, or a new one.
 
