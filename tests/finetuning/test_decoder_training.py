@@ -16,6 +16,7 @@ seqio = pytest.importorskip("seqio")
 
 from dst_optax import subset  # noqa: E402
 from dst_optax.finetuning import inputs, placement, trainer  # noqa: E402
+from dst_optax.finetuning.context import RunContext  # noqa: E402
 from dst_optax.finetuning.evaluator import Evaluator, target_scores  # noqa: E402
 from dst_optax.finetuning.methods.dst import DST  # noqa: E402
 from dst_optax.finetuning.methods.full import Full  # noqa: E402
@@ -74,6 +75,15 @@ def test_every_method_tunes_a_decoder(tmp_path):
         int((x != y).sum()) for x, y in zip(jax.tree.leaves(moved), jax.tree.leaves(params), strict=True)
     )
     assert differing == found["dst"]["free_params"]
+
+
+def test_a_run_that_keeps_its_seed_needs_the_checkpoint_no_more(tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    decoder.save_hf(cases.weights(CONFIG), CONFIG, checkpoint)
+    given = (str(tmp_path / "run"), DATA, CONFIG, RECIPE)
+    before = RunContext(*given, checkpoint=str(checkpoint)).seed_fingerprint
+    checkpoint.rename(tmp_path / "elsewhere")
+    assert RunContext(*given, checkpoint=str(checkpoint)).seed_fingerprint == before
 
 
 def evaluator(data, lengths=RECIPE.lengths):

@@ -366,15 +366,6 @@ def test_a_seed_that_training_starts_from_is_placed_once(whole):
     assert seed is start
 
 
-def test_a_run_that_keeps_its_seed_needs_the_checkpoint_no_more(whole, tmp_path):
-    checkpoint = tmp_path / "checkpoint"
-    t5.save_hf(RunContext(str(whole[0]), DATA, MODEL, RECIPE).seed, MODEL, checkpoint)
-    given = (str(tmp_path / "run"), DATA, MODEL, RECIPE)
-    before = RunContext(*given, checkpoint=str(checkpoint)).seed_fingerprint
-    checkpoint.rename(tmp_path / "elsewhere")
-    assert RunContext(*given, checkpoint=str(checkpoint)).seed_fingerprint == before
-
-
 def test_training_goes_on_from_a_subset(whole, tmp_path):
     """A second stage stays within the budget of the first seed, and starts where the first one ended."""
     first = whole[0] / "dst" / "rng_0" / "tuned" / "subset"
