@@ -81,6 +81,19 @@ def serving(cells: list[Record]) -> str:
     return f"Every request wants another tuned model.\n\n{table(columns, rows)}"
 
 
+def engines(cells: list[Record]) -> str:
+    rows = []
+    for cell in cells:
+        for row in cell["rows"]:
+            medians = [
+                number(row[x]["p50"], " ms") if x in row else "" for x in ("load", "switch", "request")
+            ]
+            head = [ENGINES[cell["engine"]], WAYS[row["way"]], f"{row['entries']:,}"]
+            rows.append([*head, *medians, number(row["request"]["p99"], " ms") if "request" in row else ""])
+    columns = ["", "served as", "free parameters", "load", "switch", "request", "p99"]
+    return f"Every request wants another tuned model.\n\n{table(columns, rows)}"
+
+
 def files(cells: list[Record]) -> str:
     return "\n".join(map(_files, cells))
 
@@ -115,7 +128,11 @@ WAYS = {
     "full": "a checkpoint loaded for each request",
     "subset": "subset",
     "lora": "LoRA, merged anew",
+    "lora unmerged": "LoRA, beside the weights",
+    "patches": "vLLM's own sparse patches",
+    "restart": "a server started on the checkpoint",
 }
+ENGINES = {"torch": "PyTorch", "vllm": "vLLM"}
 STEPS = {
     "read_full": "read the whole model",
     "load": "load a subset",
@@ -129,13 +146,16 @@ PARTS: dict[str, tuple[str, Callable[[list[Record]], str], str]] = {
     "selection": ("The threshold of one silo", selection, "benchmark.py selection"),
     "files": ("Subset files", files, "benchmark_subset.py"),
     "serving": ("Serving in JAX", serving, "benchmark.py serving"),
+    "engines": ("Serving in PyTorch and vLLM", engines, "benchmark_engines.py torch --checkpoint smollm2"),
 }
+
+WHOLE = {"files": "swapping", "engines": "engine"}  # parts whose record is one cell, and a key that it has
 
 
 def cells_of(record: Record, part: str) -> list[Record]:
-    """The cells of a part; the record of benchmark_subset.py is one cell."""
-    if part == "files":
-        return [record] if "swapping" in record else []
+    """The cells of a part; the records of benchmark_subset.py and benchmark_engines.py are one cell each."""
+    if part in WHOLE:
+        return [record] if WHOLE[part] in record else []
     return [cell for cell in record.get("cells", []) if cell["part"] == part]
 
 
