@@ -45,6 +45,31 @@ def as_path(path: str | os.PathLike[str]) -> pathlib.Path:
     return found
 
 
+def local_path(path: str | os.PathLike[str], name: str) -> pathlib.Path:
+    """A path of this machine's file system.
+
+    Args:
+      path: any.
+      name: the argument's, for the error.
+
+    Returns:
+      The path.
+
+    Raises:
+      ValueError: it lies in an object store; pathlib would silently make the local ``gs:/bucket`` of it.
+
+    Example:
+      >>> local_path("runs/cb", "run_dir")
+      PosixPath('runs/cb')
+    """
+    if "://" in os.fspath(path):
+        raise ValueError(
+            f"{name}: {os.fspath(path)} lies in an object store, and this is read and written on a local "
+            "file system; give a local directory and copy what it holds."
+        )
+    return pathlib.Path(path)
+
+
 def is_local(path: pathlib.PurePath) -> bool:
     """Whether a path of :func:`as_path` is of this machine's file system."""
     return isinstance(path, pathlib.Path)

@@ -173,13 +173,15 @@ def vllm_rows(checkpoint: pathlib.Path, scratch: pathlib.Path, runs: int) -> Ite
     """One engine for subsets and patches, and another for LoRA, since vLLM wraps the layers for LoRA."""
     from vllm import LLM, SamplingParams
 
+    news = itertools.count(1000)
     sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
     start = functools.partial(
         LLM, str(checkpoint), max_model_len=64, max_num_seqs=4, enforce_eager=True, disable_log_stats=True
     )
 
     def generate(llm: Any, **options: Any) -> None:
-        llm.generate({"prompt_token_ids": PROMPT}, sampling, use_tqdm=False, **options)
+        prompt = {"prompt_token_ids": [next(news), *PROMPT]}  # a repeated one would be in the prefix cache
+        llm.generate(prompt, sampling, use_tqdm=False, **options)
 
     yield from _vllm_subsets(start(), generate, scratch, runs)
     yield from _vllm_lora(start(enable_lora=True, max_lora_rank=64, max_loras=2), generate, scratch, runs)

@@ -82,16 +82,22 @@ def serving(cells: list[Record]) -> str:
 
 
 def engines(cells: list[Record]) -> str:
+    return "\n".join(map(_engine, cells))
+
+
+def _engine(cell: Record) -> str:
     rows = []
-    for cell in cells:
-        for row in cell["rows"]:
-            medians = [
-                number(row[x]["p50"], " ms") if x in row else "" for x in ("load", "switch", "request")
-            ]
-            head = [ENGINES[cell["engine"]], WAYS[row["way"]], f"{row['entries']:,}"]
-            rows.append([*head, *medians, number(row["request"]["p99"], " ms") if "request" in row else ""])
-    columns = ["", "served as", "free parameters", "load", "switch", "request", "p99"]
-    return f"Every request wants another tuned model.\n\n{table(columns, rows)}"
+    for row in cell["rows"]:
+        medians = [number(row[x]["p50"], " ms") if x in row else "" for x in ("load", "switch", "request")]
+        last = number(row["request"]["p99"], " ms") if "request" in row else ""
+        rows.append([WAYS[row["way"]], f"{row['entries']:,}", *medians, last])
+    model = cell["rows"][0]["model"]
+    columns = ["served as", "free parameters", "load", "switch", "request", "p99"]
+    return (
+        f"{ENGINES[cell['engine']]}, {model}: every request wants another tuned model and a few tokens. A "
+        f"checkpoint that is loaded is mapped into memory, and its pages are read by the request.\n\n"
+        + table(columns, rows)
+    )
 
 
 def files(cells: list[Record]) -> str:

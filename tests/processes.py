@@ -11,14 +11,20 @@ TESTS = pathlib.Path(__file__).parent
 TIMEOUT = 600
 
 
-def start(worker, devices, *arguments):
-    env = {
+def environment(devices):
+    """That of a process with so many host devices."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]),
     }
+
+
+def start(worker, devices, *arguments):
     command = [sys.executable, str(worker), *arguments]
+    env = environment(devices)
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -18,6 +18,7 @@ from dst_optax.finetuning.models.base import language_model
 from dst_optax.finetuning.recipe import Recipe
 from dst_optax.finetuning.run_dir import RunDir
 from dst_optax.finetuning.tasks.base import TaskSuite
+from dst_optax.paths import local_path
 
 
 class RunContext:
@@ -61,6 +62,7 @@ class RunContext:
         reference_seed: bool = False,
         config: str = "",
     ):
+        root = local_path(run_dir, "run_dir")
         plain = language_model(model)
         self.data, self.recipe, self.mesh = data, recipe, placement.make_mesh(mesh_shape)
         self.console = make_console()
@@ -70,9 +72,7 @@ class RunContext:
                 f"{recipe.accumulate} times the {self.mesh.shape['data']} devices along data."
             )
         # a run directory that keeps its seed needs the checkpoint no more
-        needed = (
-            None if checkpoint is None or RunDir.keeps_seed(Path(run_dir)) else hub.local_path(checkpoint)
-        )
+        needed = None if checkpoint is None or RunDir.keeps_seed(root) else hub.local_path(checkpoint)
         plain.check(data.vocabulary, needed)
         self.model = plain.configured(recipe.dtype, recipe.dropout)
         self.train_name = data.register(plain.decoder_only)
@@ -87,7 +87,7 @@ class RunContext:
             "subset_dir": subset_dir,
             "config": config,
         }
-        self.run_dir = RunDir(Path(run_dir), identity)
+        self.run_dir = RunDir(root, identity)
         self.run_dir.check()
         processes.barrier(f"{run_dir} is free or ours")
         self._checkpoint = checkpoint

@@ -1,7 +1,8 @@
 """Checkpoints by their names on the Hugging Face hub."""
 
 import re
-from pathlib import Path
+
+from dst_optax import paths
 
 NAME = re.compile(r"(?P<model>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt")
@@ -26,7 +27,7 @@ def local_path(checkpoint: str) -> str:
       '/'
     """
     name = NAME.fullmatch(checkpoint)
-    if Path(checkpoint).exists() or name is None:
+    if paths.local_path(checkpoint, "checkpoint").exists() or name is None:
         return checkpoint
     try:
         import huggingface_hub  # pyright: ignore[reportMissingImports]

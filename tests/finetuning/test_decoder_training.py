@@ -14,6 +14,8 @@ pytest.importorskip("clu")
 pytest.importorskip("rich")
 seqio = pytest.importorskip("seqio")
 
+from few import Few  # noqa: E402
+
 from dst_optax import subset  # noqa: E402
 from dst_optax.finetuning import inputs, placement, trainer  # noqa: E402
 from dst_optax.finetuning.context import RunContext  # noqa: E402
@@ -25,12 +27,11 @@ from dst_optax.finetuning.methods.prompt import Prompt  # noqa: E402
 from dst_optax.finetuning.models import decoder, t5  # noqa: E402
 from dst_optax.finetuning.models.base import flatten  # noqa: E402
 from dst_optax.finetuning.tasks.jsonl import Jsonl  # noqa: E402
-from dst_optax.finetuning.tasks.superglue.sources import SyntheticSource  # noqa: E402
 from dst_optax.finetuning.tasks.superglue.suite import SuperGlue  # noqa: E402
 
 CONFIG = decoder.DecoderConfig("qwen3", 264, 16, 2, 4, 2, 4, 24, tie_embeddings=True, scan_layers=True)
 RECIPE = trainer.Recipe(
-    steps=2, batch_size=4, lengths={"inputs": 48, "targets": 8}, eval_every=2, eval_batch_size=96, log_every=1
+    steps=2, batch_size=4, lengths={"inputs": 48, "targets": 8}, eval_every=2, eval_batch_size=72, log_every=1
 )
 
 
@@ -45,7 +46,7 @@ class Bytes(seqio.ByteVocabulary):
         return self.decode([i for i in ids if 2 < i < 259])
 
 
-DATA = SuperGlue(SyntheticSource(train_size=8), Bytes(), ("rte",), evaluation="options")
+DATA = SuperGlue(Few(train_size=8), Bytes(), ("rte",), evaluation="options")
 
 
 def test_every_method_tunes_a_decoder(tmp_path):

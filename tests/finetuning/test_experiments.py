@@ -14,6 +14,7 @@ import pytest
 for needed in ("seqio", "orbax.checkpoint", "clu", "rich", "tensorboard", "matplotlib"):
     pytest.importorskip(needed)
 import seqio  # noqa: E402
+from few import Few  # noqa: E402
 
 from dst_optax import cli, subset  # noqa: E402
 from dst_optax.finetuning import optimizers, trainer  # noqa: E402
@@ -28,7 +29,6 @@ from dst_optax.finetuning.experiments import (  # noqa: E402
 from dst_optax.finetuning.methods.dst import DST  # noqa: E402
 from dst_optax.finetuning.methods.full import Full  # noqa: E402
 from dst_optax.finetuning.models import t5  # noqa: E402
-from dst_optax.finetuning.tasks.superglue.sources import SyntheticSource  # noqa: E402
 from dst_optax.finetuning.tasks.superglue.suite import SuperGlue  # noqa: E402
 
 MODEL = t5.T5Config(
@@ -42,9 +42,9 @@ MODEL = t5.T5Config(
     dropout_rate=0.0,
 )
 RECIPE = trainer.Recipe(
-    steps=2, batch_size=4, lengths={"inputs": 48, "targets": 16}, eval_every=2, eval_batch_size=256
+    steps=2, batch_size=4, lengths={"inputs": 48, "targets": 16}, eval_every=2, eval_batch_size=36
 )
-DATA = SuperGlue(SyntheticSource(train_size=20), seqio.ByteVocabulary(), ("rte",))
+DATA = SuperGlue(Few(train_size=20), seqio.ByteVocabulary(), ("rte",))
 
 
 def sweep(directory, rng_seeds=(0, 1), tuning_seeds=1, learning_rates=(1e-2, 1e-1)):

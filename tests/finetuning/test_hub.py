@@ -48,9 +48,14 @@ def test_local_paths_win(cache):
     assert hub.local_path("google/t5-v1_1-small") == "google/t5-v1_1-small"
 
 
-@pytest.mark.parametrize("path", ["/absent/x", "gs://bucket/x", "./a/b", "absent", "a/b/c"])
+@pytest.mark.parametrize("path", ["/absent/x", "./a/b", "absent", "a/b/c"])
 def test_what_is_no_name_stays_a_path(path):
     assert hub.local_path(path) == path
+
+
+def test_a_path_in_an_object_store_is_refused():
+    with pytest.raises(ValueError, match="checkpoint: gs://bucket/x lies in an object store"):
+        hub.local_path("gs://bucket/x")
 
 
 @pytest.mark.parametrize("name", ["google/absent", "google/t5-v1_1-small@v3"])

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
 def run(directory, count, stop=0):
     port = processes.free_port()
     arguments = [(str(directory), str(stop), str(count), port, str(i)) for i in range(count)]
-    return processes.finish(*(processes.start(WORKER, 8 // count, *a) for a in arguments))
+    return processes.finish(*(processes.start(WORKER, 4 // count, *a) for a in arguments))
 
 
 def told(directory):
@@ -53,9 +53,9 @@ def directories(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(root / "cache"))
         (alone,) = run(root / "one", 1)
-        assert (alone["devices"], alone["processes"]) == (8, 1)
+        assert (alone["devices"], alone["processes"]) == (4, 1)
         for found in run(root / "two", 2, stop=3):
-            assert (found["devices"], found["processes"]) == (8, 2)
+            assert (found["devices"], found["processes"]) == (4, 2)
             assert "stopped at step 3" in found["rows"]
         rows = [[{**row, "seconds": 0} for row in found["rows"]] for found in run(root / "two", 2)]
     assert rows[0] == rows[1]

@@ -9,10 +9,11 @@ pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("rich")
 seqio = pytest.importorskip("seqio")
 
+from few import Few  # noqa: E402
+
 from dst_optax.finetuning import placement, trainer  # noqa: E402
 from dst_optax.finetuning.evaluator import Evaluator  # noqa: E402
 from dst_optax.finetuning.models import t5  # noqa: E402
-from dst_optax.finetuning.tasks.superglue.sources import SyntheticSource  # noqa: E402
 from dst_optax.finetuning.tasks.superglue.suite import SuperGlue  # noqa: E402
 
 CONFIG = t5.T5Config(384, 16, 2, 1, 1, 8, 16)
@@ -20,13 +21,16 @@ VOCABULARY = seqio.ByteVocabulary()
 RECIPE = trainer.Recipe(steps=1, lengths={"inputs": 64, "targets": 16}, eval_batch_size=100)
 
 
+@jax.jit
+def network_of(params, *tokens):
+    return t5.Transformer(CONFIG).apply({"params": params}, *tokens, enable_dropout=False)
+
+
 def log_likelihood(params, inputs, option):
     """Of an option's bytes, one after the other, on one row without padding."""
     targets = np.array([[byte + 3 for byte in option.encode()]], np.int32)
     shifted = np.pad(targets, [(0, 0), (1, 0)])[:, :-1]
-    logits = t5.Transformer(CONFIG).apply(
-        {"params": params}, inputs[None], shifted, targets, enable_dropout=False
-    )
+    logits = network_of(params, inputs[None], shifted, targets)
     chosen = jax.nn.log_softmax(logits[0])[np.arange(targets.size), targets[0]]
     return float(jnp.sum(chosen))
 
@@ -37,10 +41,10 @@ def log_likelihood(params, inputs, option):
 )
 def test_the_likeliest_option_of_a_t5(task, options, predicted):
     """The options are the words that T5 was trained on; of unequal ones, the shorter is the likelier."""
-    data = SuperGlue(SyntheticSource(train_size=8), VOCABULARY, (task,), evaluation="options")
+    data = SuperGlue(Few(train_size=8), VOCABULARY, (task,), evaluation="options")
     data.register()
     model = t5.T5(CONFIG)
-    params = jax.tree.map(lambda x: 3 * x, model.init(jax.random.key(0)))
+    params = jax.tree.map(lambda x: 3 * x, jax.jit(model.init)(jax.random.key(0)))
     evaluator = Evaluator(model, data, RECIPE, placement.make_mesh())
     split = evaluator.split(task, "validation")
     metrics, score = evaluator.score(params)

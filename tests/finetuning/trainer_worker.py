@@ -1,4 +1,4 @@
-"""Trains with DST on a mesh of eight devices, in one process or two; test_processes.py compares them.
+"""Trains with DST on a mesh of four devices, in one process or two; test_processes.py compares them.
 
 python trainer_worker.py <run_dir> <step to stop at, or 0> <processes> <port> <index>
 """
@@ -11,11 +11,11 @@ import sys
 import jax
 import optax
 import seqio
+from few import Few
 
 from dst_optax.finetuning import inputs, trainer
 from dst_optax.finetuning.methods.dst import DST
 from dst_optax.finetuning.models import t5
-from dst_optax.finetuning.tasks.superglue.sources import SyntheticSource
 from dst_optax.finetuning.tasks.superglue.suite import SuperGlue
 
 MODEL = t5.T5Config(
@@ -34,9 +34,9 @@ RECIPE = trainer.Recipe(
     lengths={"inputs": 48, "targets": 16},
     eval_every=2,
     log_every=1,
-    eval_batch_size=256,
+    eval_batch_size=32,
 )
-DATA = SuperGlue(SyntheticSource(train_size=40), seqio.ByteVocabulary(), ("rte",))
+DATA = SuperGlue(Few(), seqio.ByteVocabulary(), ("rte",))
 
 
 def stopped_at(step, batches):
@@ -53,7 +53,7 @@ def main(directory, stop):
         inputs.train_batches = lambda *where: stopped_at(stop, read(*where))
     methods = {"dst": DST(optax.adam(1e-2), 0.05)}
     try:
-        return trainer.finetune(directory, DATA, MODEL, methods, RECIPE, mesh_shape=(2, 4))
+        return trainer.finetune(directory, DATA, MODEL, methods, RECIPE, mesh_shape=(2, 2))
     except trainer.Interrupted as e:
         return str(e)
 

@@ -8,7 +8,6 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from dst_optax.finetuning.recipe import Recipe
 from dst_optax.finetuning.tasks.superglue.sources import SyntheticSource
 from dst_optax.finetuning.tasks.superglue.suite import SuperGlue
 from dst_optax.finetuning.trainer import Run
+from dst_optax.paths import local_path
 
 Row = dict[str, Any]
 
@@ -54,7 +54,7 @@ def regularisation(
     Returns:
       Rows of ``method``, ``examples``, ``rng_seed``, ``free_params``, ``train``, ``score`` and ``gap``.
     """
-    root, rows = Path(run_dir), []
+    root, rows = local_path(run_dir, "run_dir"), []
     recipe = replace(recipe, eval_every=recipe.steps, patience=None, score_train=True)
     for size in sizes:
         context = RunContext(

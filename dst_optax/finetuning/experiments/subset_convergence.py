@@ -21,6 +21,7 @@ import numpy as np
 from dst_optax import subset
 from dst_optax.finetuning import storage
 from dst_optax.finetuning.experiments import figures
+from dst_optax.paths import local_path
 
 LOGGED = ("churn", "free_params", "threshold_min", "threshold_median", "threshold_max")
 _LAYER = re.compile(r"^(encoder|decoder)/layers_(\d+)/(.*?)(/kernel|/scale)?$")
@@ -42,7 +43,7 @@ def subset_convergence(run_dir: str, *, panels: int = 4) -> dict[str, Any]:
     Raises:
       ValueError: there are no snapshots.
     """
-    root = Path(run_dir)
+    root = local_path(run_dir, "run_dir")
     runs = {path.parent.name: _snapshots(path) for path in sorted(root.glob("rng_*/snapshots"))}
     if not runs or not all(runs.values()):
         raise ValueError(f"{root} has no rng_*/snapshots; train with Recipe.snapshot_every.")

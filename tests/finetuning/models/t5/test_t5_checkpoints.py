@@ -412,17 +412,18 @@ def test_transformers_reads_what_is_saved_and_agrees(tmp_path, name):
 
 def test_a_run_starts_from_a_t5x_checkpoint(tmp_path):
     seqio = pytest.importorskip("seqio")
+    from few import Few
+
     from dst_optax import subset
     from dst_optax.finetuning import trainer
     from dst_optax.finetuning.methods.dst import DST
-    from dst_optax.finetuning.tasks.superglue.sources import SyntheticSource
     from dst_optax.finetuning.tasks.superglue.suite import SuperGlue
 
     model = dataclasses.replace(CONFIG, vocab_size=384)
     seed = jax.tree.map(np.asarray, cases.weights(model))
-    data = SuperGlue(SyntheticSource(train_size=8), seqio.ByteVocabulary(), ("rte",))
+    data = SuperGlue(Few(train_size=8), seqio.ByteVocabulary(), ("rte",))
     recipe = trainer.Recipe(
-        steps=2, batch_size=4, lengths={"inputs": 48, "targets": 16}, eval_every=2, eval_batch_size=256
+        steps=2, batch_size=4, lengths={"inputs": 48, "targets": 16}, eval_every=2, eval_batch_size=36
     )
     trainer.finetune(
         str(tmp_path / "run"),

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 import t5_cases as cases
 
@@ -300,12 +300,7 @@ print(json.dumps(dict(
 @pytest.mark.slow
 def test_mesh_of_eight_devices_gives_the_same_logits_and_tokens():
     here = pathlib.Path(__file__).parent
-    env = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": os.pathsep.join([str(here.parents[3]), os.environ.get("PYTHONPATH", "")]),
-    }
+    env = processes.environment(8)
     script = MESH.format(here=str(here))
     done = subprocess.run(
         [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=300
