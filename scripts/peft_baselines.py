@@ -8,8 +8,9 @@ validation split.
     python scripts/peft_baselines.py --checkpoint smollm2 --data superglue --method shira --budget 1345150 \
         --learning-rate 1e-3 --out runs/peft.jsonl
 
-LoRA takes the largest rank whose parameters fit the budget. SHiRA spreads it over the same matrices, in
-proportion to their sizes, by its random mask.
+LoRA spends the budget as our method does: the same rank for all matrices, and one more for some. SHiRA frees
+entries of the same matrices at random, as many in each as LoRA of some rank has, so it may stay below the
+budget; the row says how many there are.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from peft import LoraConfig, ShiraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from dst_optax.finetuning import inputs
+from dst_optax.finetuning.methods.lora import ranks
 from dst_optax.finetuning.models.base import language_model
 from dst_optax.finetuning.models.decoder.vocabulary import HuggingFaceVocabulary
 from dst_optax.finetuning.tasks.superglue.sources import HeldOut, JsonlSource
@@ -35,14 +37,12 @@ MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 
 def adapted(model: Any, method: str, budget: int, seed: int) -> Any:
     """The model with an adapter of at most ``budget`` parameters."""
-    linear = [m for name, m in model.named_modules() if name.rpartition(".")[2] in MATRICES]
-    per_rank = sum(m.in_features + m.out_features for m in linear)
-    rank = budget // per_rank
+    linear = {name: m for name, m in model.named_modules() if name.rpartition(".")[2] in MATRICES}
     if method == "lora":
-        if not rank:
-            raise SystemExit(f"LoRA takes {per_rank} parameters at rank 1; the budget is {budget}.")
-        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=16, target_modules=MATRICES))
-    # PEFT's SHiRA has rank * (in + out) entries a matrix as well, chosen at random
+        found = ranks({name: tuple(m.weight.shape) for name, m in linear.items()}, budget)
+        config = LoraConfig(r=1, rank_pattern=found, lora_alpha=16, target_modules=list(found))
+        return get_peft_model(model, config)
+    rank = budget // sum(m.in_features + m.out_features for m in linear.values())
     return get_peft_model(model, ShiraConfig(r=max(rank, 1), target_modules=MATRICES, random_seed=seed))
 
 
