@@ -11,20 +11,16 @@ TESTS = pathlib.Path(__file__).parent
 TIMEOUT = 600
 
 
-def environment(devices):
-    """That of a process with so many host devices."""
+def start(worker, devices, *arguments):
+    """Starts a file, or "-c" and a program."""
     flags = os.environ.get("XLA_FLAGS", "")
-    return {
+    env = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]),
     }
-
-
-def start(worker, devices, *arguments):
     command = [sys.executable, str(worker), *arguments]
-    env = environment(devices)
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

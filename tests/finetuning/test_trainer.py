@@ -356,8 +356,7 @@ SGD = {"dst": DST(optax.sgd(0.3, momentum=0.9), 0.05)}  # Adam makes much of rou
 @pytest.mark.slow
 def test_model_parallel_training_is_data_parallel_training(tmp_path):
     code = EIGHT.format(tests=TESTS, run=str(tmp_path))
-    env = processes.environment(8)
-    done = subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True)
+    (places,) = processes.finish(processes.start("-c", 8, code))
     losses = []
     for shape in ("8x1", "2x4"):
         lines = (tmp_path / shape / "dst/rng_0/metrics.jsonl").read_text().splitlines()
@@ -365,7 +364,6 @@ def test_model_parallel_training_is_data_parallel_training(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0][-1] < 0.95 * losses[0][0]
 
-    places = json.loads(done.stdout.splitlines()[-1])
     kernels = [x for name, x in places.items() if name.endswith("encoder/layers_0/mlp/wi_0/kernel")]
     assert kernels == [[[None, "model"], 4]] * 3  # parameter, momentum, seed
     scalars = [x for n, x in places.items() if n.rpartition("/")[2] in ("captured", "threshold", "step")]

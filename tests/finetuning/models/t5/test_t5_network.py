@@ -2,10 +2,7 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -300,13 +297,7 @@ print(json.dumps(dict(
 @pytest.mark.slow
 def test_mesh_of_eight_devices_gives_the_same_logits_and_tokens():
     here = pathlib.Path(__file__).parent
-    env = processes.environment(8)
-    script = MESH.format(here=str(here))
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    (found,) = processes.finish(processes.start("-c", 8, MESH.format(here=str(here))))
     assert found["error"] < 1e-4
     assert found["tokens"]
     assert found["shard"] == [1, 7, 24]
