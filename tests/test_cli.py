@@ -177,6 +177,12 @@ def test_every_config_has_a_value_for_all_that_it_reads(run, gin_files):
     gin_files.check(["RUN_DIR='x'"], function)
 
 
+def test_a_directory_on_the_path_is_not_taken_for_a_package(gin_files, tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()  # what superglue/synthetic.gin includes is models/tiny.gin
+    monkeypatch.syspath_prepend(tmp_path)
+    gin_files.configure(["superglue/synthetic.gin"], ["WARMUP=0"])
+
+
 def test_without_warmup_the_rate_is_constant(gin_files):
     import gin
 

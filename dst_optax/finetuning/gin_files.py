@@ -13,6 +13,7 @@ from typing import Any
 
 import gin  # pyright: ignore[reportMissingImports]
 from gin import config as gin_config  # pyright: ignore[reportMissingImports]
+from gin import resource_reader  # pyright: ignore[reportMissingImports]
 
 CONFIGS = Path(str(resources.files("dst_optax.finetuning"))) / "configs"
 """The gin files that come with the package."""
@@ -30,6 +31,18 @@ def add_search_paths(*directories: str) -> None:
     """
     for directory in (*directories, str(CONFIGS), str(CONFIGS.parent)):
         gin.add_config_file_search_path(directory)
+    readers: list[Any] = gin_config._FILE_READERS
+    for i, (reader, exists) in enumerate(readers):
+        if exists is resource_reader.system_path_file_exists:
+            readers[i] = (reader, _is_in_a_package)
+
+
+def _is_in_a_package(file: str) -> bool:
+    """The check of gin, which fails where a directory on Python's path, such as ``models``, is no package."""
+    try:
+        return resource_reader.system_path_file_exists(file)
+    except TypeError:
+        return False
 
 
 def configure(files: Sequence[str], bindings: Sequence[str]) -> None:
