@@ -45,7 +45,7 @@ def as_path(path: str | os.PathLike[str]) -> pathlib.Path:
     return found
 
 
-def local_path(path: str | os.PathLike[str], name: str) -> pathlib.Path:
+def require_local(path: str | os.PathLike[str], name: str) -> pathlib.Path:
     """A path of this machine's file system.
 
     Args:
@@ -59,7 +59,7 @@ def local_path(path: str | os.PathLike[str], name: str) -> pathlib.Path:
       ValueError: it lies in an object store; pathlib would silently make the local ``gs:/bucket`` of it.
 
     Example:
-      >>> local_path("runs/cb", "run_dir")
+      >>> require_local("runs/cb", "run_dir")
       PosixPath('runs/cb')
     """
     if "://" in os.fspath(path):

@@ -184,7 +184,9 @@ def vllm_rows(checkpoint: pathlib.Path, scratch: pathlib.Path, runs: int) -> Ite
         llm.generate(prompt, sampling, use_tqdm=False, **options)
 
     yield from _vllm_subsets(start(), generate, scratch, runs)
-    yield from _vllm_lora(start(enable_lora=True, max_lora_rank=64, max_loras=2), generate, scratch, runs)
+    rank = json.loads((scratch / "lora_a" / "adapter_config.json").read_text())["r"]
+    room = next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank)  # what vLLM pads ranks to
+    yield from _vllm_lora(start(enable_lora=True, max_lora_rank=room, max_loras=2), generate, scratch, runs)
     again = f"import vllm; vllm.LLM({str(scratch / 'tuned')!r}, max_model_len=64, enforce_eager=True)"
     restart = functools.partial(
         subprocess.run, [sys.executable, "-c", again], check=True, capture_output=True
@@ -205,9 +207,11 @@ def _vllm_subsets(llm: Any, generate: Callable[..., None], scratch: pathlib.Path
         subsets.unload("c")
 
     def patch(name: str) -> None:
-        llm.collective_rpc(_write_patches, args=(str(scratch / name),))
+        llm.collective_rpc(_write_patches, args=(name,))
         llm.reset_prefix_cache()
 
+    for name in "ab":
+        llm.collective_rpc(_read_patches, args=(name, str(scratch / name)))
     activate, write = alternating(subsets.activate), alternating(patch)
     entries = subsets.list()[0].entries
     yield {
@@ -252,24 +256,33 @@ def _vllm_lora(llm: Any, generate: Callable[..., None], scratch: pathlib.Path, r
     llm.llm_engine.engine_core.shutdown()
 
 
-def _write_patches(worker: Any, directory: str) -> None:
-    """Sparse updates as vLLM has them: through its loader as tensors full of NaN, not taken back."""
+def _read_patches(worker: Any, name: str, directory: str) -> None:
+    """Keeps a subset in a worker in the form that vLLM's own sparse updates have."""
     import torch
-    from vllm.model_executor.model_loader.checkpoint_weight_patch import (
-        CheckpointWeightPatch,
-        load_checkpoint_weight_patches,
-    )
+    from vllm.model_executor.model_loader.checkpoint_weight_patch import CheckpointWeightPatch
 
     from dst_optax.serving.in_place import DTYPES, bits
 
     dtypes = {dtype: name for name, dtype in DTYPES.items()}
-    patches = []
-    for name, e in Subset.load(directory).items():
-        values = bits(e.values, "cpu").view(dtypes[e.dtype])
-        patches.append(
-            CheckpointWeightPatch(name, e.shape, dtypes[e.dtype], values, torch.from_numpy(e.positions))
-        )
-    load_checkpoint_weight_patches(worker.get_model(), patches)
+    worker.patches = getattr(worker, "patches", {}) | {
+        name: [
+            CheckpointWeightPatch(
+                path,
+                e.shape,
+                dtypes[e.dtype],
+                bits(e.values, torch.device("cpu")).view(dtypes[e.dtype]),
+                torch.from_numpy(e.positions),
+            )
+            for path, e in Subset.load(directory).items()
+        ]
+    }
+
+
+def _write_patches(worker: Any, name: str) -> None:
+    """Through the model's loader, as tensors full of NaN; what an earlier patch wrote stays."""
+    from vllm.model_executor.model_loader.checkpoint_weight_patch import load_checkpoint_weight_patches
+
+    load_checkpoint_weight_patches(worker.get_model(), worker.patches[name])
 
 
 def main() -> None:

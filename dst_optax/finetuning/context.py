@@ -18,7 +18,7 @@ from dst_optax.finetuning.models.base import language_model
 from dst_optax.finetuning.recipe import Recipe
 from dst_optax.finetuning.run_dir import RunDir
 from dst_optax.finetuning.tasks.base import TaskSuite
-from dst_optax.paths import local_path
+from dst_optax.paths import require_local
 
 
 class RunContext:
@@ -62,7 +62,7 @@ class RunContext:
         reference_seed: bool = False,
         config: str = "",
     ):
-        root = local_path(run_dir, "run_dir")
+        root = require_local(run_dir, "run_dir")
         plain = language_model(model)
         self.data, self.recipe, self.mesh = data, recipe, placement.make_mesh(mesh_shape)
         self.console = make_console()

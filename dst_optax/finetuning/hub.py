@@ -27,7 +27,7 @@ def local_path(checkpoint: str) -> str:
       '/'
     """
     name = NAME.fullmatch(checkpoint)
-    if paths.local_path(checkpoint, "checkpoint").exists() or name is None:
+    if paths.require_local(checkpoint, "checkpoint").exists() or name is None:
         return checkpoint
     try:
         import huggingface_hub  # pyright: ignore[reportMissingImports]

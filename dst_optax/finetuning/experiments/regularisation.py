@@ -21,7 +21,7 @@ from dst_optax.finetuning.recipe import Recipe
 from dst_optax.finetuning.tasks.superglue.sources import SyntheticSource
 from dst_optax.finetuning.tasks.superglue.suite import SuperGlue
 from dst_optax.finetuning.trainer import Run
-from dst_optax.paths import local_path
+from dst_optax.paths import require_local
 
 Row = dict[str, Any]
 
@@ -54,7 +54,7 @@ def regularisation(
     Returns:
       Rows of ``method``, ``examples``, ``rng_seed``, ``free_params``, ``train``, ``score`` and ``gap``.
     """
-    root, rows = local_path(run_dir, "run_dir"), []
+    root, rows = require_local(run_dir, "run_dir"), []
     recipe = replace(recipe, eval_every=recipe.steps, patience=None, score_train=True)
     for size in sizes:
         context = RunContext(

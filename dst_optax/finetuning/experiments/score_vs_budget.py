@@ -32,7 +32,7 @@ from dst_optax.finetuning.methods import Method
 from dst_optax.finetuning.recipe import Recipe
 from dst_optax.finetuning.tasks.superglue.suite import SuperGlue
 from dst_optax.finetuning.trainer import Run
-from dst_optax.paths import local_path
+from dst_optax.paths import require_local
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def score_vs_budget(
         raise ValueError(f"tuning_seeds: got {tuning_seeds}; it must be from 1 to {len(rng_seeds)}.")
     if unknown := set(budgets) - set(methods):
         raise ValueError(f"budgets of unknown methods: {', '.join(sorted(unknown))}.")
-    root = local_path(run_dir, "run_dir")
+    root = require_local(run_dir, "run_dir")
     sheet = Sheet(root / "results.jsonl")
 
     def context(task: str, where: Path, recipe: Recipe) -> RunContext:

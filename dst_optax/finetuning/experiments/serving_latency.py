@@ -23,7 +23,7 @@ from dst_optax.finetuning.experiments import figures
 from dst_optax.finetuning.methods.lora import LoRA
 from dst_optax.finetuning.models import t5
 from dst_optax.finetuning.models.t5.parameters import unflatten
-from dst_optax.paths import local_path
+from dst_optax.paths import require_local
 
 Row = dict[str, Any]
 PERCENTILES = (50, 95, 99)
@@ -57,7 +57,7 @@ def serving_latency(
     Raises:
       ValueError: ``run_dir`` has rows of other models, fractions or settings.
     """
-    root = local_path(run_dir, "run_dir")
+    root = require_local(run_dir, "run_dir")
     root.mkdir(parents=True, exist_ok=True)
     settings = {"requests": requests, "input_length": input_length, "target_length": target_length}
     ways = [("none", None), ("full", 1.0), *((way, f) for f in fractions for way in ("subset", "lora"))]

@@ -21,7 +21,7 @@ import numpy as np
 from dst_optax import subset
 from dst_optax.finetuning import storage
 from dst_optax.finetuning.experiments import figures
-from dst_optax.paths import local_path
+from dst_optax.paths import require_local
 
 LOGGED = ("churn", "free_params", "threshold_min", "threshold_median", "threshold_max")
 _LAYER = re.compile(r"^(encoder|decoder)/layers_(\d+)/(.*?)(/kernel|/scale)?$")
@@ -43,7 +43,7 @@ def subset_convergence(run_dir: str, *, panels: int = 4) -> dict[str, Any]:
     Raises:
       ValueError: there are no snapshots.
     """
-    root = local_path(run_dir, "run_dir")
+    root = require_local(run_dir, "run_dir")
     runs = {path.parent.name: _snapshots(path) for path in sorted(root.glob("rng_*/snapshots"))}
     if not runs or not all(runs.values()):
         raise ValueError(f"{root} has no rng_*/snapshots; train with Recipe.snapshot_every.")
