@@ -6,7 +6,9 @@ validation split.
 
     pip install torch transformers peft
     python scripts/peft_baselines.py --checkpoint smollm2 --data superglue --method shira --budget 1345150 \
-        --learning-rate 1e-3 --out runs/peft.jsonl
+        --learning-rates 1e-3 3e-3 --rng-seeds 0 1 2 --out runs/peft.jsonl
+
+A GPU is used where there is one. Runs that the file has are not repeated.
 
 LoRA spends the budget as our method does: the same rank for all matrices, and one more for some. SHiRA frees
 entries of the same matrices at random, as many in each as LoRA of some rank has, so it may stay below the
@@ -48,13 +50,14 @@ def adapted(model: Any, method: str, budget: int, seed: int) -> Any:
 
 def log_likelihoods(model: Any, batch: inputs.Batch) -> torch.Tensor:
     """Of the targets of each row, (rows, targets), 0 where there is none."""
-    at = torch.from_numpy(batch["decoder_target_indices"]).long()
-    hidden = model.get_base_model().model(torch.from_numpy(batch["decoder_input_tokens"]).long())[0]
-    rows = torch.arange(len(at))[:, None]
+    on_device = {name: torch.from_numpy(x).to(model.device) for name, x in batch.items()}
+    at = on_device["decoder_target_indices"].long()
+    hidden = model.get_base_model().model(on_device["decoder_input_tokens"].long())[0]
+    rows = torch.arange(len(at), device=model.device)[:, None]
     logits = model.get_base_model().lm_head(hidden[rows, at])
-    targets = torch.from_numpy(batch["decoder_target_tokens"]).long()
+    targets = on_device["decoder_target_tokens"].long()
     found = torch.log_softmax(logits, -1).gather(-1, targets[..., None])[..., 0]
-    return found * torch.from_numpy(batch["decoder_loss_weights"])
+    return found * on_device["decoder_loss_weights"]
 
 
 def score(model: Any, data: SuperGlue, task: str, split: str, lengths: dict[str, int]) -> float:
@@ -81,7 +84,7 @@ def score(model: Any, data: SuperGlue, task: str, split: str, lengths: dict[str,
 
 
 def rates(peak: float, steps: int, warmup: int) -> Iterator[float]:
-    """Those of ``optimizers.decayed_adam``: linear warm-up from 0, then a cosine to 0."""
+    """Those of ``optimizers.decayed``: linear warm-up from 0, then a cosine to 0."""
     for step in range(steps):
         if step < warmup:
             yield peak * step / warmup
@@ -89,39 +92,21 @@ def rates(peak: float, steps: int, warmup: int) -> Iterator[float]:
             yield peak * 0.5 * (1 + np.cos(np.pi * (step - warmup) / (steps - warmup)))
 
 
-def main() -> None:
-    """Trains one adapter, and adds a line to the file."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--checkpoint", required=True, help="a Hugging Face directory")
-    parser.add_argument("--data", required=True, help="of SuperGLUE")
-    parser.add_argument("--method", required=True, choices=["lora", "shira"])
-    parser.add_argument("--budget", required=True, type=int, help="trained parameters at most")
-    parser.add_argument("--learning-rate", required=True, type=float)
-    parser.add_argument("--task", default="cb")
-    parser.add_argument("--held-out", type=int, default=50)
-    parser.add_argument("--inputs", type=int, default=64)
-    parser.add_argument("--targets", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--warmup", type=int, default=6)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--rng-seed", type=int, default=0)
-    parser.add_argument("--out", required=True, type=Path, help="a file of JSON lines")
-    given = parser.parse_args()
-
+def train(
+    given: argparse.Namespace, data: SuperGlue, mixture: str, peak: float, rng_seed: int
+) -> dict[str, Any]:
+    """The row of one run."""
     lengths = {"inputs": given.inputs, "targets": given.targets}
-    source = HeldOut(JsonlSource(given.data), given.held_out)
-    vocabulary = HuggingFaceVocabulary(given.checkpoint)
-    data = SuperGlue(source, vocabulary, (given.task,), evaluation="options")
-    mixture = data.register(True)
-    torch.manual_seed(given.rng_seed)
+    torch.manual_seed(rng_seed)
     model = AutoModelForCausalLM.from_pretrained(given.checkpoint, dtype=torch.float32)
-    model = adapted(model, given.method, given.budget, given.rng_seed)
+    model = adapted(model, given.method, given.budget, rng_seed)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     tuned = [p for p in model.parameters() if p.requires_grad]
     adam = torch.optim.Adam(tuned, betas=(0.9, 0.98))
     lm = language_model(given.checkpoint)
-    batches = inputs.train_batches(lm, mixture, lengths, given.batch_size, given.rng_seed)
-    began, losses = time.perf_counter(), []
-    for step, rate in enumerate(rates(given.learning_rate, given.steps, given.warmup), 1):
+    batches = inputs.train_batches(lm, mixture, lengths, given.batch_size, rng_seed)
+    began = time.perf_counter()
+    for step, rate in enumerate(rates(peak, given.steps, given.warmup), 1):
         batch = next(batches)
         loss = -log_likelihoods(model, batch).sum() / float(batch["decoder_loss_weights"].sum())
         adam.zero_grad()
@@ -129,23 +114,54 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(tuned, 1.0)
         adam.param_groups[0]["lr"] = rate
         adam.step()
-        losses.append(loss.item())
         if step % 10 == 0 or step == 1:
-            print(f"{given.method} step {step}/{given.steps}  loss {losses[-1]:.4f}", flush=True)
-    row = {
+            print(f"{given.method} {peak:g} step {step}/{given.steps}  loss {loss.item():.4f}", flush=True)
+    return {
         "task": given.task,
         "method": f"PEFT {given.method}",
         "budget": given.budget,
-        "learning_rate": given.learning_rate,
-        "rng_seed": given.rng_seed,
+        "learning_rate": peak,
+        "rng_seed": rng_seed,
         "free_params": sum(p.numel() for p in tuned),
         "seconds": time.perf_counter() - began,
         "score": score(model, data, given.task, "validation", lengths),
         "test_score": score(model, data, given.task, "test", lengths),
     }
-    with open(given.out, "a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(json.dumps(row))
+
+
+def main() -> None:
+    """Trains the adapters, and adds a line a run to the file."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--checkpoint", required=True, help="a Hugging Face directory")
+    parser.add_argument("--data", required=True, help="of SuperGLUE")
+    parser.add_argument("--method", required=True, choices=["lora", "shira"])
+    parser.add_argument("--budget", required=True, type=int, help="trained parameters at most")
+    parser.add_argument("--learning-rates", required=True, type=float, nargs="+")
+    parser.add_argument("--rng-seeds", default=[0], type=int, nargs="+")
+    parser.add_argument("--task", default="cb")
+    parser.add_argument("--held-out", type=int, default=50)
+    parser.add_argument("--inputs", type=int, default=64)
+    parser.add_argument("--targets", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--warmup", type=int, default=6)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--out", required=True, type=Path, help="a file of JSON lines")
+    given = parser.parse_args()
+
+    source = HeldOut(JsonlSource(given.data), given.held_out)
+    vocabulary = HuggingFaceVocabulary(given.checkpoint)
+    data = SuperGlue(source, vocabulary, (given.task,), evaluation="options")
+    mixture = data.register(True)
+    names = ("task", "method", "budget", "learning_rate", "rng_seed")
+    lines = given.out.read_text().splitlines() if given.out.exists() else []
+    done = {tuple(json.loads(line)[name] for name in names) for line in lines}
+    for rng_seed in given.rng_seeds:
+        for peak in given.learning_rates:
+            if (given.task, f"PEFT {given.method}", given.budget, peak, rng_seed) not in done:
+                row = train(given, data, mixture, peak, rng_seed)
+                with open(given.out, "a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ from dst_optax import subset
 from dst_optax.finetuning import hub, placement, processes, storage
 from dst_optax.finetuning.display import make_console
 from dst_optax.finetuning.evaluator import Evaluator
-from dst_optax.finetuning.methods import Params
+from dst_optax.finetuning.methods import Method, Params
 from dst_optax.finetuning.models import huggingface
 from dst_optax.finetuning.models.base import language_model
 from dst_optax.finetuning.recipe import Recipe
 from dst_optax.finetuning.run_dir import RunDir
+from dst_optax.finetuning.steps import Programs
 from dst_optax.finetuning.tasks.base import TaskSuite
 from dst_optax.paths import require_local
 
@@ -97,6 +98,7 @@ class RunContext:
         self.start = self.seed if subset_dir is None else subset.Subset.load(subset_dir).apply(self.seed)
         self.run_dir.claim(None if reference_seed else self.seed)
         self.evaluator = Evaluator(self.model, data, recipe, self.mesh)
+        self._programs: Programs | None = None
         for line in self.evaluator.cuts():
             self.console.print(line, highlight=False)
 
@@ -104,6 +106,12 @@ class RunContext:
     def size(self) -> int:
         """Parameters of the seed model."""
         return sum(x.size for x in jax.tree.leaves(self.seed))
+
+    def programs(self, method: Method) -> Programs:
+        """What the runs of a method compute; runs that follow each other share it."""
+        if self._programs is None or self._programs.method is not method:
+            self._programs = Programs.of(self.model, method, self.recipe)
+        return self._programs
 
     def baselines(self) -> list[dict[str, Any]]:
         """Rows of the most common answer and of the untuned model."""

@@ -36,10 +36,14 @@ def warmup_constant(peak: float, warmup: int) -> optax.Schedule:
     return optax.warmup_constant_schedule(0.0, peak, warmup)
 
 
-def decayed_adam(
-    learning_rate: float, steps: int, warmup: int = 50, b2: float = 0.98
+def decayed(
+    learning_rate: float,
+    steps: int,
+    warmup: int = 50,
+    direction: optax.GradientTransformation | None = None,
+    weight_decay: float = 0.0,
 ) -> optax.GradientTransformation:
-    """Clipped Adam whose learning rate warms up and then falls like a cosine; what sweeps compare with.
+    """A clipped optimizer whose learning rate warms up, then falls like a cosine; what sweeps compare with.
 
     The learning rate is part of the state, so that programs of a grid are the same and compiled once.
 
@@ -47,11 +51,20 @@ def decayed_adam(
       learning_rate: its peak.
       steps: until it is 0.
       warmup: steps until its peak.
-      b2: of Adam.
+      direction: what the learning rate scales, e.g. ``optax.scale_by_lion()``; None is Adam with a ``b2`` of
+        0.98.
+      weight_decay: share of every parameter that a step at a learning rate of 1 takes off.
 
     Example:
-      >>> tx = decayed_adam(1e-3, steps=300)
+      >>> tx = decayed(1e-3, steps=300)
     """
     shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, steps)
     peak = optax.inject_hyperparams(optax.scale)(step_size=-learning_rate)
-    return clipped(optax.chain(optax.scale_by_adam(b2=b2), optax.scale_by_schedule(shape), peak))
+    return clipped(
+        optax.chain(
+            direction or optax.scale_by_adam(b2=0.98),
+            optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity(),
+            optax.scale_by_schedule(shape),
+            peak,
+        )
+    )

@@ -1,6 +1,7 @@
-"""One training step and one decoding pass, compiled once."""
+"""One training step, and what is compiled for the runs of a method."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from dst_optax.finetuning.losses import cross_entropy
 from dst_optax.finetuning.methods import Method
 from dst_optax.finetuning.models.base import LanguageModel
+from dst_optax.finetuning.recipe import Recipe
 
 
 class TrainState(NamedTuple):
@@ -86,3 +88,32 @@ def make_step(
         return TrainState(state.frozen, tuned, slots), measured
 
     return step
+
+
+@dataclass(frozen=True, eq=False)
+class Programs:
+    """What a method's runs compute, compiled once for all of them.
+
+    Attributes:
+      method: whose runs.
+      step: see :func:`make_step`; it takes over the buffers of the state.
+      mark: see :class:`~dst_optax.finetuning.methods.Method`.
+      measure: its ``metrics``.
+    """
+
+    method: Method
+    step: Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+    mark: Callable[[Any, Any], Any]
+    measure: Callable[[Any, Any, Any], dict[str, jax.Array]]
+
+    @classmethod
+    def of(cls, model: LanguageModel, method: Method, recipe: Recipe) -> "Programs":
+        """Those of a method."""
+        step = make_step(
+            model,
+            method,
+            accumulate=recipe.accumulate,
+            label_smoothing=recipe.label_smoothing,
+            z_loss=recipe.z_loss,
+        )
+        return cls(method, jax.jit(step, donate_argnums=0), jax.jit(method.mark), jax.jit(method.metrics))

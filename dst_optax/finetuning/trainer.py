@@ -18,7 +18,6 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from dst_optax.finetuning.models.base import LanguageModel
 from dst_optax.finetuning.models.decoder.config import DecoderConfig
 from dst_optax.finetuning.models.t5.config import T5Config
 from dst_optax.finetuning.recipe import Recipe
-from dst_optax.finetuning.steps import TrainState, make_step
+from dst_optax.finetuning.steps import Programs, TrainState
 from dst_optax.finetuning.tasks.base import TaskSuite
 
 
@@ -160,8 +159,9 @@ class Run:
             progress = Progress(**checkpoints.progress(last))
             state = self._restore(checkpoints.path(last), state)
         with Log(self.directory, f"{self.name} rng {self.rng_seed}", last, self.context.recipe.steps) as log:
-            state = self._train(state, last, progress, checkpoints, log)
-        state = self._restore(checkpoints.path(progress.best_step), state)
+            state, last = self._train(state, last, progress, checkpoints, log)
+        if progress.best_step != last:
+            state = self._restore(checkpoints.path(progress.best_step), state)
         row = self._finish(state, progress)
         storage.write_text(file, json.dumps(row, indent=1))
         return row
@@ -185,18 +185,8 @@ class Run:
         progress: Progress,
         checkpoints: storage.Checkpoints,
         log: Log,
-    ) -> TrainState:
-        context, recipe = self.context, self.context.recipe
-        take_step = jax.jit(
-            make_step(
-                context.model,
-                self.method,
-                accumulate=recipe.accumulate,
-                label_smoothing=recipe.label_smoothing,
-                z_loss=recipe.z_loss,
-            ),
-            donate_argnums=0,
-        )
+    ) -> tuple[TrainState, int]:
+        context, recipe, programs = self.context, self.context.recipe, self._programs
         batches = inputs.train_batches(
             context.model, context.train_name, recipe.lengths, recipe.batch_size, self.rng_seed, start
         )
@@ -205,14 +195,14 @@ class Run:
         with stop_requests() as stop_requested:
             for step in range(start + 1, recipe.steps + 1):
                 if recipe.patience is not None and progress.waited >= recipe.patience:
-                    break
+                    return state, step - 1
                 batch = next(batches)
                 log.count(inputs.count_tokens(batch))
-                before = self._mark(state.tuned, state.slots) if recipe.logs_at(step) else None
+                before = programs.mark(state.tuned, state.slots) if recipe.logs_at(step) else None
                 batch = jax.device_put(batch, batch_sharding)
-                state, measured = take_step(state, batch, jax.random.fold_in(key, step))
+                state, measured = programs.step(state, batch, jax.random.fold_in(key, step))
                 if recipe.logs_at(step):
-                    log.training(step, {**measured, **self._measure(state.tuned, state.slots, before)})
+                    log.training(step, {**measured, **programs.measure(state.tuned, state.slots, before)})
                 stopping = step < recipe.steps and processes.any_process(stop_requested())
                 if recipe.evaluates_at(step) and not stopping:
                     self._evaluate(step, state, progress, log)
@@ -226,27 +216,23 @@ class Run:
                         f"stopped at step {step}; the checkpoint is in {checkpoints.path(step)}. Rerun the "
                         "command to resume."
                     )
-        return state
+        return state, recipe.steps
 
     def _evaluate(self, step: int, state: TrainState, progress: Progress, log: Log) -> None:
         jax.block_until_ready(state.tuned)
         measured, score = self.context.evaluator.score(self.method.merge(state.frozen, state.tuned))
         if progress.improves(score):
-            mark = self._mark(state.tuned, state.slots)
-            free_params = self._measure(state.tuned, state.slots, mark)["free_params"]
+            mark = self._programs.mark(state.tuned, state.slots)
+            free_params = self._programs.measure(state.tuned, state.slots, mark)["free_params"]
             progress.best_step, progress.best_score = step, score
             progress.free_params, progress.waited = int(free_params), 0
         else:
             progress.waited += 1
         log.evaluation(step, measured, score)
 
-    @cached_property
-    def _mark(self) -> Any:
-        return jax.jit(self.method.mark)
-
-    @cached_property
-    def _measure(self) -> Any:
-        return jax.jit(self.method.metrics)
+    @property
+    def _programs(self) -> Programs:
+        return self.context.programs(self.method)
 
     def _writer(self, state: TrainState) -> Any:
         return lambda path: self.method.save(path, state.tuned, state.slots)

@@ -47,15 +47,20 @@ RECIPE = trainer.Recipe(
 DATA = SuperGlue(Few(train_size=20), seqio.ByteVocabulary(), ("rte",))
 
 
-def sweep(directory, rng_seeds=(0, 1), tuning_seeds=1, learning_rates=(1e-2, 1e-1)):
+OPTIMIZER = functools.partial(optimizers.decayed, steps=2, warmup=1)
+
+
+def sweep(
+    directory, rng_seeds=(0, 1), tuning_seeds=1, learning_rates=(1e-2, 1e-1), optimizer=OPTIMIZER, dst=DST
+):
     return score_vs_budget.score_vs_budget(
         str(directory),
         DATA,
         MODEL,
-        {"full": Full, "dst": functools.partial(DST, ties="fill")},
+        {"full": Full, "dst": functools.partial(dst, ties="fill")},
         {"full": [None], "dst": [100]},
         learning_rates,
-        functools.partial(optimizers.decayed_adam, steps=2, warmup=1),
+        optimizer,
         RECIPE,
         rng_seeds=rng_seeds,
         tuning_seeds=tuning_seeds,
@@ -77,8 +82,8 @@ def pretend(monkeypatch, train, scores):
         return {"method": self.name, "rng_seed": self.rng_seed, "free_params": free, **scores(self)}
 
     monkeypatch.setattr(score_vs_budget, "_seconds_a_run", lambda *_: 30.0)
-    for name, fake in (("_train", train), ("_finish", finish)):
-        monkeypatch.setattr(trainer.Run, name, fake)
+    monkeypatch.setattr(trainer.Run, "_train", lambda *given: (train(*given), RECIPE.steps))
+    monkeypatch.setattr(trainer.Run, "_finish", finish)
     for name in ("start", "_restore"):
         monkeypatch.setattr(trainer.Run, name, lambda *_: None)
     monkeypatch.setattr(trainer.storage.Checkpoints, "path", lambda *_: None)
@@ -140,8 +145,40 @@ def test_each_method_has_its_grid(tmp_path, monkeypatch):
     pretend(monkeypatch, lambda run, *_: trained.append(run.name), lambda run: SCORES)
     sweep(tmp_path / "sweep", (0,), learning_rates={"full": [1e-3], "dst": [0.1, 0.2]})
     assert trained == ["full all lr 0.001", "dst 100 lr 0.1", "dst 100 lr 0.2"]
-    with pytest.raises(ValueError, match="learning_rates: no grid for dst"):
-        sweep(tmp_path / "other", learning_rates={"full": [1e-3]})
+    for one in ({"learning_rates": {"full": [1e-3]}}, {"optimizer": {"full": OPTIMIZER}}):
+        with pytest.raises(ValueError, match=f"{next(iter(one))}: nothing for dst"):
+            sweep(tmp_path / "other", **one)
+
+
+def test_each_method_has_its_optimizer(tmp_path, monkeypatch):
+    made = {}
+
+    def factory(name):
+        return lambda rate: made.setdefault((name, rate), optax.sgd(rate))
+
+    def train(run, *_):
+        assert run.method.optimizer is made[run.name.split()[0], 1e-2]
+
+    pretend(monkeypatch, train, lambda run: SCORES)
+    of_each = {name: factory(name) for name in ("full", "dst")}
+    sweep(tmp_path / "sweep", (0,), learning_rates=[1e-2], optimizer=of_each)
+    assert set(made) == {("full", 1e-2), ("dst", 1e-2)}
+
+
+def test_seeds_of_a_rate_share_a_compiled_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(score_vs_budget, "_seconds_a_run", lambda *_: 30.0)
+    traced = []
+
+    class Counted(DST):
+        def update(self, grads, state, tuned):
+            traced.append(self)
+            return super().update(grads, state, tuned)
+
+    rows = sweep(
+        tmp_path / "sweep", (0, 1), 2, learning_rates={"full": [1e-3], "dst": [0.1, 0.2]}, dst=Counted
+    )
+    assert len(traced) == 2  # once a rate
+    assert len([row for row in rows if row["method"] == "dst"]) == 4
 
 
 def row(method, budget, rate, rng_seed, score, test_score):
@@ -207,15 +244,35 @@ def test_the_figure_has_a_line_with_a_band_a_method():
     assert len(axes.collections) == 2  # bands
 
 
+def test_the_figure_has_a_line_for_every_method_without_a_budget():
+    rows = [row(f"variant {i}", None, 0.1, 0, 60.0, 60.0 + i) for i in range(9)]
+    axes, _ = figures.score_vs_budget(summary.summarise(rows), "rte", {}).axes
+    assert [line.get_ydata()[0] for line in axes.get_lines()] == [60.0 + i for i in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("direction", "step"),
+    [(None, [1.0, 1.0]), (optax.scale_by_lion(), [1.0, 1.0]), (optax.trace(0.0), [0.6, 0.8])],
+)
+def test_decayed_scales_any_direction(direction, step):
+    grads, params = {"w": jax.numpy.array([0.6, 0.8])}, {"w": jax.numpy.array([1.0, -2.0])}
+    for decay in (0.0, 0.5):
+        tx = optimizers.decayed(1e-2, steps=10, warmup=1, direction=direction, weight_decay=decay)
+        _, state = tx.update(grads, tx.init(params), params)
+        updates, _ = tx.update(grads, state, params)
+        wanted = -1e-2 * (np.array(step) + decay * np.array([1.0, -2.0]))
+        np.testing.assert_allclose(updates["w"], wanted, rtol=1e-3, atol=1e-7)
+
+
 def test_a_grid_of_learning_rates_is_one_program():
     grads = {"w": jax.numpy.ones(3)}
 
     def lowered(rate):
-        tx = optimizers.decayed_adam(rate, steps=10, warmup=1)
+        tx = optimizers.decayed(rate, steps=10, warmup=1)
         return jax.jit(tx.update).lower(grads, tx.init(grads)).as_text()
 
     assert lowered(1e-3) == lowered(1e-1)
-    tx = optimizers.decayed_adam(1e-2, steps=10, warmup=1)
+    tx = optimizers.decayed(1e-2, steps=10, warmup=1)
     _, state = tx.update(grads, tx.init(grads))
     updates, _ = tx.update(grads, state)
     assert float(optax.tree.norm(updates)) == pytest.approx(3**0.5 * 1e-2, rel=1e-3)
@@ -266,6 +323,26 @@ def test_convergence_of_known_subsets(tmp_path):
     assert [a.get_title() for a in maps] == ["step 5", "step 10"]
     np.testing.assert_array_equal(maps[1].images[0].get_array().filled(-1), [[0.5, -1], [-1, 0.25]])
     assert bar.get_ylabel() == "share of free entries"
+
+
+def test_places_of_a_decoder():
+    seed = {
+        "embed_tokens/embedding": np.zeros(4, np.float32),
+        "layers_0/self_attn/q_proj/kernel": np.zeros(4, np.float32),
+        "layers_10/self_attn/q_proj/kernel": np.zeros(4, np.float32),
+        "layers_10/input_layernorm/scale": np.zeros(2, np.float32),
+    }
+    tuned = {path: x.copy() for path, x in seed.items()}
+    for path, free in zip(tuned, (1, 2, 3, 2), strict=True):
+        tuned[path][:free] = 1.0
+    taken = subset.from_models(seed, tuned)
+    assert subset_convergence.places(taken) == {
+        "self_attn/q_proj": {"layer 0": 0.5, "layer 10": 0.75},
+        "input_layernorm": {"layer 10": 1.0},
+    }
+    assert subset_convergence.share_by_kind(taken) == {
+        "embed_tokens/embedding": 0.125, "self_attn/q_proj/kernel": 0.625, "input_layernorm/scale": 0.25,
+    }  # fmt: skip
 
 
 def test_convergence_needs_snapshots(tmp_path):
@@ -324,6 +401,13 @@ def test_regularisation_table_and_figure():
         "100 examples": [5.0],
     }
     assert (gap.get_xscale(), gap.get_ylabel(), score.get_ylabel()) == ("log", "gap", "score on others")
+
+
+def test_few_examples_of_given_tasks():
+    few = regularisation.few(12, DATA, label_noise=0.5)
+    assert few.names == DATA.names
+    rows, clean = few.source.rows("rte", "train"), regularisation.few(12, DATA).source.rows("rte", "train")
+    assert sum(a["label"] != b["label"] for a, b in zip(rows, clean, strict=True)) == 6
 
 
 def test_regularisation_chooses_no_checkpoint(tmp_path, monkeypatch):

@@ -154,7 +154,7 @@ def test_checkpoints_hold_no_copy_of_the_model(whole):
 
 
 def test_done_runs_are_not_done_again(whole, monkeypatch):
-    monkeypatch.setattr(trainer, "make_step", None)
+    monkeypatch.setattr(trainer.Programs, "of", None)
     assert tune(whole[0]) == whole[1]
 
 

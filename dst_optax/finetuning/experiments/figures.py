@@ -1,6 +1,7 @@
 """Figures of the experiments, drawn from numbers alone."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def score_vs_budget(
     axes.get_gridspec().set_height_ratios((4, 1))
     bars.sharex(axes)
     found = [s for s in summary if s["task"] == task]
-    styles = iter(("dotted", "dashed", "dashdot", "solid"))
+    styles = cycle(("dotted", "dashed", "dashdot", "solid"))
     for method in dict.fromkeys(s["method"] for s in found):
         same = sorted((s for s in found if s["method"] == method), key=lambda s: s["free_params"])
         mean, std = (np.array([s[name] for s in same]) for name in ("mean", "std"))
@@ -153,7 +154,8 @@ def places(by_step: Mapping[int, Mapping[str, Mapping[str, float]]]) -> Any:
 
     figure = blank(1, len(by_step), (3.6, 4.2))
     modules = list(dict.fromkeys(m for one in by_step.values() for m in one))
-    layers = list(dict.fromkeys(x for one in by_step.values() for module in one.values() for x in module))
+    every = {x for one in by_step.values() for module in one.values() for x in module}
+    layers = sorted(every, key=lambda x: (x.split()[0] == "decoder", int(x.split()[1])))
     maps = [np.array([[one[m].get(x, np.nan) for x in layers] for m in modules]) for one in by_step.values()]
     norm = colors.Normalize(0, max(float(np.nanmax(x)) for x in maps))
     panels = list(figure.axes)

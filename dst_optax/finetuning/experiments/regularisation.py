@@ -18,7 +18,7 @@ from dst_optax.finetuning.context import RunContext
 from dst_optax.finetuning.experiments import figures
 from dst_optax.finetuning.methods import Method
 from dst_optax.finetuning.recipe import Recipe
-from dst_optax.finetuning.tasks.superglue.sources import SyntheticSource
+from dst_optax.finetuning.tasks.superglue.sources import Few, SyntheticSource
 from dst_optax.finetuning.tasks.superglue.suite import SuperGlue
 from dst_optax.finetuning.trainer import Run
 from dst_optax.paths import require_local
@@ -91,6 +91,17 @@ def synthetic(train_size: int, vocabulary: seqio.Vocabulary, names: Sequence[str
       names: tasks.
     """
     return SuperGlue(SyntheticSource(train_size=train_size), vocabulary, names)
+
+
+def few(train_size: int, data: SuperGlue, label_noise: float = 0.0) -> SuperGlue:
+    """Given tasks with few training examples, some of them with a wrong label.
+
+    Args:
+      train_size: training examples of each task.
+      data: the tasks.
+      label_noise: share of wrong labels; see :class:`~dst_optax.finetuning.tasks.superglue.sources.Few`.
+    """
+    return replace(data, source=Few(data.source, train_size, label_noise))
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -34,6 +34,8 @@ from dst_optax.finetuning.tasks.superglue.suite import SuperGlue
 from dst_optax.finetuning.trainer import Run
 from dst_optax.paths import require_local
 
+Optimizer = Callable[[float], optax.GradientTransformation]
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -62,7 +64,7 @@ def score_vs_budget(
     methods: Mapping[str, Callable[..., Method]],
     budgets: Mapping[str, Sequence[int | None]],
     learning_rates: Mapping[str, Sequence[float]] | Sequence[float],
-    optimizer: Callable[[float], optax.GradientTransformation],
+    optimizer: Optimizer | Mapping[str, Optimizer],
     recipe: Recipe,
     *,
     checkpoint: str | None = None,
@@ -79,7 +81,7 @@ def score_vs_budget(
       methods: name to class; called with ``optimizer`` and, unless a budget is None, ``num_free_params``.
       budgets: name to budgets; the first ones of all methods are run first.
       learning_rates: the grid of each method, by name; a sequence is that of all.
-      optimizer: makes an optimizer from a learning rate.
+      optimizer: makes an optimizer from a learning rate; a mapping has that of each method, by name.
       recipe: how to train; the same for all.
       checkpoint: the seed model.
       rng_seeds: random seeds.
@@ -106,17 +108,23 @@ def score_vs_budget(
 
     def make(cell: Cell) -> Method:
         budget = {} if cell.budget is None else {"num_free_params": cell.budget}
-        return methods[cell.method](optimizer=optimizer(cell.learning_rate), **budget)
+        tx = optimizers[cell.method](cell.learning_rate)
+        return methods[cell.method](optimizer=tx, **budget)
 
-    def run(shared: RunContext, cell: Cell, rng_seed: int) -> Row:
-        cell_run = Run(shared, str(cell), make(cell), rng_seed)
-        row = cell_run.result()
-        shutil.rmtree(cell_run.directory / "checkpoints", ignore_errors=True)
-        return sheet.add({"task": shared.data.names[0], **row, **vars(cell)})
+    def run(shared: RunContext, cell: Cell, rng_seeds: Sequence[int]) -> list[Row]:
+        method, rows = make(cell), []
+        for rng_seed in rng_seeds:
+            cell_run = Run(shared, str(cell), method, rng_seed)
+            row = cell_run.result()
+            shutil.rmtree(cell_run.directory / "checkpoints", ignore_errors=True)
+            rows.append(sheet.add({"task": shared.data.names[0], **row, **vars(cell)}))
+        return rows
 
     grids = learning_rates if isinstance(learning_rates, Mapping) else dict.fromkeys(budgets, learning_rates)
-    if missing := set(budgets) - set(grids):
-        raise ValueError(f"learning_rates: no grid for {', '.join(sorted(missing))}.")
+    optimizers = optimizer if isinstance(optimizer, Mapping) else dict.fromkeys(budgets, optimizer)
+    for name, known in {"learning_rates": grids, "optimizer": optimizers}.items():
+        if missing := set(budgets) - set(known):
+            raise ValueError(f"{name}: nothing for {', '.join(sorted(missing))}.")
     groups = [
         (name, budget)
         for of_each in itertools.zip_longest(*([(name, x) for x in budgets[name]] for name in budgets))
@@ -141,12 +149,11 @@ def score_vs_budget(
         chosen = []
         for group in groups:
             cells = [Cell(*group, rate) for rate in grids[group[0]]]
-            grid = [run(shared, cell, seed) for seed in rng_seeds[:tuning_seeds] for cell in cells]
+            grid = [row for cell in cells for row in run(shared, cell, rng_seeds[:tuning_seeds])]
             chosen.append(Cell(*group, best_rate(grid)))
             storage.write_text(root / "results.md", markdown(sheet.rows))
-        for seed in rng_seeds[tuning_seeds:]:
-            for cell in chosen:
-                run(shared, cell, seed)
+        for cell in chosen:
+            run(shared, cell, rng_seeds[tuning_seeds:])
             storage.write_text(root / "results.md", markdown(sheet.rows))
         found = summarise(sheet.rows)
         figures.save(

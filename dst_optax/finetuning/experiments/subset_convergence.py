@@ -24,7 +24,7 @@ from dst_optax.finetuning.experiments import figures
 from dst_optax.paths import require_local
 
 LOGGED = ("churn", "free_params", "threshold_min", "threshold_median", "threshold_max")
-_LAYER = re.compile(r"^(encoder|decoder)/layers_(\d+)/(.*?)(/kernel|/scale)?$")
+_LAYER = re.compile(r"^(?:(encoder|decoder)/)?layers_(\d+)/(.*?)(/kernel|/scale)?$")
 
 
 def subset_convergence(run_dir: str, *, panels: int = 4) -> dict[str, Any]:
@@ -88,16 +88,16 @@ def places(taken: subset.Subset) -> dict[str, dict[str, float]]:
     """The share of free entries of every module of every layer.
 
     Args:
-      taken: a subset of an unstacked T5.
+      taken: a subset of an unstacked T5 or decoder.
 
     Returns:
-      Module, e.g. "attention/query", to layer, e.g. "encoder 0", to the share of its entries.
+      Module, e.g. "attention/query", to layer, e.g. "encoder 0" or "layer 0", to the share of its entries.
     """
     out: dict[str, dict[str, float]] = {}
     for path, entries in taken.items():
         if found := _LAYER.match(path):
             stack, layer, module, _ = found.groups()
-            out.setdefault(module, {})[f"{stack} {layer}"] = len(entries) / entries.size
+            out.setdefault(module, {})[f"{stack or 'layer'} {layer}"] = len(entries) / entries.size
     return out
 
 
@@ -105,6 +105,6 @@ def share_by_kind(taken: subset.Subset) -> dict[str, float]:
     """The share of a subset's entries that lies in each kind of tensor; layers are drawn together."""
     counts: dict[str, int] = {}
     for path, entries in taken.items():
-        kind = re.sub(r"/layers_\d+", "", path)
+        kind = re.sub(r"(^|/)layers_\d+/", r"\1", path)
         counts[kind] = counts.get(kind, 0) + len(entries)
     return {kind: count / max(taken.count, 1) for kind, count in counts.items()}

@@ -1,6 +1,7 @@
 """Where SuperGLUE rows come from: the official files, TFDS, or the built-in synthetic stand-in.
 
-:class:`HeldOut` keeps the official validation split for reporting.
+:class:`HeldOut` keeps the official validation split for reporting; :class:`Few` makes training data scarce
+and its labels wrong.
 
 A source answers ``rows(task, split)`` with flat rows (:mod:`dst_optax.finetuning.tasks.superglue.benchmark`).
 """
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
 
 from dst_optax.finetuning.tasks.superglue import synthetic
 from dst_optax.finetuning.tasks.superglue.benchmark import flatten, spec
@@ -182,3 +185,53 @@ class HeldOut:
                 f"{len(rows) - 1}."
             )
         return rows[: -self.size] if split == "train" else rows[-self.size :]
+
+
+@dataclass(frozen=True)
+class Few:
+    """Few training rows, some of them with a wrong label.
+
+    Rows are drawn without replacement, and a smaller number of them is the beginning of a larger one. A wrong
+    label is any other of the task's labels. The other splits stay as they are.
+
+    Attributes:
+      source: of all rows.
+      size: training rows.
+      label_noise: share of them whose label is wrong, rounded to whole rows.
+      rng_seed: of the draw and of the wrong labels.
+
+    Example:
+      >>> few = Few(SyntheticSource(train_size=50), size=8, label_noise=0.25)
+      >>> clean = Few(SyntheticSource(train_size=50), size=8)
+      >>> rows = zip(few.rows("cb", "train"), clean.rows("cb", "train"), strict=True)
+      >>> sum(a["label"] != b["label"] for a, b in rows)
+      2
+    """
+
+    source: Source
+    size: int
+    label_noise: float = 0.0
+    rng_seed: int = 0
+
+    def rows(self, task: str, split: str) -> list[dict[str, Any]]:
+        """Rows of a split.
+
+        Raises:
+          ValueError: as the source does; the training split has fewer than ``size`` rows; or the noise is
+            no share, or the task has no labels to be wrong.
+        """
+        rows = self.source.rows(task, split)
+        if split != "train":
+            return rows
+        if not 0 < self.size <= len(rows):
+            raise ValueError(f"{task}: {self.size} training rows were asked for; ask for 1 to {len(rows)}.")
+        if not 0 <= self.label_noise <= 1:
+            raise ValueError(f"{task}: label_noise is {self.label_noise}; it must be from 0 to 1.")
+        labels = len(spec(task).labels)
+        if self.label_noise and not labels:
+            raise ValueError(f"{task} has no labels that could be wrong; set label_noise to 0.")
+        rng = np.random.default_rng(self.rng_seed)
+        few = [dict(rows[i]) for i in rng.permutation(len(rows))[: self.size]]
+        for i in rng.permutation(self.size)[: round(self.label_noise * self.size)]:
+            few[i]["label"] = (few[i]["label"] + int(rng.integers(1, labels))) % labels
+        return few

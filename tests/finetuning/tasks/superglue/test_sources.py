@@ -9,7 +9,13 @@ import pytest
 
 from dst_optax.finetuning.tasks.superglue import synthetic
 from dst_optax.finetuning.tasks.superglue.benchmark import MAIN, TASKS, spec
-from dst_optax.finetuning.tasks.superglue.sources import HeldOut, JsonlSource, SyntheticSource, TfdsSource
+from dst_optax.finetuning.tasks.superglue.sources import (
+    Few,
+    HeldOut,
+    JsonlSource,
+    SyntheticSource,
+    TfdsSource,
+)
 from dst_optax.finetuning.tasks.superglue.text import to_text
 
 GOOD = {"premise": "P", "hypothesis": "H", "label": "entailment", "idx": 0}
@@ -183,3 +189,40 @@ def test_counted_bytes_tell_nothing_of_a_synthetic_label(task):
     assert majority <= 0.6
     model = linear.LogisticRegression(max_iter=3000).fit(*features("train"))
     assert model.score(inputs, labels) <= majority + 0.1
+
+
+@pytest.mark.parametrize("task", ["cb", "rte"])
+def test_few_rows_are_the_beginning_of_more(task):
+    source = SyntheticSource(train_size=40)
+    few, more = (Few(source, size).rows(task, "train") for size in (8, 20))
+    assert few == more[:8]
+    every = source.rows(task, "train")
+    assert all(row in every for row in more)
+    assert len({str(row["idx"]) for row in more}) == 20
+    assert Few(source, 8, rng_seed=1).rows(task, "train") != few
+    assert Few(source, 8, 0.5).rows(task, "validation") == source.rows(task, "validation")
+
+
+@pytest.mark.parametrize(("noise", "wrong"), [(0.0, 0), (0.2, 4), (1.0, 20)])
+@pytest.mark.parametrize("task", ["cb", "rte"])
+def test_so_many_labels_are_wrong_and_nothing_else(task, noise, wrong):
+    source = SyntheticSource(train_size=40)
+    rows, right = (Few(source, 20, n).rows(task, "train") for n in (noise, 0.0))
+    assert sum(a["label"] != b["label"] for a, b in zip(rows, right, strict=True)) == wrong
+    assert {row["label"] for row in rows} <= set(range(len(spec(task).labels)))
+    assert [row | {"label": 0} for row in rows] == [row | {"label": 0} for row in right]
+    assert source.rows(task, "train") == SyntheticSource(train_size=40).rows(task, "train")
+
+
+@pytest.mark.parametrize(
+    ("task", "few", "says"),
+    [
+        ("cb", {"size": 41}, "cb: 41 training rows were asked for; ask for 1 to 40"),
+        ("cb", {"size": 0}, "cb: 0 training rows"),
+        ("cb", {"size": 8, "label_noise": 1.5}, "cb: label_noise is 1.5"),
+        ("record", {"size": 8, "label_noise": 0.5}, "record has no labels"),
+    ],
+)
+def test_too_few_rows_and_noise_that_is_none(task, few, says):
+    with pytest.raises(ValueError, match=says):
+        Few(SyntheticSource(train_size=40), **few).rows(task, "train")
