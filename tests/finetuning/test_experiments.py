@@ -145,6 +145,12 @@ def test_each_method_has_its_grid(tmp_path, monkeypatch):
     pretend(monkeypatch, lambda run, *_: trained.append(run.name), lambda run: SCORES)
     sweep(tmp_path / "sweep", (0,), learning_rates={"full": [1e-3], "dst": [0.1, 0.2]})
     assert trained == ["full all lr 0.001", "dst 100 lr 0.1", "dst 100 lr 0.2"]
+    trained.clear()
+    of_budgets = {"full": {None: [1e-2]}, "dst": {100: [0.3], 50: [0.4]}}
+    sweep(tmp_path / "by budget", (0,), learning_rates=of_budgets)
+    assert trained == ["full all lr 0.01", "dst 100 lr 0.3"]
+    with pytest.raises(ValueError, match="learning_rates: nothing for dst with a budget of 100"):
+        sweep(tmp_path / "other", learning_rates=of_budgets | {"dst": {50: [0.4]}})
     for one in ({"learning_rates": {"full": [1e-3]}}, {"optimizer": {"full": OPTIMIZER}}):
         with pytest.raises(ValueError, match=f"{next(iter(one))}: nothing for dst"):
             sweep(tmp_path / "other", **one)

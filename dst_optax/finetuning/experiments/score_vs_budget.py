@@ -63,7 +63,7 @@ def score_vs_budget(
     model: Any,
     methods: Mapping[str, Callable[..., Method]],
     budgets: Mapping[str, Sequence[int | None]],
-    learning_rates: Mapping[str, Sequence[float]] | Sequence[float],
+    learning_rates: Mapping[str, Sequence[float] | Mapping[int | None, Sequence[float]]] | Sequence[float],
     optimizer: Optimizer | Mapping[str, Optimizer],
     recipe: Recipe,
     *,
@@ -80,7 +80,7 @@ def score_vs_budget(
       model: shape of the network, or the name of a published one.
       methods: name to class; called with ``optimizer`` and, unless a budget is None, ``num_free_params``.
       budgets: name to budgets; the first ones of all methods are run first.
-      learning_rates: the grid of each method, by name; a sequence is that of all.
+      learning_rates: the grid of each method, by name, or of each of its budgets; a sequence is that of all.
       optimizer: makes an optimizer from a learning rate; a mapping has that of each method, by name.
       recipe: how to train; the same for all.
       checkpoint: the seed model.
@@ -130,12 +130,16 @@ def score_vs_budget(
         for of_each in itertools.zip_longest(*([(name, x) for x in budgets[name]] for name in budgets))
         for name, budget in filter(None, of_each)
     ]
-    first = Cell(*groups[0], grids[groups[0][0]][0])
+    cells = {(name, budget): _cells(name, budget, grids[name]) for name, budget in groups}
+    first = cells[groups[0]][0]
     each = _seconds_a_run(lambda *where: context(data.names[0], *where), make(first), recipe)
     more = len(rng_seeds) - tuning_seeds
-    runs = len(data.names) * sum(len(grids[name]) * tuning_seeds + more for name, _ in groups)
+    runs = len(data.names) * sum(len(grid) * tuning_seeds + more for grid in cells.values())
     done = sum(1 for _ in root.glob("*/*/rng_*/result.json"))
-    rates = "; ".join(f"{name} {', '.join(f'{x:g}' for x in grids[name])}" for name in budgets)
+    rates = "; ".join(
+        f"{name} {'all' if budget is None else budget}: {', '.join(f'{x.learning_rate:g}' for x in grid)}"
+        for (name, budget), grid in cells.items()
+    )
     print(
         f"{runs} runs: {len(data.names)} tasks x {len(groups)} methods with budgets x (learning rates x "
         f"{tuning_seeds} random seeds + {more} more); {done} are done, the others take about {each / 60:.1f} "
@@ -148,9 +152,8 @@ def score_vs_budget(
             sheet.add({"task": task, **row})
         chosen = []
         for group in groups:
-            cells = [Cell(*group, rate) for rate in grids[group[0]]]
-            grid = [row for cell in cells for row in run(shared, cell, rng_seeds[:tuning_seeds])]
-            chosen.append(Cell(*group, best_rate(grid)))
+            rows = [row for cell in cells[group] for row in run(shared, cell, rng_seeds[:tuning_seeds])]
+            chosen.append(Cell(*group, best_rate(rows)))
             storage.write_text(root / "results.md", markdown(sheet.rows))
         for cell in chosen:
             run(shared, cell, rng_seeds[tuning_seeds:])
@@ -161,6 +164,14 @@ def score_vs_budget(
             root / f"score_vs_budget_{task}.png",
         )
     return sheet.rows
+
+
+def _cells(name: str, budget: int | None, grid: Any) -> list[Cell]:
+    if isinstance(grid, Mapping):
+        if budget not in grid:
+            raise ValueError(f"learning_rates: nothing for {name} with a budget of {budget}.")
+        grid = grid[budget]
+    return [Cell(name, budget, rate) for rate in grid]
 
 
 class Sheet:

@@ -150,12 +150,14 @@ class SyntheticSource:
 class HeldOut:
     """Validates on a part of the training rows, so that nothing is chosen on the split that is reported.
 
-    The last rows of the training split become the validation split, and the official validation split,
-    whose labels are public, becomes the test split.
+    Some rows of the training split become the validation split, and the official validation split, whose
+    labels are public, becomes the test split.
 
     Attributes:
       source: the official splits.
       size: training rows that are held out.
+      rng_seed: draws them; None takes the last ones. Official files are not shuffled: the last 50 rows of CB
+        hold half of its rarest class.
 
     Example:
       >>> held_out = HeldOut(SyntheticSource(train_size=50), size=10)
@@ -167,6 +169,7 @@ class HeldOut:
 
     source: Source
     size: int
+    rng_seed: int | None = None
 
     def rows(self, task: str, split: str) -> list[dict[str, Any]]:
         """Rows of a split.
@@ -184,7 +187,10 @@ class HeldOut:
                 f"{task}: {self.size} of {len(rows)} training rows cannot be held out; hold out from 1 to "
                 f"{len(rows) - 1}."
             )
-        return rows[: -self.size] if split == "train" else rows[-self.size :]
+        last = range(len(rows) - self.size, len(rows))
+        drawn = last if self.rng_seed is None else np.random.default_rng(self.rng_seed).permutation(len(rows))
+        held_out = set(drawn[: self.size])
+        return [row for i, row in enumerate(rows) if (i in held_out) == (split != "train")]
 
 
 @dataclass(frozen=True)

@@ -164,6 +164,19 @@ def test_held_out_rows_are_neither_trained_on_nor_reported(task):
     assert test == source.rows(task, "validation")
 
 
+def test_held_out_rows_can_be_drawn():
+    source = SyntheticSource(train_size=200)
+    every = source.rows("cb", "train")
+    parts = {seed: HeldOut(source, 50, seed).rows("cb", "validation") for seed in (0, 1)}
+    train = HeldOut(source, 50, 0).rows("cb", "train")
+    assert sorted([*train, *parts[0]], key=lambda r: r["idx"]) == sorted(every, key=lambda r: r["idx"])
+    assert parts[0] == HeldOut(source, 50, 0).rows("cb", "validation")
+    assert len(parts[0]) == 50
+    assert parts[0] != parts[1]
+    assert 5 < sum(row in every[-50:] for row in parts[0]) < 25  # a quarter is expected
+    assert HeldOut(source, 50, 0).rows("cb", "test") == source.rows("cb", "validation")
+
+
 def test_diagnostics_have_nothing_to_hold_out():
     assert HeldOut(SyntheticSource(), 10).rows("axg", "test") == SyntheticSource().rows("axg", "test")
 
