@@ -110,17 +110,7 @@ class Pairs(ABC):
         self, directory: str | Path, task: str, made: Sequence[Mapping[str, Any]], predictions: Sequence[Any]
     ) -> Path:
         """Writes a line of JSON for each prediction."""
-        path = Path(directory) / f"{task}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as temporary, temporary.open("w") as file:
-            for example, said in zip(made, predictions, strict=True):
-                texts = {
-                    "prompt": example["inputs_pretokenized"].decode(),
-                    "completion": example["targets_pretokenized"].decode(),
-                    "prediction": said,
-                }
-                file.write(json.dumps(texts, ensure_ascii=False) + "\n")
-        return path
+        return write_predictions(directory, task, made, predictions)
 
     def _dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         del shuffle_files, seed  # the rows are in memory; seqio shuffles examples
@@ -131,6 +121,33 @@ class Pairs(ABC):
     def _exact_match(self, targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
         right = [self.is_right(said, wanted) for wanted, said in zip(targets, predictions, strict=True)]
         return {"exact_match": 100 * sum(right) / len(right)}
+
+
+def write_predictions(
+    directory: str | Path, task: str, made: Sequence[Mapping[str, Any]], predictions: Sequence[Any]
+) -> Path:
+    """Writes prompts, completions and predictions, a line of JSON each.
+
+    Args:
+      directory: to write to.
+      task: name of the file.
+      made: examples, as the seqio task yields them.
+      predictions: one an example.
+
+    Returns:
+      The file.
+    """
+    path = Path(directory) / f"{task}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as temporary, temporary.open("w") as file:
+        for example, said in zip(made, predictions, strict=True):
+            texts = {
+                "prompt": example["inputs_pretokenized"].decode(),
+                "completion": example["targets_pretokenized"].decode(),
+                "prediction": said,
+            }
+            file.write(json.dumps(texts, ensure_ascii=False) + "\n")
+    return path
 
 
 def _stripped(text: str, example: Any = None, is_target: bool = False) -> str:
