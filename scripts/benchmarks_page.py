@@ -59,6 +59,26 @@ def _step(cell: Record) -> str:
     return f"{title}, a fraction of {cell['fraction']}.\n\n{table(columns, rows)}"
 
 
+def methods(cells: list[Record]) -> str:
+    return "\n".join(map(_methods, cells))
+
+
+def _methods(cell: Record) -> str:
+    rows = [
+        [
+            row["method"],
+            f"{row['free']:,}",
+            number(row["times"]["ms"] / 1e3, " s"),
+            number(row.get("compile_seconds"), " s"),
+            number(row["step_bytes"] / 1e9 if "step_bytes" in row else None, " GB"),
+            number(row["file_bytes"] / 1e6, " MB"),
+        ]
+        for row in cell["rows"]
+    ]
+    columns = ["method", "free parameters", "step", "compile", "memory of a step", "file"]
+    return f"SmolLM2-135M, 8 examples of 64 tokens, clipped Adam.\n\n{table(columns, rows)}"
+
+
 def selection(cells: list[Record]) -> str:
     ways = list(dict.fromkeys(way for cell in cells for way in cell["times"]))
     rows = []
@@ -149,6 +169,7 @@ STEPS = {
 PARTS: dict[str, tuple[str, Callable[[list[Record]], str], str]] = {
     "step": ("The optimizer's step", step, "benchmark.py step"),
     "training-step": ("A training step", step, "benchmark.py training-step"),
+    "methods": ("Methods on a language model", methods, "benchmark_methods.py --checkpoint smollm2"),
     "selection": ("The threshold of one silo", selection, "benchmark.py selection"),
     "files": ("Subset files", files, "benchmark_subset.py"),
     "serving": ("Serving in JAX", serving, "benchmark.py serving"),
