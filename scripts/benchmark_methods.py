@@ -92,10 +92,10 @@ def rows(checkpoint: str, budget: int, runs: int) -> list[dict[str, Any]]:
     found, state, steps = {}, {}, {}
     for name, method in methods(budget).items():
         frozen, tuned = method.split(seed, key, model)
-        tuned = jax.tree.map(jnp.copy, tuned)
-        state[name] = TrainState(frozen, tuned, method.init(seed, tuned))
+        state[name] = jax.tree.map(jnp.copy, TrainState(frozen, tuned, method.init(seed, tuned)))
         start = time.perf_counter()
-        steps[name] = jax.jit(make_step(model, method)).lower(state[name], batch, key).compile()
+        lowered = jax.jit(make_step(model, method), donate_argnums=0).lower(state[name], batch, key)
+        steps[name] = lowered.compile()
         memory = steps[name].memory_analysis()
         found[name] = {
             "method": name,
