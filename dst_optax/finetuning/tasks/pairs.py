@@ -22,8 +22,8 @@ Pair = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class Pairs(ABC):
-    """One task of inputs and targets.
+class OneTask:
+    """One task that is evaluated by decoding.
 
     Attributes:
       directory: where its files lie.
@@ -38,6 +38,56 @@ class Pairs(ABC):
     evaluation: ClassVar[str] = "decode"
     token_metrics: ClassVar[bool] = True
 
+    @property
+    def source(self) -> str:
+        """The directory."""
+        return self.directory
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The one task."""
+        return (self.name,)
+
+    def provider(self, task: str) -> str:
+        """Name of the seqio task."""
+        return task
+
+    def options(self, split: EvalSplit, example: Mapping[str, Any]) -> Sequence[str]:
+        """There are none: anything may be answered."""
+        del split, example
+        raise ValueError(f"{self.name} has no options to choose from; evaluate it by decoding.")
+
+    def majority(self, split: str = "validation") -> float | None:
+        """There is no most common answer."""
+        del split
+        return None
+
+    def write(
+        self, directory: str | Path, task: str, made: Sequence[Mapping[str, Any]], predictions: Sequence[Any]
+    ) -> Path:
+        """Writes prompts, completions and predictions, a line of JSON each."""
+        path = Path(directory) / f"{task}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as temporary, temporary.open("w") as file:
+            for example, said in zip(made, predictions, strict=True):
+                texts = {
+                    "prompt": example["inputs_pretokenized"].decode(),
+                    "completion": example["targets_pretokenized"].decode(),
+                    "prediction": said,
+                }
+                file.write(json.dumps(texts, ensure_ascii=False) + "\n")
+        return path
+
+
+@dataclass(frozen=True)
+class Pairs(OneTask, ABC):
+    """One task of inputs and targets.
+
+    Attributes:
+      directory: where its files lie.
+      vocabulary: of inputs and targets.
+    """
+
     @abstractmethod
     def splits(self) -> Sequence[str]:
         """The splits that there are: train, validation and perhaps test."""
@@ -49,16 +99,6 @@ class Pairs(ABC):
     @abstractmethod
     def is_right(self, said: str, wanted: str) -> bool:
         """Whether a decoded text is the right answer where ``wanted`` is the target."""
-
-    @property
-    def source(self) -> str:
-        """The directory."""
-        return self.directory
-
-    @property
-    def names(self) -> Sequence[str]:
-        """The one task."""
-        return (self.name,)
 
     def register(self, decoder_only: bool = False) -> str:
         """Reads and checks the training data, registers the task and names it."""
@@ -83,34 +123,14 @@ class Pairs(ABC):
         for split in self.splits():
             self.pairs(split)
 
-    def provider(self, task: str) -> str:
-        """Name of the seqio task."""
-        return task
-
     def predicted_split(self, task: str) -> str:
         """The test split if there is one, else the validation split."""
         del task
         return "test" if "test" in self.splits() else "validation"
 
-    def options(self, split: EvalSplit, example: Mapping[str, Any]) -> Sequence[str]:
-        """There are none: anything may be answered."""
-        del split, example
-        raise ValueError(f"{self.name} has no options to choose from; evaluate it by decoding.")
-
     def score(self, measured: Mapping[str, Mapping[str, float]]) -> float:
         """The share of exact matches, in percent."""
         return measured[self.name]["exact_match"]
-
-    def majority(self, split: str = "validation") -> float | None:
-        """There is no most common answer."""
-        del split
-        return None
-
-    def write(
-        self, directory: str | Path, task: str, made: Sequence[Mapping[str, Any]], predictions: Sequence[Any]
-    ) -> Path:
-        """Writes a line of JSON for each prediction."""
-        return write_predictions(directory, task, made, predictions)
 
     def _dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         del shuffle_files, seed  # the rows are in memory; seqio shuffles examples
@@ -121,33 +141,6 @@ class Pairs(ABC):
     def _exact_match(self, targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
         right = [self.is_right(said, wanted) for wanted, said in zip(targets, predictions, strict=True)]
         return {"exact_match": 100 * sum(right) / len(right)}
-
-
-def write_predictions(
-    directory: str | Path, task: str, made: Sequence[Mapping[str, Any]], predictions: Sequence[Any]
-) -> Path:
-    """Writes prompts, completions and predictions, a line of JSON each.
-
-    Args:
-      directory: to write to.
-      task: name of the file.
-      made: examples, as the seqio task yields them.
-      predictions: one an example.
-
-    Returns:
-      The file.
-    """
-    path = Path(directory) / f"{task}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary, temporary.open("w") as file:
-        for example, said in zip(made, predictions, strict=True):
-            texts = {
-                "prompt": example["inputs_pretokenized"].decode(),
-                "completion": example["targets_pretokenized"].decode(),
-                "prediction": said,
-            }
-            file.write(json.dumps(texts, ensure_ascii=False) + "\n")
-    return path
 
 
 def _stripped(text: str, example: Any = None, is_target: bool = False) -> str:

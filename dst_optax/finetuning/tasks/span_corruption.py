@@ -5,24 +5,22 @@ References:
   arXiv 1910.10683.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import seqio
 import tensorflow as tf
 
-from dst_optax.finetuning.inputs import EvalSplit
 from dst_optax.finetuning.tasks import features
-from dst_optax.finetuning.tasks.pairs import SHUFFLE, write_predictions
+from dst_optax.finetuning.tasks.pairs import SHUFFLE, OneTask
 from dst_optax.paths import as_path
 
 
 @dataclass(frozen=True)
-class SpanCorruption:
+class SpanCorruption(OneTask):
     """Span corruption of the text files of a directory, for a T5.
 
     The files are read in the order of their names, tokenised, joined and cut into chunks of equal size. What
@@ -38,8 +36,6 @@ class SpanCorruption:
       corruptions: of each chunk; training that sees it more often repeats them.
     """
 
-    directory: str
-    vocabulary: seqio.Vocabulary
     tokens: int = 568
     noise_density: float = 0.15
     mean_span: float = 3.0
@@ -47,15 +43,6 @@ class SpanCorruption:
     corruptions: int = 10
 
     name: ClassVar[str] = "span_corruption"
-    names: ClassVar[Sequence[str]] = ("span_corruption",)
-    diagnostics: ClassVar[Sequence[str]] = ()
-    evaluation: ClassVar[str] = "decode"
-    token_metrics: ClassVar[bool] = True
-
-    @property
-    def source(self) -> str:
-        """The directory."""
-        return self.directory
 
     @property
     def noise(self) -> tuple[int, int]:
@@ -146,34 +133,14 @@ class SpanCorruption:
                 f"but targets have a length of {target_length}; set lengths to that, or make tokens fewer."
             )
 
-    def provider(self, task: str) -> str:
-        """Name of the seqio task."""
-        return task
-
     def predicted_split(self, task: str) -> str:
         """The validation split."""
         del task
         return "validation"
 
-    def options(self, split: EvalSplit, example: Mapping[str, Any]) -> Sequence[str]:
-        """There are none."""
-        del split, example
-        raise ValueError("SpanCorruption has no options to choose from.")
-
     def score(self, measured: Mapping[str, Mapping[str, float]]) -> float:
         """The share of target tokens that are the likeliest ones, in percent."""
         return measured[self.name]["token_accuracy"]
-
-    def majority(self, split: str = "validation") -> float | None:
-        """There is no most common answer."""
-        del split
-        return None
-
-    def write(
-        self, directory: str | Path, task: str, made: Sequence[Mapping[str, Any]], predictions: Sequence[Any]
-    ) -> Path:
-        """Writes a line of JSON for each prediction."""
-        return write_predictions(directory, task, made, predictions)
 
     @cached_property
     def _every(self) -> np.ndarray:
