@@ -28,7 +28,7 @@ from real_data import REAL_DATA, needs_data  # noqa: E402
 
 import dst_optax  # noqa: E402
 from dst_optax import subset  # noqa: E402
-from dst_optax.finetuning import storage, trainer  # noqa: E402
+from dst_optax.finetuning import evaluator, storage, trainer  # noqa: E402
 from dst_optax.finetuning.context import RunContext  # noqa: E402
 from dst_optax.finetuning.evaluator import Evaluator  # noqa: E402
 from dst_optax.finetuning.methods.dst import DST  # noqa: E402
@@ -140,6 +140,22 @@ def test_a_run_leaves_what_it_promises(whole):
     assert list((run / "tensorboard").iterdir())
     best = json.loads((run / "checkpoints" / "00000006" / "progress.json").read_text())["best_step"]
     assert {p.name for p in (run / "checkpoints").iterdir()} == {f"{s:08d}" for s in {best, 6}}
+
+
+@pytest.mark.parametrize(("scores", "best"), [([50.0, 40.0], 3), ([40.0, 50.0], 6)])
+def test_what_is_exported_is_the_best_model(tmp_path, monkeypatch, scores, best):
+    found = iter([30.0, *scores, 0.0])  # of the seed model, on the way, and at the end
+
+    def score(self, params, split="validation"):
+        return {}, next(found) if split == "validation" else 0.0
+
+    monkeypatch.setattr(evaluator.Evaluator, "score", score)
+    row = tune(tmp_path)[-1]
+    run = tmp_path / "dst" / "rng_0"
+    checkpoint = subset.Subset.load(run / "checkpoints" / f"{best:08d}" / "subset").items()
+    kept = {path: (e.positions.tobytes(), e.values.tobytes()) for path, e in checkpoint}
+    assert row["best_step"] == best
+    assert contents_of_subset(tmp_path) == kept
 
 
 def test_checkpoints_hold_no_copy_of_the_model(whole):
