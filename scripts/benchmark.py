@@ -4,7 +4,7 @@
     python scripts/benchmark.py                       # everything
     python scripts/benchmark.py step --models small   # one part
     python scripts/benchmark.py training-step         # needs the extra finetuning
-    python scripts/benchmark.py serving               # the same; eighteen minutes
+    python scripts/benchmark.py serving               # the same; nine minutes
     python scripts/benchmark.py kernels --models small  # where the bytes and the time of a step go
 
 selection: thresholds of one silo of n distances, against numpy's and jax's sorts.
