@@ -38,6 +38,9 @@ BATCH = 2**22  # entries whose keys are in memory at one time on one CPU, or an 
 CHUNK = 2**12  # entries that one core counts at a time
 
 
+Count = Callable[[jax.Array], Counts]  # of thresholds (silos, PROBES): how many keys of each silo exceed them
+
+
 class Query(NamedTuple):
     """What is asked of each silo."""
 
@@ -66,8 +69,18 @@ class Bracket(NamedTuple):
         return (self.passes > 0) & (self.met(m) | (self.hi - self.lo == 1))
 
 
-def _search(count: Callable[[jax.Array], Counts], query: Query, top: int, density_scale: int) -> Bracket:
-    """Narrows brackets until they are done; ``count(t)`` counts keys above ``t``, both (silos, probes)."""
+def search(count: Count, query: Query, top: int, density_scale: int) -> Bracket:
+    """Finds a threshold for every silo.
+
+    Args:
+      count: counts the silos' keys, see :meth:`Layout.for_each_silo`.
+      query: what is asked.
+      top: the largest possible key.
+      density_scale: difference of keys over which their density may double.
+
+    Returns:
+      A bracket that is done for every silo; ``hi`` is the threshold.
+    """
     m, guess = query.m, query.guess
     dtype = guess.dtype
     real = jnp.float64 if dtype == jnp.int64 else jnp.float32
@@ -144,7 +157,7 @@ class Keys(NamedTuple):
       axis: axis whose slices are in different silos, or None.
       silos: indices of the silos, one or one per slice.
       offsets: for each of ``silos``, its entries that come before these.
-      zero: int32 zero that the compiler cannot know.
+      zero: uint32 zero that the compiler cannot know.
     """
 
     values: jax.Array
@@ -156,23 +169,29 @@ class Keys(NamedTuple):
     def take(self, per_silo: Any) -> Any:
         """Values of these silos out of those of all, ``(silos, ...)``."""
         if len(self.silos) != 1:
-            return jax.tree.map(lambda x: x[np.array(self.silos, np.int32)], per_silo)
+            return jax.tree.map(lambda x: x[np.array(self.silos, np.uint32)], per_silo)
         (silo,) = self.silos
         at = runtime_index(silo, self.zero)
-        return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, at), per_silo)
+        return jax.tree.map(lambda x: _row(x, at), per_silo)
 
-    def broadcast(self, per_silo: jax.Array) -> jax.Array:
+    def broadcast(self, per_silo: Any) -> Any:
         """Values of these silos, shaped so that they broadcast against the keys."""
-        return _along(self.take(per_silo), self.axis, self.values.ndim)
+        return jax.tree.map(lambda x: _along(x, self.axis, self.values.ndim), self.take(per_silo))
 
 
 def runtime_index(i: int, zero: jax.Array) -> jax.Array:
-    """``i`` as an int32 scalar that is read from memory.
+    """``i`` as a uint32 scalar that is read from memory.
 
     As a constant it would be part of the kernel, and XLA compiles kernels that are equal only once
-    (test_compilation_does_not_grow_with_tensors_of_one_shape).
+    (test_compilation_does_not_grow_with_tensors_of_one_shape). Indices without a sign need not be wrapped.
     """
-    return lax.dynamic_index_in_dim(jnp.asarray(np.array([i, -1], np.int32)), zero, keepdims=False)
+    return _row(jnp.asarray(np.array([i, i + 1], np.uint32)), zero).reshape(())
+
+
+def _row(x: jax.Array, at: jax.Array) -> jax.Array:
+    """One row of ``x`` as an array of one row."""
+    start = (at, *[jnp.zeros_like(at)] * (x.ndim - 1))
+    return lax.dynamic_slice(x, start, (1, *x.shape[1:]))
 
 
 class Layout(Protocol):
@@ -186,17 +205,16 @@ class Layout(Protocol):
         """Keys of tensors as they are searched, and the same keys in the tensors' shapes, read from there."""
         ...
 
-    def thresholds(self, keys: list[Keys], query: Query, top: int, density_scale: int) -> Bracket:
-        """Finds a threshold for every silo.
+    def for_each_silo(self, method: Callable[[Count, Any], Any], keys: list[Keys], per_silo: Any) -> Any:
+        """``method(count, per_silo)`` for all silos.
 
         Args:
-          keys: the keys, arranged.
-          query: what is asked.
-          top: the largest possible key.
-          density_scale: difference of keys over which their density may double.
+          method: works on as many silos as it is given, one or all.
+          keys: their keys, arranged.
+          per_silo: pytree of arrays, ``(silos, ...)``.
 
         Returns:
-          A bracket that is done for every silo; ``hi`` is the threshold.
+          What the method returned, arrays ``(silos, ...)``; 0 for silos of which there are no keys.
         """
         ...
 
@@ -220,14 +238,14 @@ class Tensors:
         """As they are."""
         return keys, keys
 
-    def thresholds(self, keys: list[Keys], query: Query, top: int, density_scale: int) -> Bracket:
+    def for_each_silo(self, method: Callable[[Count, Any], Any], keys: list[Keys], per_silo: Any) -> Any:
         """See :class:`Layout`."""
 
         def count(t: jax.Array) -> Counts:
             above = [_above(x.values, x.take(t), x.axis) for x in keys]
             return sum_by_silo(concatenate(above), [s for x in keys for s in x.silos], len(t))
 
-        return _search(count, query, top, density_scale)
+        return method(count, per_silo)
 
 
 class Rows:
@@ -253,7 +271,7 @@ class Rows:
         return [batch for pair in pairs for batch in pair][: len(ascending)]
 
     def arrange(self, keys: list[Keys]) -> tuple[list[Keys], list[Keys]]:
-        """Silos of one size become the rows of a matrix."""
+        """Silos of one size, which must be numbered one after the other, become the rows of a matrix."""
         zero = keys[0].zero
         sizes: dict[int, int] = {}
         for x in keys:
@@ -265,44 +283,50 @@ class Rows:
         empty = zero.astype(keys[0].values.dtype)  # not a constant, or all matrices would be made first
         matrices = {n: jnp.broadcast_to(empty, (len(silos), n)) for n, silos in silos_of.items()}
 
-        def places(x: Keys) -> list[tuple[int, list[jax.Array]]]:
-            """Matrix, row and column of each slice."""
-            found = []
-            for silo, offset in zip(x.silos, x.offsets, strict=True):
-                row = silos_of[sizes[silo]].index(silo)
-                found.append((sizes[silo], [runtime_index(row, zero), runtime_index(offset, zero)]))
-            return found
+        def place(silo: int, offset: int) -> list[jax.Array]:
+            """Row and column of the matrix of the silo's size."""
+            return [runtime_index(silos_of[sizes[silo]].index(silo), zero), runtime_index(offset, zero)]
 
-        for x in keys:
-            for part, (size, place) in zip(_slices(x.values, x.axis), places(x), strict=True):
-                matrices[size] = lax.dynamic_update_slice(matrices[size], part.reshape(1, -1), place)
+        places = [[place(*slice_) for slice_ in zip(x.silos, x.offsets, strict=True)] for x in keys]
+        for x, at in zip(keys, places, strict=True):
+            for part, silo, start in zip(_slices(x.values, x.axis), x.silos, at, strict=True):
+                n = sizes[silo]
+                matrices[n] = lax.dynamic_update_slice(matrices[n], part.reshape(1, -1), start)
 
-        def read(x: Keys) -> jax.Array:
+        def read(x: Keys, at: list[list[jax.Array]]) -> jax.Array:
             size = x.values.size // len(x.silos)
             shape = [n for i, n in enumerate(x.values.shape) if i != x.axis]
-            parts = [lax.dynamic_slice(matrices[n], at, (1, size)).reshape(shape) for n, at in places(x)]
+            parts = [
+                lax.dynamic_slice(matrices[sizes[silo]], start, (1, size)).reshape(shape)
+                for silo, start in zip(x.silos, at, strict=True)
+            ]
             return parts[0] if x.axis is None else jnp.stack(parts, x.axis)
 
         rows = [Keys(matrices[n], 0, tuple(s), (0,) * len(s), zero) for n, s in silos_of.items()]
-        return rows, [x._replace(values=read(x)) for x in keys]
+        return rows, [x._replace(values=read(x, at)) for x, at in zip(keys, places, strict=True)]
 
-    def thresholds(self, keys: list[Keys], query: Query, top: int, density_scale: int) -> Bracket:
+    def for_each_silo(self, method: Callable[[Count, Any], Any], keys: list[Keys], per_silo: Any) -> Any:
         """See :class:`Layout`."""
 
-        def search_row(row: tuple[jax.Array, Query]) -> Bracket:
-            values, query = row
-            return _search(lambda t: _above(values, t, None), query, top, density_scale)
+        def visit(x: Keys, i: jax.Array, found: Any) -> Any:
+            silo = runtime_index(x.silos[0], x.zero) + i
+            row = x.values if len(x.silos) == 1 else _row(x.values, i)  # a matrix of one row is not copied
+            of_silo = method(
+                lambda t: _above(row.reshape(-1), t, None), jax.tree.map(lambda v: _row(v, silo), per_silo)
+            )
+            return jax.tree.map(
+                lambda all_, own: lax.dynamic_update_slice(all_, own, (silo,)), found, of_silo
+            )
 
-        found = []
+        none_above = lambda t: Counts.from_int32(jnp.zeros(t.shape, jnp.int32))  # noqa: E731
+        like = jax.eval_shape(partial(method, none_above), per_silo)
+        found = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
         for x in keys:
-            at = np.array(x.silos, np.int32)[:, None]  # each silo is a search of its own
-            rows = x.values, jax.tree.map(lambda v, at=at: v[at], query)
-            if len(at) == 1:  # without a copy of a row that is the whole matrix
-                found.append(search_row(jax.tree.map(lambda v: v[0], rows)))
+            if len(x.silos) == 1:
+                found = visit(x, jnp.uint32(0), found)
             else:
-                found.append(jax.tree.map(lambda v: v[:, 0], lax.map(search_row, rows)))
-        order = np.argsort([s for x in keys for s in x.silos])
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts)[order], *found)
+                found = lax.fori_loop(jnp.uint32(0), jnp.uint32(len(x.silos)), partial(visit, x), found)
+        return found
 
 
 def _along(values: jax.Array, axis: int | None, ndim: int) -> jax.Array:

@@ -37,8 +37,8 @@ def bits(x: jax.Array) -> jax.Array:
 
 
 def opaque_zero(passes: jax.Array) -> jax.Array:
-    """An int32 zero that the compiler cannot know, from a number that is never negative."""
-    return jnp.max(passes) >> 31
+    """A uint32 zero that the compiler cannot know, from a number that is never negative."""
+    return (jnp.max(passes) >> 31).astype(jnp.uint32)
 
 
 def force_rounding(x: jax.Array, zero: jax.Array) -> jax.Array:
@@ -60,7 +60,7 @@ def in_memory(xs: list[jax.Array], zero: jax.Array) -> tuple[list[jax.Array], ja
 
     def turn(carry: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
         left, arrays = carry
-        return left >> 1, [jnp.where(left > 0, x, jnp.zeros_like(x)) for x in arrays]
+        return left >> 1, [~x if x.dtype == bool else -x for x in arrays]
 
     zero, xs = lax.while_loop(lambda carry: carry[0] != 0, turn, (zero, xs))
     return xs, zero

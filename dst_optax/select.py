@@ -9,7 +9,7 @@ Non-negative floats sort like their bits read as integers, so distances are comp
 
 import math
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache, partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +19,8 @@ from jax import lax
 from jax.experimental import checkify
 
 from dst_optax import counting, distances
-from dst_optax.counting import Bracket, Keys, Layout, Query
-from dst_optax.counts import Counts, concatenate
+from dst_optax.counting import Count, Keys, Layout, Query, search
+from dst_optax.counts import Counts
 from dst_optax.floats import add, bits, force_rounding, in_memory, opaque_zero, promote
 from dst_optax.silos import LeafPlan, SiloPlan
 from dst_optax.state import Diagnostics, Memory, new_memory
@@ -144,6 +144,15 @@ class _Scale(NamedTuple):
         return Query(m, total, guess, jnp.maximum(moved // 8, self.binade // 512))
 
 
+class _Silos(NamedTuple):
+    """What is known of some silos before the search."""
+
+    budget: Counts  # (silos,)
+    size: Counts  # (silos,)
+    threshold: jax.Array  # (silos,) float32: that of the last step
+    threshold_delta: jax.Array  # (silos,) float32
+
+
 class _Facts(NamedTuple):
     """What became of some silos."""
 
@@ -151,6 +160,16 @@ class _Facts(NamedTuple):
     passes: jax.Array  # (silos,) int32
     num_free: Counts  # (silos,)
     num_nonfinite: Counts  # (silos,)
+
+
+class _Cut(NamedTuple):
+    """Where the rankings of some silos are cut."""
+
+    above: jax.Array  # (silos,) key dtype: keys above it are kept
+    below: jax.Array  # (silos,) key dtype: and those below it
+    tie: jax.Array  # (silos,) key dtype: of the keys that equal it some are kept; -2 for none
+    num_tied: Counts  # (silos,): how many there are
+    num_filled: Counts  # (silos,): how many of them are kept
 
 
 def _choose(
@@ -166,21 +185,24 @@ def _choose(
 ) -> Choice:
     """Batch by batch, so that the steps and keys of only one are in memory."""
     batches = layout.batches(leaves)
+    # silos that a batch searches together are neighbours; those that are free or frozen come last
+    batch_of = {s: i for i, batch in enumerate(batches) for j in batch for s in leaves[j].silos}
+    order = np.array(
+        sorted(range(len(sizes)), key=lambda s: (batch_of.get(s, len(batches)), sizes[s])), np.uint32
+    )
+    place = {s: i for i, s in enumerate(order.tolist())}
+    silos = _Silos(
+        budgets[order],
+        Counts.of([sizes[s] for s in order]),
+        memory.threshold[order],
+        memory.threshold_delta[order],
+    )
     zero = opaque_zero(memory.diagnostics.passes)
     masks: dict[int, jax.Array] = {}
     steps: dict[int, jax.Array] = {}
-    silos_in_order: list[int] = []
-    found: list[_Facts] = []
+    facts_of: list[_Facts] = []
     for batch in batches:
-        silos = sorted({s for j in batch for s in leaves[j].silos})
-        at = np.array(silos, np.int32)
         scale = _Scale.of([proposals[j].dtype for j in batch])
-        query = scale.query(
-            budgets[at],
-            Counts.of([sizes[s] for s in silos]),
-            memory.threshold[at],
-            memory.threshold_delta[at],
-        )
         rounded = [force_rounding(proposals[j].step, zero) for j in batch]
         if len(batches) > 1:
             rounded, zero = in_memory(rounded, zero)
@@ -191,25 +213,24 @@ def _choose(
             checkify.debug_check(
                 ~negative, f"the distance of parameter {leaves[j].path!r} is negative; it must be 0 or more."
             )
-            local = tuple(silos.index(s) for s in leaves[j].silos)
-            keys.append(Keys(values, leaves[j].axis, local, leaves[j].offsets, zero))
-        kept, facts = _keep(layout, keys, scale, ties, query)
+            places = tuple(place[s] for s in leaves[j].silos)
+            keys.append(Keys(values, leaves[j].axis, places, leaves[j].offsets, zero))
+        kept, facts = _keep(layout, keys, scale, ties, silos)
         zero = opaque_zero(facts.passes)
         if len(batches) > 1:
             kept, zero = in_memory(kept, zero)
         masks |= dict(zip(batch, kept, strict=True))
         steps |= dict(zip(batch, rounded, strict=True))
-        silos_in_order += silos
-        found.append(facts)
-    order = np.array(silos_in_order, np.int32)
-    threshold = jnp.zeros_like(memory.threshold).at[order].set(jnp.concatenate([f.threshold for f in found]))
+        facts_of.append(facts)
+    facts = reduce(partial(jax.tree.map, jnp.add), facts_of)  # each is 0 for silos of other batches
+    ranked = np.isin(order, list(batch_of))
+    threshold = jnp.zeros_like(memory.threshold).at[order].set(facts.threshold)
     known = (memory.threshold > 0) & (threshold > 0)
-    unranked = budgets[np.setdiff1d(np.arange(len(sizes)), order)]  # free or frozen at every step
     diagnostics = Diagnostics(
-        num_free=concatenate([unranked, *(f.num_free for f in found)]).sum().to_float(),
+        num_free=facts.num_free.where(ranked, silos.budget).sum().to_float(),
         budget=budgets.sum().to_float(),
-        num_nonfinite=concatenate([f.num_nonfinite for f in found]).sum().to_float(),
-        passes=jnp.max(jnp.concatenate([f.passes for f in found])),
+        num_nonfinite=facts.num_nonfinite.sum().to_float(),
+        passes=jnp.max(facts.passes),
     )
     return Choice(
         [masks[j] for j in range(len(leaves))],
@@ -235,58 +256,72 @@ def _distance_keys(
 
 
 def _keep(
-    layout: Layout, keys: list[Keys], scale: _Scale, ties: str, query: Query
+    layout: Layout, keys: list[Keys], scale: _Scale, ties: str, silos: _Silos
 ) -> tuple[list[jax.Array], _Facts]:
     """Keeps the ``m`` largest keys of each silo, and what is outside of the ranking."""
     searched, keys = layout.arrange(keys)
-    m, total = query.m, query.total
+    cut, facts = layout.for_each_silo(partial(_cut, scale, ties), searched, silos)
+    ends = [x.broadcast((cut.above, cut.below)) for x in keys]
+    kept = [(x.values > above) | (x.values < below) for x, (above, below) in zip(keys, ends, strict=True)]
+    if ties == "fill":
+        filled, passes = _fill(layout, searched, keys, cut)
+        kept = [a | b for a, b in zip(kept, filled, strict=True)]
+        facts = facts._replace(passes=facts.passes + passes)
+    return kept, facts
+
+
+def _cut(scale: _Scale, ties: str, count: Count, silos: _Silos) -> tuple[_Cut, _Facts]:
+    m, total = silos.budget, silos.size
     none = m - m
     all_free, none_free = m.equals(total), m.is_zero()
     # one pass meets a budget of 0
-    bracket = layout.thresholds(
-        searched, query._replace(m=none.where(all_free, m)), scale.infinity, scale.binade
-    )
+    query = scale.query(none.where(all_free, m), total, silos.threshold, silos.threshold_delta)
+    bracket = search(count, query, scale.infinity, scale.binade)
     t = jnp.where(all_free, -1, bracket.hi)
     num_free = total.where(all_free, bracket.above_hi)
-    floor = jnp.where(none_free, -1, 0).astype(t.dtype)
-    kept = [(x.values > x.broadcast(t)) | (x.values < x.broadcast(floor)) for x in keys]
-    passes = bracket.passes
-    if ties == "fill":
-        lacking = ~all_free & ~bracket.met(m) & (t > 0)
-        tie = jnp.where(lacking, t, -2)  # no key is -2
-        filled, more = _fill(layout, searched, keys, tie, bracket, none.where(~lacking, m - bracket.above_hi))
-        kept = [a | b for a, b in zip(kept, filled, strict=True)]
-        num_free = m.where(lacking, num_free)
-        passes = passes + more
-    threshold = jnp.where(all_free | none_free, 0.0, scale.to_distance(t))
-    num_nonfinite = none.where(none_free | all_free, total - bracket.ranked)
-    return kept, _Facts(threshold, passes, num_free, num_nonfinite)
+    lacking = ~all_free & ~bracket.met(m) & (t > 0) & (ties == "fill")
+    cut = _Cut(
+        above=t,
+        below=jnp.where(none_free, -1, 0).astype(t.dtype),
+        tie=jnp.where(lacking, t, -2),
+        num_tied=bracket.above_lo - bracket.above_hi,
+        num_filled=none.where(~lacking, m - bracket.above_hi),
+    )
+    facts = _Facts(
+        threshold=jnp.where(all_free | none_free, 0.0, scale.to_distance(t)),
+        passes=bracket.passes,
+        num_free=m.where(lacking, num_free),
+        num_nonfinite=none.where(none_free | all_free, total - bracket.ranked),
+    )
+    return cut, facts
 
 
 def _fill(
-    layout: Layout, searched: list[Keys], keys: list[Keys], tie: jax.Array, bracket: Bracket, rest: Counts
+    layout: Layout, searched: list[Keys], keys: list[Keys], cut: _Cut
 ) -> tuple[list[jax.Array], jax.Array]:
-    """Of the keys that equal ``tie``, the ``rest`` that come last in a fixed order, and the passes spent.
+    """Of the keys that equal ``cut.tie``, those that come last in a fixed order, and the passes spent.
 
     The order is that of the entries' row-major indices in their silo, mixed, so it does not depend on
-    the layout; the same search finds where the last ``rest`` begin. Indices have two digits in silos with
-    more than ``2**INDEX_BITS`` entries, compared one after the other.
+    the layout; the same search finds where the last ``cut.num_filled`` begin. Indices have two digits in
+    silos with more than ``2**INDEX_BITS`` entries, compared one after the other.
     """
-    top = 2**31 - 1
     largest = max(o + math.prod(x.values.shape) // len(x.silos) for x in searched for o in x.offsets)
     digits = 2 if largest > 2**INDEX_BITS else 1
-    unknown = jnp.full(tie.shape, -1, jnp.int32)
+    unknown = jnp.full(cut.tie.shape, -1, jnp.int32)
+    find = partial(search, top=2**31 - 1, density_scale=2**40)  # mixed indices are evenly dense
 
-    def search() -> tuple[list[jax.Array], jax.Array]:
-        candidates = [x.values == x.broadcast(tie) for x in searched]
-        query = Query(rest, bracket.above_lo - bracket.above_hi, unknown, jnp.ones_like(unknown))
-        cuts, passes = [], jnp.zeros(tie.shape, jnp.int32)
+    def cut_ties() -> tuple[list[jax.Array], jax.Array]:
+        candidates = [x.values == x.broadcast(cut.tie) for x in searched]
+        query = Query(cut.num_filled, cut.num_tied, unknown, jnp.ones_like(unknown))
+        cuts, passes = [], jnp.zeros_like(unknown)
         for digit in range(digits):
             order = [
-                x._replace(values=jnp.where(candidate, _index_digits(x)[digit], -1))
+                x._replace(
+                    values=jnp.where(candidate, _index_digits(x.values.shape, x.axis, x.offsets)[digit], -1)
+                )
                 for x, candidate in zip(searched, candidates, strict=True)
             ]
-            found = layout.thresholds(order, query, top, 2**40)  # mixed indices are evenly dense
+            found = layout.for_each_silo(find, order, query)
             candidates = [x.values == x.broadcast(found.hi) for x in order]
             query = query._replace(m=query.m - found.above_hi, total=found.above_lo - found.above_hi)
             cuts.append(found.hi)
@@ -294,27 +329,35 @@ def _fill(
         return cuts, passes
 
     cuts, passes = lax.cond(
-        (tie >= 0).any(), search, lambda: ([unknown] * digits, jnp.zeros(tie.shape, jnp.int32))
+        (cut.tie > 0).any(), cut_ties, lambda: ([unknown] * digits, jnp.zeros_like(unknown))
     )
 
     def after_cuts(x: Keys) -> jax.Array:
+        tie, ends = x.broadcast((cut.tie, cuts))
         after = jnp.zeros(x.values.shape, bool)
-        for digit, cut in reversed(list(zip(_index_digits(x)[:digits], cuts, strict=True))):
-            after = (digit > x.broadcast(cut)) | (digit == x.broadcast(cut)) & after
-        return (x.values == x.broadcast(tie)) & after
+        for digit, end in reversed(
+            list(zip(_index_digits(x.values.shape, x.axis, x.offsets)[:digits], ends, strict=True))
+        ):
+            after = (digit > end) | (digit == end) & after
+        return (x.values == tie) & after
 
     return [after_cuts(x) for x in keys], passes
 
 
-def _index_digits(keys: Keys) -> tuple[jax.Array, jax.Array]:
-    """Each entry's row-major index in its silo: the low bits, mixed, and the bits above them; int32."""
-    shape, axis = keys.values.shape, keys.axis
-    offsets = np.array(keys.offsets, np.int64)
-    low = jnp.asarray((offsets & (2**INDEX_BITS - 1)).astype(np.uint32))
-    high = jnp.asarray((offsets >> INDEX_BITS).astype(np.int32))
-    local = keys._replace(silos=tuple(range(len(offsets))))
-    above = jnp.broadcast_to(local.broadcast(high), shape)
-    index = jnp.broadcast_to(local.broadcast(low), shape)
+@partial(jax.jit, static_argnums=(0, 1, 2))  # traced once for all tensors of a shape
+def _index_digits(
+    shape: tuple[int, ...], axis: int | None, offsets: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """Each entry's row-major index in its silo: the low bits, mixed, and the bits above them; int32.
+
+    Args:
+      shape: of the keys.
+      axis: see :class:`dst_optax.counting.Keys`.
+      offsets: likewise.
+    """
+    start = np.array(offsets, np.int64).reshape([-1 if d == axis else 1 for d in range(len(shape))])
+    above = jnp.broadcast_to((start >> INDEX_BITS).astype(np.int32), shape)
+    index = jnp.broadcast_to((start & (2**INDEX_BITS - 1)).astype(np.uint32), shape)
     stride = 1
     for d in reversed(range(len(shape))):
         if d != axis:

@@ -123,8 +123,9 @@ def search(delta: jax.Array, guess: jax.Array, spread: jax.Array, m: int) -> cou
     """The threshold as the transform finds it; a negative guess is a cold start."""
 
     def method(layout: counting.Layout, keys: jax.Array, query: counting.Query) -> counting.Bracket:
-        row = counting.Keys(keys[None], 0, (0,), (0,), jnp.int32(0))
-        return layout.thresholds([row], query, INFINITY, 2**23)
+        row = counting.Keys(keys[None], 0, (0,), (0,), jnp.uint32(0))
+        find = functools.partial(counting.search, top=INFINITY, density_scale=2**23)
+        return layout.for_each_silo(find, [row], query)
 
     query = counting.Query(Counts.of([m]), Counts.of([delta.size]), guess, spread)
     return counting.per_platform(method, key_of(delta), query)

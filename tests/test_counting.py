@@ -21,9 +21,10 @@ LAYOUTS = {"tensors": counting.Tensors(), "rows": counting.Rows()}
 @functools.partial(jax.jit, static_argnums=(0, 5))
 def search(layout, keys, m, guess, spread, top=TOP):
     silos, size = keys.shape
-    rows = Keys(keys, 0, tuple(range(silos)), (0,) * silos, jnp.int32(0))
+    rows = Keys(keys, 0, tuple(range(silos)), (0,) * silos, jnp.uint32(0))
     total = Counts.of([size] * silos)
-    return LAYOUTS[layout].thresholds([rows], Query(m, total, guess, spread), top, 2**23)
+    method = functools.partial(counting.search, top=top, density_scale=2**23)
+    return LAYOUTS[layout].for_each_silo(method, [rows], Query(m, total, guess, spread))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -94,7 +95,7 @@ def test_rows_are_silos_and_read_back_as_tensors():
     rng = np.random.default_rng(0)
     shapes = {"a": (4, 5), "stack": (3, 2, 5), "b": (20,), "c": (7,)}
     x = {n: rng.integers(0, 99, s).astype(np.int32) for n, s in shapes.items()}
-    zero = jnp.int32(0)
+    zero = jnp.uint32(0)
     keys = [
         Keys(jnp.asarray(x["a"]), None, (0,), (0,), zero),
         Keys(jnp.asarray(x["stack"]), 1, (1, 2), (0, 0), zero),
