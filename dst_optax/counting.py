@@ -322,6 +322,8 @@ class Rows:
         like = jax.eval_shape(partial(method, none_above), per_silo)
         found = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
         for x in keys:
+            if x.silos != tuple(range(x.silos[0], x.silos[0] + len(x.silos))):
+                raise ValueError(f"rows of silos {x.silos}, which are not numbered one after the other.")
             if len(x.silos) == 1:
                 found = visit(x, jnp.uint32(0), found)
             else:

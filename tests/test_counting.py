@@ -110,3 +110,9 @@ def test_rows_are_silos_and_read_back_as_tensors():
     np.testing.assert_array_equal(by_silo[3], x["b"])
     for before, after in zip(keys, back, strict=True):
         np.testing.assert_array_equal(before.values, after.values)
+
+
+def test_rows_whose_silos_are_not_neighbours_are_refused():
+    rows = Keys(jnp.zeros((2, 5), jnp.int32), 0, (0, 2), (0, 0), jnp.uint32(0))
+    with pytest.raises(ValueError, match="one after the other"):
+        counting.Rows().for_each_silo(lambda count, x: x, [rows], jnp.zeros(3))

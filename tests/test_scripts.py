@@ -1,5 +1,6 @@
 """The shell scripts: every command they would run, and what shellcheck says."""
 
+import importlib.util
 import shlex
 import shutil
 import subprocess
@@ -94,3 +95,15 @@ def test_a_sweep_is_every_combination():
         tuned_by_dst = "--gin_file=configs/t5x/dst.gin" in c
         assert tuned_by_dst == ("--gin.FRACTION=0.01" in c) == ("/0.01/" in " ".join(c))
         assert c[-1] == "--gin.TRAIN_STEPS=9"
+
+
+def test_every_mutation_still_finds_its_line():
+    spec = importlib.util.spec_from_file_location("mutations", SCRIPTS / "mutations.py")
+    mutations = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutations)
+    lost = [
+        m.rule
+        for m in mutations.MUTATIONS
+        if (SCRIPTS.parent / "dst_optax" / m.file).read_text().count(m.old) != 1
+    ]
+    assert lost == []
