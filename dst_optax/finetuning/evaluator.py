@@ -16,6 +16,8 @@ from dst_optax.finetuning.models.base import LanguageModel
 from dst_optax.finetuning.recipe import Recipe
 from dst_optax.finetuning.tasks.base import TaskSuite
 
+LOOKED_AT = 20_000  # examples of a split, at most, whose lengths are counted before training
+
 
 def target_scores(model: LanguageModel, params: Params, batch: inputs.Batch) -> dict[str, jax.Array]:
     """How likely the targets of a batch are.
@@ -149,15 +151,17 @@ class Evaluator:
         return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
     def cuts(self) -> list[str]:
-        """One line for every feature whose examples are cut."""
+        """One line for every feature whose examples are cut, of the first ``LOOKED_AT`` of a split."""
         lines = []
         for task in self._data.names:
             for split in ("train", "validation"):
                 name = self._data.provider(task)
-                for feature, (cut, longest) in inputs.count_cut(name, split, self._lengths).items():
+                seen, found = inputs.count_cut(name, split, self._lengths, LOOKED_AT)
+                first = f" of the first {LOOKED_AT:,}" if seen == LOOKED_AT else ""
+                for feature, (cut, longest) in found.items():
                     if cut:
                         lines.append(
-                            f"{task} {split}: {cut} examples have {feature} longer than "
+                            f"{task} {split}: {cut}{first} examples have {feature} longer than "
                             f"{self._lengths[feature]} tokens and are cut; the longest has {longest}."
                         )
         return lines

@@ -124,25 +124,24 @@ def batch_of(
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def count_cut(name: str, split: str, lengths: Lengths) -> dict[str, tuple[int, int]]:
+def count_cut(name: str, split: str, lengths: Lengths, most: int) -> tuple[int, dict[str, tuple[int, int]]]:
     """How many examples are longer than the feature lengths.
 
     Args:
       name: registered seqio task.
       split: e.g. "train".
       lengths: see :func:`train_batches`.
+      most: examples to look at, the first ones.
 
     Returns:
-      For each feature: examples that are cut, and the longest one's tokens.
+      Examples that were looked at, and for each feature: those that are cut, and the longest one's tokens.
     """
     provider = seqio.TaskRegistry.get(name)
-    data = provider.get_dataset(None, split=split, shuffle=False, num_epochs=1)
-    sizes = {feature: [] for feature in lengths}
-    for example in data.as_numpy_iterator():
-        for feature, known in sizes.items():
-            known.append(len(example[feature]))
-    return {
-        feature: (sum(n > lengths[feature] for n in known), max(known)) for feature, known in sizes.items()
+    data = provider.get_dataset(None, split=split, shuffle=False, num_epochs=1).take(most)
+    sizes = [[len(example[feature]) for feature in lengths] for example in data.as_numpy_iterator()]
+    known = dict(zip(lengths, zip(*sizes, strict=True), strict=True))
+    return len(sizes), {
+        feature: (sum(n > lengths[feature] for n in found), max(found)) for feature, found in known.items()
     }
 
 

@@ -18,6 +18,8 @@ from dst_optax.finetuning.tasks import features
 from dst_optax.finetuning.tasks.pairs import SHUFFLE, OneTask
 from dst_optax.paths import as_path
 
+FEATURES = ("inputs", "targets")
+
 
 @dataclass(frozen=True)
 class SpanCorruption(OneTask):
@@ -163,19 +165,25 @@ class SpanCorruption(OneTask):
         chunks = self.chunks(split)
         times = self.corruptions if split == "train" else 1
 
-        def make(i: int) -> tuple[np.ndarray, np.ndarray, bytes, bytes]:
-            inputs, targets = self.example(chunks[i % len(chunks)], int(i) // len(chunks))
-            texts = (self.vocabulary.decode(ids.tolist()).encode() for ids in (inputs, targets))
-            return inputs, targets, *texts
+        def make(i: int) -> tuple[np.ndarray, np.ndarray]:
+            return self.example(chunks[i % len(chunks)], int(i) // len(chunks))
 
         def example(i: tf.Tensor) -> dict[str, tf.Tensor]:
-            kinds = (tf.int32, tf.int32, tf.string, tf.string)
-            inputs, targets, *texts = tf.numpy_function(make, [i], kinds)
-            shaped = {"inputs": tf.ensure_shape(inputs, [None]), "targets": tf.ensure_shape(targets, [None])}
-            named = zip(("inputs_pretokenized", "targets_pretokenized"), texts, strict=True)
-            return shaped | {name: tf.ensure_shape(text, []) for name, text in named}
+            made = tf.numpy_function(make, [i], (tf.int32, tf.int32))
+            return {name: tf.ensure_shape(ids, [None]) for name, ids in zip(FEATURES, made, strict=True)}
 
-        return tf.data.Dataset.range(times * len(chunks)).map(example)
+        def with_texts(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+            texts = {
+                f"{name}_pretokenized": tf.numpy_function(text, [example[name]], tf.string)
+                for name in FEATURES
+            }
+            return example | {name: tf.ensure_shape(text, []) for name, text in texts.items()}
+
+        def text(ids: np.ndarray) -> bytes:
+            return self.vocabulary.decode(ids.tolist()).encode()
+
+        examples = tf.data.Dataset.range(times * len(chunks)).map(example)
+        return examples if split == "train" else examples.map(with_texts)
 
 
 def _parts(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:

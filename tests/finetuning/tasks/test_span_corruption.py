@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 seqio = pytest.importorskip("seqio")
 pytest.importorskip("tensorflow")
 
+from dst_optax.finetuning import inputs  # noqa: E402
 from dst_optax.finetuning.tasks.span_corruption import SpanCorruption  # noqa: E402
 
 BYTES = seqio.ByteVocabulary(extra_ids=100)
@@ -82,6 +83,14 @@ def test_chunks_are_the_text_in_order_and_each_is_corrupted_anew(tmp_path):
     assert first["inputs"].tolist()[:-1] == data.example(train[0], 0)[0].tolist()
     path = data.write(tmp_path, "span_corruption", examples["validation"], ["x"] * 5)
     assert json.loads(path.read_text().splitlines()[0])["prediction"] == "x"
+
+
+def test_the_lengths_of_the_first_examples_are_counted(tmp_path):
+    data = SpanCorruption(written(tmp_path, a=TEXT), BYTES, 64, validation_size=5)
+    name, total = data.register(), 10 * len(data.chunks("train"))
+    for most, seen in ((7, 7), (total, total), (total + 1, total)):
+        found = inputs.count_cut(name, "train", {"inputs": 57, "targets": 14}, most)
+        assert found == (seen, {"inputs": (seen, 58), "targets": (0, 14)})
 
 
 @pytest.mark.parametrize(
