@@ -14,18 +14,22 @@ import decoder_cases as cases
 
 from dst_optax.finetuning.models import decoder
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "compare_with_transformers.py"
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 PAIRS = [([5, 0, 6], [7]), ([8], [0, 9]), ([8], [3])]
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("compare_with_transformers", SCRIPT)
+def script_of(name):
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def script():
+    return script_of("compare_with_transformers")
 
 
 def test_options_of_an_example_are_compared_with_each_other(script):
@@ -43,3 +47,16 @@ def test_transformers_scores_as_we_do(script, tmp_path, name):
     lengths = {"inputs": 4, "targets": 3}
     mine = script.our_scores(decoder.CausalLM(config), params, PAIRS, lengths)
     np.testing.assert_allclose(script.transformers_scores(tmp_path, PAIRS), mine, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_logits_are_near_those_in_float64(tmp_path, name):
+    pytest.importorskip("torch", reason="needs torch")
+    pytest.importorskip("transformers", reason="needs transformers")
+    decoder.save_hf(
+        jax.tree.map(np.asarray, cases.weights(cases.CONFIGS[name])), cases.CONFIGS[name], tmp_path
+    )
+    rows = [given + option for given, option in PAIRS]
+    for found in script_of("compare_logits").distances(str(tmp_path), rows):
+        assert 0 < found.ours < 1e-5 * found.largest
+        assert 0 < found.theirs < 1e-5 * found.largest
