@@ -139,7 +139,8 @@ def main() -> None:
     parser.add_argument("--learning-rates", required=True, type=float, nargs="+")
     parser.add_argument("--rng-seeds", default=[0], type=int, nargs="+")
     parser.add_argument("--task", default="cb")
-    parser.add_argument("--held-out", type=int, default=50)
+    parser.add_argument("--held-out", type=int, default=50, help="training rows to choose rates on")
+    parser.add_argument("--held-out-seed", type=int, default=0, help="draws them")
     parser.add_argument("--inputs", type=int, default=64)
     parser.add_argument("--targets", type=int, default=2)
     parser.add_argument("--steps", type=int, default=60)
@@ -148,7 +149,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, help="a file of JSON lines")
     given = parser.parse_args()
 
-    source = HeldOut(JsonlSource(given.data), given.held_out)
+    source = HeldOut(JsonlSource(given.data), given.held_out, given.held_out_seed)
     vocabulary = HuggingFaceVocabulary(given.checkpoint)
     data = SuperGlue(source, vocabulary, (given.task,), evaluation="options")
     mixture = data.register(True)

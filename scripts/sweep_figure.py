@@ -4,7 +4,8 @@
     python scripts/sweep_figure.py runs/a/results.jsonl runs/b/results.jsonl \
         --rows docs/records/smollm2_cb.jsonl --figure docs/images/smollm2_cb.png --pair dst fixed
 
-Rows of one task, method, budget, learning rate and random seed count once; those of a baseline, too.
+Rows of one task, method, budget, learning rate and random seed count once; those of a baseline, once for
+each choice of held-out rows.
 """
 
 import argparse
@@ -34,9 +35,11 @@ def joined(files: list[Path]) -> list[Row]:
         for line in file.read_text().splitlines():
             row = json.loads(line)
             key = tuple(row.get(name) for name in KEY)
+            if "rng_seed" not in row:  # a baseline has a score for each choice of held-out rows
+                key += (row["score"],)
             other = found.setdefault(key, row)
             if any(other.get(name) != row.get(name) for name in ("score", "test_score")):
-                raise ValueError(f"{file}: another score of the run {dict(zip(KEY, key, strict=True))}.")
+                raise ValueError(f"{file}: another score of the run {dict(zip(KEY, key, strict=False))}.")
     return sorted(
         found.values(), key=lambda row: (*(row[x] for x in KEY[:2]), *(row.get(x) or 0 for x in KEY[2:]))
     )
@@ -72,6 +75,7 @@ def table(rows: list[Row], every_rate: bool) -> Iterator[str]:
             free, held_out, found = (
                 [row[name] for row in same] for name in ("free_params", "score", "test_score")
             )
+            found = found if "rng_seed" in same[0] else found[:1]
             mean = f"{np.mean(found):.1f}" + (f" ± {np.std(found, ddof=1):.1f}" if len(found) > 1 else "")
             mean = f"**{mean}**" if every_rate and rate == best and len(group) > len(same) else mean
             yield (
