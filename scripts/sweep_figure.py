@@ -75,12 +75,14 @@ def table(rows: list[Row], every_rate: bool) -> Iterator[str]:
             free, held_out, found = (
                 [row[name] for row in same] for name in ("free_params", "score", "test_score")
             )
-            found = found if "rng_seed" in same[0] else found[:1]
+            chosen_on = f"{np.mean(held_out):.1f}"
+            if "rng_seed" not in same[0]:  # a baseline: one model, perhaps several choices of held-out rows
+                chosen_on, found = ", ".join(f"{x:.1f}" for x in held_out), found[:1]
             mean = f"{np.mean(found):.1f}" + (f" ± {np.std(found, ddof=1):.1f}" if len(found) > 1 else "")
             mean = f"**{mean}**" if every_rate and rate == best and len(group) > len(same) else mean
             yield (
                 f"| {method} | {np.mean(free):,.0f} | {'' if rate is None else format(rate, 'g')} | "
-                f"{np.mean(held_out):.1f} | {', '.join(f'{x:.1f}' for x in found)} | {mean} |"
+                f"{chosen_on} | {', '.join(f'{x:.1f}' for x in found)} | {mean} |"
             )
 
 
