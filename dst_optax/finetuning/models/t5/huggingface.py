@@ -272,12 +272,11 @@ def save_hf(params: Any, config: T5Config, path: str | os.PathLike[str]) -> None
       >>> t5.load(path, config)["token_embedder"]["embedding"].shape
       (384, 64)
     """
-    flat = parameters.flatten(parameters.unstack_layers(params))
+    flat = parameters.flatten(parameters.unstack_layers(jax.device_get(params)))  # numpy changes no bits
     wanted = parameters.shapes(dataclasses.replace(config, scan_layers=False))
     parameters.check("the parameters", {p: x.shape for p, x in flat.items()}, wanted)
     tensors = {}
     for name, x in flat.items():
-        x = np.asarray(jax.device_get(x))
         tensors[name_of(name)] = np.ascontiguousarray(x.T if is_transposed(name) else x)
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
