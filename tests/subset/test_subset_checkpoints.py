@@ -122,7 +122,10 @@ def test_the_command_line_takes_checkpoints(tmp_path, kind):
     assert all((bits(x) == bits(expected[p])).all() for p, x in written.items())
 
 
-@pytest.mark.parametrize(("kind", "held"), [("orbax", 4), ("t5x legacy", 1)])
+HELD = 1 if jax.__version_info__ >= (0, 8) else 3  # jax 0.7 lets go of arrays that programs have read later
+
+
+@pytest.mark.parametrize(("kind", "held"), [("orbax", 4), ("t5x legacy", HELD)])
 def test_one_tensor_is_in_memory_at_a_time(tmp_path, kind, held, monkeypatch):
     """But for those that Orbax's threads hold until their next work."""
     params = {f"w{i}": np.full((300, 200), i, np.float32) for i in range(12)}
