@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--rng-seeds", default=[0], type=int, nargs="+")
     parser.add_argument("--task", default="cb")
     parser.add_argument("--held-out", type=int, default=50, help="training rows to choose rates on")
-    parser.add_argument("--held-out-seed", type=int, default=0, help="draws them")
+    parser.add_argument("--held-out-seed", type=int, help="draws them; without it they are the last ones")
     parser.add_argument("--inputs", type=int, default=64)
     parser.add_argument("--targets", type=int, default=2)
     parser.add_argument("--steps", type=int, default=60)

@@ -1,6 +1,7 @@
 """The shell scripts: every command they would run, and what shellcheck says."""
 
 import importlib.util
+import json
 import shlex
 import shutil
 import subprocess
@@ -97,10 +98,33 @@ def test_a_sweep_is_every_combination():
         assert c[-1] == "--gin.TRAIN_STEPS=9"
 
 
+def module_of(name):
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_sweeps_with_other_held_out_rows_are_joined(tmp_path):
+    pytest.importorskip("tensorflow")
+    sweep_figure = module_of("sweep_figure")
+    base = {"task": "cb", "method": "seed", "free_params": 0, "test_score": 25.0}
+    run = {**base, "method": "dst", "budget": 9, "learning_rate": 0.1}
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for seed, file in enumerate(files):
+        rows = [{**base, "score": 30.0 + seed}, {**run, "rng_seed": seed, "score": 50.0 + seed}]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = sweep_figure.joined(files)
+    dst, seed = list(sweep_figure.table(rows, every_rate=False))[2:]
+    assert dst == "| dst | 0 | 0.1 | 50.5 | 25.0, 25.0 | 25.0 ± 0.0 |"
+    assert seed == "| seed | 0 |  | 30.0, 31.0 | 25.0 | 25.0 |"
+    files[1].write_text(json.dumps({**run, "rng_seed": 0, "score": 51.0}) + "\n")
+    with pytest.raises(ValueError, match=r"b\.jsonl: another score of the run .*'learning_rate': 0\.1"):
+        sweep_figure.joined(files)
+
+
 def test_every_mutation_still_finds_its_line():
-    spec = importlib.util.spec_from_file_location("mutations", SCRIPTS / "mutations.py")
-    mutations = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(mutations)
+    mutations = module_of("mutations")
     lost = [
         m.rule
         for m in mutations.MUTATIONS

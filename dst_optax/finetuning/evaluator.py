@@ -150,18 +150,18 @@ class Evaluator:
             parts.append(jax.tree.map(lambda x, at=at: np.asarray(x)[: rows - at], made))
         return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
-    def cuts(self) -> list[str]:
-        """One line for every feature whose examples are cut, of the first ``LOOKED_AT`` of a split."""
+    def cuts(self, most: int = LOOKED_AT) -> list[str]:
+        """What is cut: one line for every feature of a split, of its first ``most`` examples."""
         lines = []
         for task in self._data.names:
             for split in ("train", "validation"):
                 name = self._data.provider(task)
-                seen, found = inputs.count_cut(name, split, self._lengths, LOOKED_AT)
-                first = f" of the first {LOOKED_AT:,}" if seen == LOOKED_AT else ""
-                for feature, (cut, longest) in found.items():
-                    if cut:
-                        lines.append(
-                            f"{task} {split}: {cut}{first} examples have {feature} longer than "
-                            f"{self._lengths[feature]} tokens and are cut; the longest has {longest}."
-                        )
+                seen, found = inputs.count_cut(name, split, self._lengths, most)
+                first = f" of the first {most:,}" if seen == most else ""
+                lines += [
+                    f"{task} {split}: {cut}{first} examples have {feature} longer than "
+                    f"{self._lengths[feature]} tokens and are cut; the longest has {longest}."
+                    for feature, (cut, longest) in found.items()
+                    if cut or first
+                ]
         return lines

@@ -392,6 +392,15 @@ def test_a_seed_that_training_starts_from_is_placed_once(whole):
     assert seed is start
 
 
+def test_splits_that_were_not_looked_at_to_the_end_are_told_even_if_nothing_is_cut(whole):
+    evaluator = RunContext(str(whole[0]), DATA, MODEL, RECIPE).evaluator
+    every = evaluator.cuts(most=10**6)
+    first = [line for line in evaluator.cuts(most=2) if "of the first 2 examples" in line]
+    assert not [line for line in every if "of the first" in line]
+    assert [line.partition(":")[0] for line in first] == ["rte train"] * 2 + ["rte validation"] * 2
+    assert first[1].startswith("rte train: 0 of the first 2 examples have targets longer than 16 tokens")
+
+
 def test_training_goes_on_from_a_subset(whole, tmp_path):
     """A second stage stays within the budget of the first seed, and starts where the first one ended."""
     first = whole[0] / "dst" / "rng_0" / "tuned" / "subset"
