@@ -25,6 +25,7 @@ import record
 from benchmark import alternate
 
 from dst_optax.finetuning import inputs, optimizers
+from dst_optax.finetuning.methods import Method
 from dst_optax.finetuning.methods.dst import DST
 from dst_optax.finetuning.methods.fixed_subset import FixedSubset
 from dst_optax.finetuning.methods.full import Full
@@ -82,19 +83,23 @@ def peft_method(
     }
 
 
-def rows(checkpoint: str, budget: int, runs: int) -> list[dict[str, Any]]:
+def rows(checkpoint: str, budget: int, runs: int, scan_layers: bool) -> list[dict[str, Any]]:
     """One a method."""
-    model = language_model(checkpoint).configured("float32", None)
+    model = language_model(checkpoint).configured(dtype="float32", scan_layers=scan_layers)
     seed = jax.tree.map(jnp.asarray, model.load(checkpoint))
     random, key = np.random.default_rng(0), jax.random.key(0)
     pairs = [(random.integers(3, 40000, 64), random.integers(3, 40000, 2)) for _ in range(8)]
     batch = inputs.batch_of(model, pairs, LENGTHS)
-    found, state, steps = {}, {}, {}
-    for name, method in methods(budget).items():
+
+    def start_of(method: Method) -> TrainState:
         frozen, tuned = method.split(seed, key, model)
-        state[name] = jax.tree.map(jnp.copy, TrainState(frozen, tuned, method.init(seed, tuned)))
+        return jax.tree.map(jnp.copy, TrainState(frozen, tuned, method.init(seed, tuned)))
+
+    found, steps = {}, {}
+    for name, method in methods(budget).items():  # before the states of all methods fill the memory
+        state_of_one = start_of(method)
         start = time.perf_counter()
-        lowered = jax.jit(make_step(model, method), donate_argnums=0).lower(state[name], batch, key)
+        lowered = jax.jit(make_step(model, method), donate_argnums=0).lower(state_of_one, batch, key)
         steps[name] = lowered.compile()
         memory = steps[name].memory_analysis()
         found[name] = {
@@ -103,6 +108,8 @@ def rows(checkpoint: str, budget: int, runs: int) -> list[dict[str, Any]]:
             "step_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         }
         print(found[name], flush=True)
+
+    state = {name: start_of(method) for name, method in methods(budget).items()}
 
     def step(name: str) -> Any:
         state[name], measured = steps[name](state[name], batch, key)
@@ -128,12 +135,14 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, help="a Hugging Face directory")
     parser.add_argument("--budget", type=int, default=1345150, help="free parameters")
     parser.add_argument("--runs", type=int, default=5, help="steps of each method")
+    parser.add_argument("--scan-layers", action="store_true", help="compile one layer instead of all")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     cell = {
         "part": "methods",
         "budget": given.budget,
-        "rows": rows(given.checkpoint, given.budget, given.runs),
+        "scan_layers": given.scan_layers,
+        "rows": rows(given.checkpoint, given.budget, given.runs, given.scan_layers),
     }
     record.write({"environment": record.environment(), "cells": [cell]}, given.out)
     for row in cell["rows"]:

@@ -76,7 +76,8 @@ def _methods(cell: Record) -> str:
         for row in cell["rows"]
     ]
     columns = ["method", "free parameters", "step", "compile", "memory of a step", "file"]
-    return f"SmolLM2-135M, 8 examples of 64 tokens, clipped Adam.\n\n{table(columns, rows)}"
+    layers = ", layers scanned" if cell.get("scan_layers") else ""
+    return f"SmolLM2-135M, 8 examples of 64 tokens, clipped Adam{layers}.\n\n{table(columns, rows)}"
 
 
 def selection(cells: list[Record]) -> str:

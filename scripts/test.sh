@@ -11,10 +11,9 @@ export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 "$python" -m ruff format --check .
 "$python" -m ruff check .
 "$python" -m pyright
-"$python" -m pytest -q -n 2 --doctest-modules dst_optax -p no:cacheprovider
-# The contract is tested with XLA as it is installed. The rest compiles in two thirds of the time without its newer
-# emitters and LLVM's optimisation; networks run too slowly without the latter.
-"$python" -m pytest -q -n 2 tests/test_contract.py "$@"
+# The contract and the examples are tested with XLA as it is installed. The rest compiles in two thirds of the time
+# without its newer emitters and LLVM's optimisation; networks run too slowly without the latter.
+"$python" -m pytest -q -n 2 --doctest-modules dst_optax tests/test_contract.py "$@"
 slim="${XLA_FLAGS:-} --xla_cpu_use_fusion_emitters=false"
 XLA_FLAGS="$slim --xla_backend_optimization_level=0" \
   "$python" -m pytest -q -n 2 --dist loadgroup tests --ignore tests/finetuning --ignore tests/test_contract.py "$@"

@@ -75,7 +75,12 @@ class RunContext:
         # a run directory that keeps its seed needs the checkpoint no more
         needed = None if checkpoint is None or RunDir.keeps_seed(root) else hub.local_path(checkpoint)
         plain.check(data.vocabulary, needed)
-        self.model = plain.configured(recipe.dtype, recipe.dropout)
+        self.model = plain.configured(
+            dtype=recipe.dtype,
+            dropout_rate=recipe.dropout,
+            scan_layers=recipe.scan_layers,
+            remat=recipe.remat,
+        )
         self.train_name = data.register(plain.decoder_only)
         data.check(recipe.lengths["targets"])
         identity = {
@@ -92,7 +97,7 @@ class RunContext:
         self.run_dir.check()
         processes.barrier(f"{run_dir} is free or ours")
         self._checkpoint = checkpoint
-        load = None if needed is None else partial(plain.load, needed)
+        load = None if needed is None else partial(self.model.load, needed)
         self.seed = self.run_dir.seed(partial(self.model.init, jax.random.key(0)), load)
         self.seed_fingerprint = storage.fingerprint(self.seed)
         self.start = self.seed if subset_dir is None else subset.Subset.load(subset_dir).apply(self.seed)

@@ -17,6 +17,10 @@ class Recipe:
       z_loss: as in T5X.
       dtype: of the computation; parameters stay float32.
       dropout: rate; None keeps the model's.
+      scan_layers: whether layers are stacked and one of them is compiled instead of all; None keeps the
+        model's way.
+      remat: whether a layer's activations are computed again in the backward pass, to save memory; None
+        keeps the model's way.
       eval_every: steps between evaluations.
       log_every: steps between lines of metrics.
       save_every: steps between checkpoints; improvements are saved as well. None saves at evaluations.
@@ -39,6 +43,8 @@ class Recipe:
     z_loss: float = 0.0
     dtype: str = "float32"
     dropout: float | None = None
+    scan_layers: bool | None = None
+    remat: bool | None = None
     eval_every: int = 500
     log_every: int = 50
     save_every: int | None = None

@@ -27,7 +27,6 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import dst_optax
-from dst_optax import silos
 from dst_optax.finetuning import compiled_program
 from dst_optax.finetuning.models.base import LanguageModel, language_model
 from dst_optax.tree import map_named, named_leaves
@@ -266,8 +265,7 @@ def compile_program(job: Job, program: str) -> dict[str, Any]:
     cores = ONE_DEVICE.get(job.topology.split(":")[0], {})
     devices = topologies.get_topology_desc(platform="tpu", topology_name=job.topology, **cores).devices
     mesh = Mesh(np.array(devices).reshape(job.mesh_shape), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    config = language_model(job.model).config
-    model = language_model(dataclasses.replace(config, dtype="bfloat16", scan_layers=True, remat=True))
+    model = language_model(job.model).configured(dtype="bfloat16", scan_layers=True, remat=True)
     made = jax.eval_shape(model.init, jax.random.key(0))
     rules = tuple((name, "data" if name == "embed" else axis) for name, axis in model.axis_rules)
     params = jax.tree.map(_placed, made, model.shardings(made, mesh, rules))
@@ -311,12 +309,10 @@ def _state(transform: optax.GradientTransformation, params: Any, mesh: Mesh) -> 
     )
 
 
-def _silos() -> silos.Silos:
-    return silos.per_tensor(stacked=[(r"^((encoder|decoder)/\2|layers)/", 1)])
-
-
 def _update(job: Job, params: Any, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
-    transform = dst_optax.dynamic_subset_tuning(job.fraction, silos=_silos())
+    from dst_optax.finetuning.methods.dst import BY_LAYER
+
+    transform = dst_optax.dynamic_subset_tuning(job.fraction, silos=BY_LAYER)
 
     def update(carry: tuple[Any, Any], updates: Any) -> tuple[Any, Any]:
         params, state = carry
@@ -334,7 +330,7 @@ def _step(
     from dst_optax.finetuning.steps import TrainState, make_step
 
     optimizer = getattr(optax, job.optimizer)(1e-3)
-    method = Full(optimizer) if program == "full" else DST(optimizer, job.fraction, silos=_silos())
+    method = Full(optimizer) if program == "full" else DST(optimizer, job.fraction)
     rows = NamedSharding(mesh, PartitionSpec("data"))
     lengths = model.feature_converter().get_model_feature_lengths(
         {"inputs": job.inputs, "targets": job.targets}

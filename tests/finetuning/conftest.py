@@ -12,3 +12,10 @@ def quick_compilation():
         jax.config.update("jax_disable_most_optimizations", True)
         yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of one run that takes half a minute are run by one worker."""
+    for item in items:
+        if "whole" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("whole"))

@@ -26,8 +26,10 @@ from dst_optax.finetuning.methods.lora import LoRA  # noqa: E402
 from dst_optax.finetuning.methods.prompt import Prompt  # noqa: E402
 from dst_optax.finetuning.models import decoder, t5  # noqa: E402
 from dst_optax.finetuning.models.base import flatten  # noqa: E402
+from dst_optax.finetuning.steps import TrainState, make_step  # noqa: E402
 from dst_optax.finetuning.tasks.jsonl import Jsonl  # noqa: E402
 from dst_optax.finetuning.tasks.superglue.suite import SuperGlue  # noqa: E402
+from dst_optax.subset import models  # noqa: E402
 
 CONFIG = decoder.DecoderConfig("qwen3", 264, 16, 2, 4, 2, 4, 24, tie_embeddings=True, scan_layers=True)
 RECIPE = trainer.Recipe(
@@ -78,6 +80,30 @@ def test_every_method_tunes_a_decoder(tmp_path):
     assert differing == found["dst"]["free_params"]
 
 
+def test_scanned_layers_are_silos_and_tuned_like_unscanned_ones(tmp_path):
+    flat, method = replace(CONFIG, scan_layers=False), DST(optax.sgd(0.1), 0.05, ties="fill")
+    decoder.save_hf(cases.weights(flat), flat, tmp_path / "seed")
+    pairs = [([2, 70 + i, 71], [80 + i, 81, 1]) for i in range(4)]
+    found = []
+    for how in ({"scan_layers": False}, {"scan_layers": True, "remat": True}):
+        model = decoder.CausalLM(CONFIG).configured(**how)
+        seed = jax.tree.map(jax.numpy.asarray, model.load(str(tmp_path / "seed")))
+        state, step = TrainState({}, seed, method.init(seed, seed)), jax.jit(make_step(model, method))
+        batch = inputs.batch_of(model, pairs, {"inputs": 5, "targets": 4})
+        for _ in range(2):
+            state, _ = step(state, batch, jax.random.key(0))
+        table = decoder.tensors(model.config)
+        tuned = subset.extract(state.tuned, state.slots)
+        found.append(tuned.to_hf(table, models.open_model(tmp_path / "seed")))
+    one, other = found
+    assert one.keys() == other.keys() == {row.name for row in decoder.tensors(flat)}
+    for name in one:
+        assert len(one[name].positions) == len(other[name].positions) > 0
+        both, a, b = np.intersect1d(one[name].positions, other[name].positions, return_indices=True)
+        assert len(both) >= 0.9 * len(one[name].positions)
+        np.testing.assert_allclose(one[name].values[a], other[name].values[b], rtol=1e-3)
+
+
 def test_a_run_that_keeps_its_seed_needs_the_checkpoint_no_more(tmp_path):
     checkpoint = tmp_path / "checkpoint"
     decoder.save_hf(cases.weights(CONFIG), CONFIG, checkpoint)
@@ -85,6 +111,13 @@ def test_a_run_that_keeps_its_seed_needs_the_checkpoint_no_more(tmp_path):
     before = RunContext(*given, checkpoint=str(checkpoint)).seed_fingerprint
     checkpoint.rename(tmp_path / "elsewhere")
     assert RunContext(*given, checkpoint=str(checkpoint)).seed_fingerprint == before
+
+
+def test_a_recipe_says_how_layers_are_computed(tmp_path):
+    recipe = replace(RECIPE, scan_layers=False, remat=True)
+    context = RunContext(str(tmp_path / "run"), DATA, CONFIG, recipe)
+    assert context.model == decoder.CausalLM(replace(CONFIG, scan_layers=False, remat=True))
+    assert set(flatten(context.seed)) == set(decoder.shapes(context.model.config))
 
 
 def evaluator(data, lengths=RECIPE.lengths):
@@ -198,8 +231,8 @@ def test_lora_of_a_model_without_matrices_is_refused():
 
 def test_dropout_is_refused():
     with pytest.raises(ValueError, match="dropout"):
-        decoder.CausalLM(CONFIG).configured("float32", 0.1)
-    assert decoder.CausalLM(CONFIG).configured("bfloat16", None).config.dtype == "bfloat16"
+        decoder.CausalLM(CONFIG).configured(dropout_rate=0.1)
+    assert decoder.CausalLM(CONFIG).configured(dtype="bfloat16").config.dtype == "bfloat16"
 
 
 def test_flattened_seed_is_placed_on_the_mesh():

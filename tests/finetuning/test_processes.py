@@ -54,10 +54,11 @@ def directories(tmp_path_factory):
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(root / "cache"))
         (alone,) = run(root / "one", 1)
         assert (alone["devices"], alone["processes"]) == (4, 1)
-        for found in run(root / "two", 2, stop=3):
+        both = run(root / "two", 2, stop=3)
+        for found in both:
             assert (found["devices"], found["processes"]) == (4, 2)
-            assert "stopped at step 3" in found["rows"]
-        rows = [[{**row, "seconds": 0} for row in found["rows"]] for found in run(root / "two", 2)]
+            assert "stopped at step 3" in found["stopped"]
+        rows = [[{**row, "seconds": 0} for row in found["rows"]] for found in both]
     assert rows[0] == rows[1]
     return root / "one" / "dst" / "rng_0", root / "two" / "dst" / "rng_0"
 

@@ -1,6 +1,6 @@
 """Trains with DST on a mesh of four devices, in one process or two; test_processes.py compares them.
 
-python trainer_worker.py <run_dir> <step to stop at, or 0> <processes> <port> <index>
+python trainer_worker.py <run_dir> <step to be stopped at and go on from, or 0> <processes> <port> <index>
 """
 
 import json
@@ -10,6 +10,7 @@ import sys
 
 import jax
 import optax
+import pytest
 import seqio
 from few import Few
 
@@ -47,20 +48,26 @@ def stopped_at(step, batches):
         yield batch
 
 
-def main(directory, stop):
-    if stop and jax.process_index() == jax.process_count() - 1:
-        read = inputs.train_batches
-        inputs.train_batches = lambda *where: stopped_at(stop, read(*where))
+def train(directory):
     methods = {"dst": DST(optax.adam(1e-2), 0.05)}
-    try:
-        return trainer.finetune(directory, DATA, MODEL, methods, RECIPE, mesh_shape=(2, 2))
-    except trainer.Interrupted as e:
-        return str(e)
+    return trainer.finetune(directory, DATA, MODEL, methods, RECIPE, mesh_shape=(2, 2))
+
+
+def stopped(directory, step):
+    """What is said when the last process is asked to stop in a step."""
+    with pytest.MonkeyPatch.context() as patch:
+        if jax.process_index() == jax.process_count() - 1:
+            read = inputs.train_batches
+            patch.setattr(inputs, "train_batches", lambda *where: stopped_at(step, read(*where)))
+        with pytest.raises(trainer.Interrupted) as told:
+            train(directory)
+    return str(told.value)
 
 
 if __name__ == "__main__":
     directory, stop, count, port, index = sys.argv[1:]
     # one process, too, has a coordinator: so both add floats across devices in the same order
     jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=int(count), process_id=int(index))
-    rows = main(directory, int(stop))
-    print(json.dumps({"devices": jax.device_count(), "processes": jax.process_count(), "rows": rows}))
+    told = {"stopped": stopped(directory, int(stop))} if int(stop) else {}
+    told |= {"devices": jax.device_count(), "processes": jax.process_count(), "rows": train(directory)}
+    print(json.dumps(told))

@@ -1,7 +1,7 @@
 """Dynamic Subset Tuning: a small, moving subset of the parameters is free."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +15,12 @@ from dst_optax import silos as silos_lib
 from dst_optax.finetuning import processes, storage
 from dst_optax.finetuning.methods import Params
 from dst_optax.finetuning.methods.base import InPlace
+from dst_optax.finetuning.models.base import STACKED
 from dst_optax.rule import SubsetRule
 from dst_optax.state import DynamicSubsetTuningState, map_states, states
+
+# every tensor, and every layer of one that holds all of them; models need not be stacked
+BY_LAYER = replace(silos_lib.per_tensor(STACKED), patterns=())
 
 
 class DSTState(NamedTuple):
@@ -34,7 +38,7 @@ class DST(InPlace):
       optimizer: any optax optimizer.
       fraction_of_free_params: see :func:`dst_optax.dynamic_subset_tuning`, like all that follow.
       num_free_params: likewise.
-      silos: likewise.
+      silos: likewise, but None makes every layer of stacked parameters a silo, too.
       distance: likewise.
       ties: likewise.
     """
@@ -49,9 +53,8 @@ class DST(InPlace):
     @property
     def rule(self) -> SubsetRule:
         """What keeps the subset within its budget."""
-        return SubsetRule(
-            self.fraction_of_free_params, self.num_free_params, self.silos, self.distance, self.ties
-        )
+        silos = self.silos or BY_LAYER
+        return SubsetRule(self.fraction_of_free_params, self.num_free_params, silos, self.distance, self.ties)
 
     def init(self, seed: Params, tuned: Params) -> Any:  # noqa: D102
         return DSTState(self.optimizer.init(tuned), dst_optax.reseed(self.rule.init(tuned), seed))

@@ -1,5 +1,6 @@
 """What the trainer, the methods and the tasks know of a model: one small interface, families behind it."""
 
+import dataclasses
 import difflib
 import json
 import os
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 Params = Any
 Batch = Mapping[str, Any]
 Rules = Sequence[tuple[str, str | None]]
+STACKED = ((r"^((encoder|decoder)/\2|layers)/", 1),)  # parameters of all layers, as ``scan_layers`` has them
 
 
 class LanguageModel(Protocol):
@@ -44,8 +46,12 @@ class LanguageModel(Protocol):
         """
         ...
 
-    def configured(self, dtype: str, dropout: float | None) -> "LanguageModel":
-        """The model that computes in a dtype and drops activations at a rate; None keeps its own rate."""
+    def configured(self, **how: Any) -> "LanguageModel":
+        """The model that computes otherwise.
+
+        Args:
+          **how: ``dtype``, ``dropout_rate``, ``scan_layers`` and ``remat``; None keeps what the model has.
+        """
         ...
 
     def init(self, key: jax.Array) -> Params:
@@ -182,6 +188,11 @@ def read_config(directory: str | os.PathLike[str]) -> Any:
     raise ValueError(
         f"{file}: model_type {family!r} is not supported; {', '.join((*t5.FAMILIES, *decoder.FAMILIES))} are."
     )
+
+
+def replace_given(config: Any, changes: Mapping[str, Any]) -> Any:
+    """The configuration with all changes that are not None."""
+    return dataclasses.replace(config, **{name: x for name, x in changes.items() if x is not None})
 
 
 def flatten(params: Params) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import seqio
 import tensorflow as tf
 
 from dst_optax.finetuning.tasks import features
-from dst_optax.finetuning.tasks.pairs import SHUFFLE, OneTask
+from dst_optax.finetuning.tasks.pairs import OneTask
 from dst_optax.paths import as_path
 
 FEATURES = ("inputs", "targets")
@@ -107,7 +107,7 @@ class SpanCorruption(OneTask):
         if decoder_only:
             raise ValueError("SpanCorruption trains encoder-decoders such as T5; the model is decoder-only.")
         _ = self.noise
-        size = len(self.chunks("train")) * self.corruptions
+        _ = self.chunks("train")
         if self.name in seqio.TaskRegistry.names():
             seqio.TaskRegistry.remove(self.name)
         source: Any = seqio.FunctionDataSource(self._dataset, splits=("train", "validation"))
@@ -117,7 +117,7 @@ class SpanCorruption(OneTask):
             preprocessors=[seqio.preprocessors.append_eos_after_trim],
             output_features=features.output_features(self.vocabulary, decoder_only),
             metric_fns=[],
-            shuffle_buffer_size=min(size, SHUFFLE),
+            shuffle_buffer_size=1,  # the source shuffles
         )
         return self.name
 
@@ -161,9 +161,10 @@ class SpanCorruption(OneTask):
         return np.array(ids[:whole], np.int32).reshape(-1, self.tokens)
 
     def _dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-        del shuffle_files, seed  # seqio shuffles examples
         chunks = self.chunks(split)
-        times = self.corruptions if split == "train" else 1
+        numbers = tf.data.Dataset.range(len(chunks) * (self.corruptions if split == "train" else 1))
+        if shuffle_files:  # numbers, since it takes minutes to make all the examples that wait to be drawn
+            numbers = numbers.shuffle(len(numbers), seed=seed)
 
         def make(i: int) -> tuple[np.ndarray, np.ndarray]:
             return self.example(chunks[i % len(chunks)], int(i) // len(chunks))
@@ -182,7 +183,7 @@ class SpanCorruption(OneTask):
         def text(ids: np.ndarray) -> bytes:
             return self.vocabulary.decode(ids.tolist()).encode()
 
-        examples = tf.data.Dataset.range(times * len(chunks)).map(example)
+        examples = numbers.map(example)
         return examples if split == "train" else examples.map(with_texts)
 
 

@@ -85,6 +85,33 @@ def test_chunks_are_the_text_in_order_and_each_is_corrupted_anew(tmp_path):
     assert json.loads(path.read_text().splitlines()[0])["prediction"] == "x"
 
 
+def test_examples_are_shuffled_before_they_are_made(tmp_path):
+    made = []
+
+    class Watched(SpanCorruption):
+        def example(self, chunk, number):
+            made.append(number)
+            return super().example(chunk, number)
+
+    data = Watched(written(tmp_path, a=TEXT), BYTES, 64, validation_size=5)
+    task = seqio.TaskRegistry.get(data.register())
+
+    def drawn(**order):
+        dataset = task.get_dataset({"inputs": 64, "targets": 32}, split="train", **order)
+        return (tuple(example["inputs"].tolist()) for example in dataset.as_numpy_iterator())
+
+    next(drawn(shuffle=True, seed=0))
+    total = 10 * len(data.chunks("train"))
+    assert 0 < len(made) < total / 2
+    unshuffled, one, again, other = (
+        list(drawn(**order))
+        for order in ({"shuffle": False}, *[{"shuffle": True, "seed": seed} for seed in (0, 0, 1)])
+    )
+    assert one == again != other
+    assert sorted(one) == sorted(other) == sorted(unshuffled)
+    assert one != unshuffled
+
+
 def test_the_lengths_of_the_first_examples_are_counted(tmp_path):
     data = SpanCorruption(written(tmp_path, a=TEXT), BYTES, 64, validation_size=5)
     name, total = data.register(), 10 * len(data.chunks("train"))

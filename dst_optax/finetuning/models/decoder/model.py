@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dst_optax.finetuning.models.base import Batch, Params, Rules
+from dst_optax.finetuning.models.base import Batch, Params, Rules, replace_given
 from dst_optax.finetuning.models.decoder import config_json, huggingface, parameters
 from dst_optax.finetuning.models.decoder.config import DecoderConfig
 from dst_optax.finetuning.models.decoder.decoding import decode
@@ -46,10 +46,12 @@ class CausalLM:
 
         return DecoderFeatureConverter()
 
-    def configured(self, dtype: str, dropout: float | None) -> "CausalLM":  # noqa: D102
-        if dropout:
-            raise ValueError(f"recipe: dropout is {dropout}, but decoder-only models have none; set None.")
-        return CausalLM(dataclasses.replace(self.config, dtype=dtype))
+    def configured(self, *, dropout_rate: float | None = None, **how: Any) -> "CausalLM":  # noqa: D102
+        if dropout_rate:
+            raise ValueError(
+                f"recipe: dropout is {dropout_rate}, but decoder-only models have none; set None."
+            )
+        return CausalLM(replace_given(self.config, how))
 
     def init(self, key: jax.Array) -> Params:  # noqa: D102
         return self.network.init(key, jnp.zeros((1, 1), jnp.int32))["params"]

@@ -1,6 +1,5 @@
 """T5 as the trainer sees it."""
 
-import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dst_optax.finetuning.models.base import Batch, Params, Rules
+from dst_optax.finetuning.models.base import Batch, Params, Rules, replace_given
 from dst_optax.finetuning.models.t5 import parameters
 from dst_optax.finetuning.models.t5.checkpoints import load
 from dst_optax.finetuning.models.t5.config import T5Config
@@ -53,9 +52,8 @@ class T5:
 
         return seqio.EncDecFeatureConverter(pack=False)
 
-    def configured(self, dtype: str, dropout: float | None) -> "T5":  # noqa: D102
-        rate = self.config.dropout_rate if dropout is None else dropout
-        return T5(dataclasses.replace(self.config, dtype=dtype, dropout_rate=rate))
+    def configured(self, **how: Any) -> "T5":  # noqa: D102
+        return T5(replace_given(self.config, how))
 
     def init(self, key: jax.Array) -> Params:  # noqa: D102
         tokens = jnp.zeros((1, 1), jnp.int32)
