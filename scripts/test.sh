@@ -10,12 +10,31 @@ python=.venv/bin/python
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 "$python" -m ruff format --check .
 "$python" -m ruff check .
-"$python" -m pyright
+
 # The contract and the examples are tested with XLA as it is installed. The rest compiles in two thirds of the time
 # without its newer emitters and LLVM's optimisation; networks run too slowly without the latter.
-"$python" -m pytest -q -n 2 --doctest-modules dst_optax tests/test_contract.py "$@"
 slim="${XLA_FLAGS:-} --xla_cpu_use_fusion_emitters=false"
-XLA_FLAGS="$slim --xla_backend_optimization_level=0" \
-  "$python" -m pytest -q -n 2 --dist loadgroup tests --ignore tests/finetuning --ignore tests/test_contract.py "$@"
-XLA_FLAGS="$slim" "$python" -m pytest -q -n 2 --dist loadgroup tests/finetuning "$@"
-XLA_FLAGS="$slim" "$python" scripts/optax_tests.py
+half=$((($(getconf _NPROCESSORS_ONLN) + 1) / 2)) # the library's tests and the application's share the cores
+
+library() {
+  "$python" -m pyright &&
+    XLA_FLAGS="$slim --xla_backend_optimization_level=0" "$python" -m pytest -q -n "$half" --dist loadgroup tests \
+      --ignore tests/finetuning --ignore tests/test_contract.py "$@" &&
+    XLA_FLAGS="$slim" "$python" scripts/optax_tests.py
+}
+
+application() {
+  "$python" -m pytest -q -n "$half" --doctest-modules dst_optax -p no:cacheprovider &&
+    "$python" -m pytest -q -n "$half" tests/test_contract.py "$@" &&
+    XLA_FLAGS="$slim" "$python" -m pytest -q -n "$half" --dist loadgroup tests/finetuning "$@"
+}
+
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+trap 'trap - TERM; kill 0' INT TERM
+library "$@" >"$log" 2>&1 &
+status=0
+application "$@" || status=$?
+wait $! || status=$?
+cat "$log"
+exit "$status"

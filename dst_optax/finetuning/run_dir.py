@@ -71,9 +71,8 @@ class RunDir:
           init: makes random parameters.
           load: reads a checkpoint; None takes random parameters.
         """
-        kept = self.root / "seed" / "model.safetensors"
-        if kept.exists():
-            return storage.load_model(kept, jax.eval_shape(init))
+        if self.keeps_seed(self.root):
+            return storage.load_model(self.root / "seed" / "model.safetensors", jax.eval_shape(init))
         return jax.tree.map(np.asarray, jax.jit(init)() if load is None else load())
 
     def baselines(self, data: TaskSuite, evaluator: Evaluator, params: Params) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from dst_optax.finetuning.experiments import (  # noqa: E402
 from dst_optax.finetuning.methods.dst import DST  # noqa: E402
 from dst_optax.finetuning.methods.full import Full  # noqa: E402
 from dst_optax.finetuning.models import t5  # noqa: E402
+from dst_optax.finetuning.models.base import unflatten  # noqa: E402
 from dst_optax.finetuning.tasks.superglue.suite import SuperGlue  # noqa: E402
 
 MODEL = t5.T5Config(
@@ -349,6 +350,19 @@ def test_places_of_a_decoder():
     assert subset_convergence.share_by_kind(taken) == {
         "embed_tokens/embedding": 0.125, "self_attn/q_proj/kernel": 0.625, "input_layernorm/scale": 0.25,
     }  # fmt: skip
+
+
+def test_places_in_stacked_layers_are_those_in_each_layer():
+    flat = t5.parameters.shapes(t5.CONFIGS["tiny"])
+    random = np.random.default_rng(0)
+    seed = {path: np.zeros(shape, np.float32) for path, shape in flat.items()}
+    tuned = {path: (random.random(shape) < 0.3).astype(np.float32) for path, shape in flat.items()}
+    one = subset.from_models(seed, tuned)
+    stacked = subset.from_models(*(t5.stack_layers(unflatten(params)) for params in (seed, tuned)))
+    assert len(stacked) < len(one)
+    assert subset_convergence.places(stacked) == subset_convergence.places(one)
+    assert subset_convergence.share_by_kind(stacked) == subset_convergence.share_by_kind(one)
+    assert len(subset_convergence.places(stacked)) > 5
 
 
 def test_convergence_needs_snapshots(tmp_path):

@@ -10,6 +10,7 @@ Needs runs with snapshots (``trainer.Recipe.snapshot_every``):
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from itertools import combinations, pairwise
@@ -24,7 +25,9 @@ from dst_optax.finetuning.experiments import figures
 from dst_optax.paths import require_local
 
 LOGGED = ("churn", "free_params", "threshold_min", "threshold_median", "threshold_max")
-_LAYER = re.compile(r"^(?:(encoder|decoder)/)?layers_(\d+)/(.*?)(/kernel|/scale)?$")
+_TENSOR = r"(?P<tensor>(?P<module>.*?)(/kernel|/scale)?)$"
+_LAYER = re.compile(r"^(?:(?P<stack>encoder|decoder)/)?layers_(?P<layer>\d+)/" + _TENSOR)
+_STACKED = re.compile(r"^(?:(?P<stack>encoder|decoder)/(?P=stack)|layers)/" + _TENSOR)
 
 
 def subset_convergence(run_dir: str, *, panels: int = 4) -> dict[str, Any]:
@@ -88,7 +91,7 @@ def places(taken: subset.Subset) -> dict[str, dict[str, float]]:
     """The share of free entries of every module of every layer.
 
     Args:
-      taken: a subset of an unstacked T5 or decoder.
+      taken: a subset of a T5 or decoder, its layers stacked or not.
 
     Returns:
       Module, e.g. "attention/query", to layer, e.g. "encoder 0" or "layer 0", to the share of its entries.
@@ -96,8 +99,15 @@ def places(taken: subset.Subset) -> dict[str, dict[str, float]]:
     out: dict[str, dict[str, float]] = {}
     for path, entries in taken.items():
         if found := _LAYER.match(path):
-            stack, layer, module, _ = found.groups()
-            out.setdefault(module, {})[f"{stack or 'layer'} {layer}"] = len(entries) / entries.size
+            shares = {found["layer"]: len(entries) / entries.size}
+        elif found := _STACKED.match(path):
+            _, layers, *rest = entries.shape
+            counts = np.bincount(entries.positions // math.prod(rest) % layers, minlength=layers)
+            shares = dict(enumerate((counts * layers / entries.size).tolist()))
+        else:
+            continue
+        stack = found["stack"] or "layer"
+        out.setdefault(found["module"], {}).update({f"{stack} {i}": share for i, share in shares.items()})
     return out
 
 
@@ -105,6 +115,7 @@ def share_by_kind(taken: subset.Subset) -> dict[str, float]:
     """The share of a subset's entries that lies in each kind of tensor; layers are drawn together."""
     counts: dict[str, int] = {}
     for path, entries in taken.items():
-        kind = re.sub(r"(^|/)layers_\d+/", r"\1", path)
+        found = _LAYER.match(path) or _STACKED.match(path)
+        kind = "/".join(filter(None, (found["stack"], found["tensor"]))) if found else path
         counts[kind] = counts.get(kind, 0) + len(entries)
     return {kind: count / max(taken.count, 1) for kind, count in counts.items()}
