@@ -72,6 +72,15 @@ def t5_shapes(size: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def shapes_of(model: str) -> tuple[str, dict[str, tuple[int, ...]]]:
+    """A model's name, and the shapes of its parameters."""
+    if model != "smollm2":
+        return f"T5 v1.1 {model}", t5_shapes(model)
+    from dst_optax.finetuning.models import decoder
+
+    return "SmolLM2-135M", decoder.shapes(decoder.CONFIGS["smollm2_135m"])
+
+
 def random_tree(shapes: dict[str, tuple[int, ...]], seed: int, scale: float) -> dict[str, jax.Array]:
     """Normal entries; the scale differs from tensor to tensor, as that of gradients does."""
     tree = {}
@@ -256,7 +265,7 @@ def memory() -> int:
 
 def step_cell(model: str, fraction: float, runs: int, naive: bool) -> dict[str, Any]:
     """The optimizer adamw alone, with DST, with the naive DST, and with a fused where."""
-    shapes = t5_shapes(model)
+    title, shapes = shapes_of(model)
     params = random_tree(shapes, 0, 0.02)
     drift = random_tree(shapes, 1, 1e-3)
     size = sum(p.size for p in params.values())
@@ -297,7 +306,7 @@ def step_cell(model: str, fraction: float, runs: int, naive: bool) -> dict[str, 
     plain = trainees["adamw"]
     return {
         "part": "step",
-        "model": model,
+        "model": title,
         "parameters": size,
         "tensors": len(shapes),
         "fraction": fraction,
@@ -374,7 +383,7 @@ def training_step_cell(fraction: float, runs: int, tokens: int = 128) -> dict[st
     size = sum(x.size for x in jax.tree.leaves(seed))
     return {
         "part": "training-step",
-        "model": f"small, 8 x {tokens} tokens, processor time",
+        "model": f"T5 v1.1 small, 8 x {tokens} tokens, processor time",
         "parameters": size,
         "tensors": len(jax.tree.leaves(seed)),
         "fraction": fraction,
@@ -427,9 +436,10 @@ def kernel_bytes(hlo: str) -> dict[str, int]:
 
 def kernels_cell(model: str, fraction: float) -> dict[str, Any]:
     """A profiled step; a kernel's time is that of the thread that started it."""
-    params = random_tree(t5_shapes(model), 0, 0.02)
+    title, shapes = shapes_of(model)
+    params = random_tree(shapes, 0, 0.02)
     adamw = optax.adamw(optax.linear_schedule(1e-3, 1e-4, 1000))
-    drift = random_tree(t5_shapes(model), 1, 1e-3)
+    drift = random_tree(shapes, 1, 1e-3)
     trainee = Trainee(dst_optax.wrap(adamw, fraction), True, params, drift)
     for _ in range(5):
         trainee.prepare()
@@ -453,7 +463,7 @@ def kernels_cell(model: str, fraction: float) -> dict[str, Any]:
             kind["bytes"] += moved[name]
     return {
         "part": "kernels",
-        "model": model,
+        "model": title,
         "parameters": sum(p.size for p in params.values()),
         "ms": 1e3 * seconds,
         "kinds": dict(sorted(kinds.items(), key=lambda x: -x[1]["ms"])),
@@ -465,7 +475,7 @@ def show(cell: dict[str, Any]) -> None:
     if cell["part"] == "serving":
         return  # printed row by row
     if cell["part"] == "kernels":
-        print(f"T5 v1.1 {cell['model']}: one step of adamw+dst, {cell['ms']:.0f} ms while it is profiled")
+        print(f"{cell['model']}: one step of adamw+dst, {cell['ms']:.0f} ms while it is profiled")
         for name, kind in cell["kinds"].items():
             if kind["bytes"] > cell["parameters"] / 10:
                 print(
@@ -480,7 +490,7 @@ def show(cell: dict[str, Any]) -> None:
             f"n={cell['n']:<11,} fraction={cell['fraction']:<7} passes={cell['passes']}  {times}", flush=True
         )
     else:
-        print(f"T5 v1.1 {cell['model']}: {cell['parameters']:,} parameters in {cell['tensors']} tensors")
+        print(f"{cell['model']}: {cell['parameters']:,} parameters in {cell['tensors']} tensors")
         for name, t in cell["times"].items():
             memory = cell["temp_bytes_a_parameter"].get(name)
             compiled = cell["compile_seconds"].get(name)
@@ -505,10 +515,14 @@ def main() -> None:
     parser.add_argument("--out", default="benchmark.json", help="where the figures go")
     parser.add_argument("--runs", type=int, default=9, help="timed runs of each cell")
     parser.add_argument("--largest", type=float, default=1e8, help="largest n of the selection part")
-    parser.add_argument("--models", nargs="+", choices=["small", "base", "large"], default=["small", "base"])
+    parser.add_argument(
+        "--models", nargs="+", choices=["small", "base", "large", "smollm2"], default=["small", "base"]
+    )
     parser.add_argument("--fraction", type=float, default=0.1, help="fraction of the step part")
     parser.add_argument("--skip-naive", action="store_true", help="leave out the naive step (22 s a run)")
     args = parser.parse_args()
+    if args.part == "serving" and "smollm2" in args.models:
+        parser.error("serving is of T5 v1.1: give --models small, base or large.")
     report: dict[str, Any] = {"environment": record.environment(), "cells": []}
     print(report["environment"], flush=True)
     cells: list[Iterator[dict[str, Any]]] = []

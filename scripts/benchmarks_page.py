@@ -54,7 +54,7 @@ def _step(cell: Record) -> str:
         ]
         for name, times in cell["times"].items()
     ]
-    title = f"T5 v1.1 {cell['model']}: {cell['parameters']:,} parameters in {cell['tensors']} tensors"
+    title = f"{cell['model']}: {cell['parameters']:,} parameters in {cell['tensors']} tensors"
     columns = ["", "time", "of adamw's", "compile", "more temporary bytes a parameter"]
     return f"{title}, a fraction of {cell['fraction']}.\n\n{table(columns, rows)}"
 

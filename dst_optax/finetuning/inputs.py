@@ -41,7 +41,18 @@ def train_batches(
         verbose=False,
     )
     batches = data.batch(batch_size, drop_remainder=True).skip(start).prefetch(2)
-    return iter(batches.as_numpy_iterator())
+    return _iterate(batches)
+
+
+def _iterate(data: tf.data.Dataset) -> Iterator[Any]:
+    """The dataset's elements as numpy has them.
+
+    Not tuned while they are read: the thread that does so sleeps for ever longer, up to a minute, and the end of
+    the iteration waits for it.
+    """
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return iter(data.with_options(options).as_numpy_iterator())
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +106,7 @@ def eval_split(model: LanguageModel, name: str, split: str, lengths: Lengths) ->
     """
     provider = seqio.TaskRegistry.get(name)
     data = provider.get_dataset(dict(lengths), split=split, shuffle=False, num_epochs=1)
-    examples = list(data.as_numpy_iterator())
+    examples = list(_iterate(data))
     pairs = [(example["inputs"], example["targets"]) for example in examples]
     return EvalSplit(provider, examples, batch_of(model, pairs, lengths))
 
@@ -120,7 +131,7 @@ def batch_of(
 
     ids = tf.TensorSpec([None], tf.int32)
     data = tf.data.Dataset.from_generator(examples, output_signature={"inputs": ids, "targets": ids})
-    rows = list(model.feature_converter()(data, dict(lengths)).as_numpy_iterator())
+    rows = list(_iterate(model.feature_converter()(data, dict(lengths))))
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
@@ -138,7 +149,7 @@ def count_cut(name: str, split: str, lengths: Lengths, most: int) -> tuple[int, 
     """
     provider = seqio.TaskRegistry.get(name)
     data = provider.get_dataset(None, split=split, shuffle=False, num_epochs=1).take(most)
-    sizes = [[len(example[feature]) for feature in lengths] for example in data.as_numpy_iterator()]
+    sizes = [[len(example[feature]) for feature in lengths] for example in _iterate(data)]
     known = dict(zip(lengths, zip(*sizes, strict=True), strict=True))
     return len(sizes), {
         feature: (sum(n > lengths[feature] for n in found), max(found)) for feature, found in known.items()
