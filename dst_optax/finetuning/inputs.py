@@ -47,8 +47,8 @@ def train_batches(
 def _iterate(data: tf.data.Dataset) -> Iterator[Any]:
     """The dataset's elements as numpy has them.
 
-    Not tuned while they are read: the thread that does so sleeps for ever longer, up to a minute, and the end of
-    the iteration waits for it.
+    The pipeline is not tuned while it is read: the thread that does so sleeps longer and longer, up to a
+    minute, and whoever drops the iterator waits for it.
     """
     options = tf.data.Options()
     options.autotune.enabled = False
