@@ -132,8 +132,8 @@ def search(count: Count, query: Query, top: int, density_scale: int) -> Bracket:
         def count_at(end: jax.Array, old_end: jax.Array, old: Counts) -> Counts:
             """The count at the probe that is the new end; equal probes have equal counts."""
             at_end = jnp.where(t == end[:, None], 1, 0)
-            found = Counts(jnp.max(above.high * at_end, axis=1), jnp.max(above.low * at_end, axis=1))
-            return old.where(end == old_end, found)
+            count_at_end = Counts(jnp.max(above.high * at_end, axis=1), jnp.max(above.low * at_end, axis=1))
+            return old.where(end == old_end, count_at_end)
 
         narrowed = Bracket(
             lo=lo,
@@ -308,27 +308,39 @@ class Rows:
     def for_each_silo(self, method: Callable[[Count, Any], Any], keys: list[Keys], per_silo: Any) -> Any:
         """See :class:`Layout`."""
 
-        def visit(x: Keys, i: jax.Array, found: Any) -> Any:
+        def visit(x: Keys, i: jax.Array, results: Any) -> Any:
             silo = runtime_index(x.silos[0], x.zero) + i
             row = x.values if len(x.silos) == 1 else _row(x.values, i)  # a matrix of one row is not copied
             of_silo = method(
                 lambda t: _above(row.reshape(-1), t, None), jax.tree.map(lambda v: _row(v, silo), per_silo)
             )
             return jax.tree.map(
-                lambda all_, own: lax.dynamic_update_slice(all_, own, (silo,)), found, of_silo
+                lambda all_, own: lax.dynamic_update_slice(all_, own, (silo,)), results, of_silo
             )
 
         none_above = lambda t: Counts.from_int32(jnp.zeros(t.shape, jnp.int32))  # noqa: E731
         like = jax.eval_shape(partial(method, none_above), per_silo)
-        found = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        results = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
         for x in keys:
             if x.silos != tuple(range(x.silos[0], x.silos[0] + len(x.silos))):
                 raise ValueError(f"rows of silos {x.silos}, which are not numbered one after the other.")
             if len(x.silos) == 1:
-                found = visit(x, jnp.uint32(0), found)
+                results = visit(x, jnp.uint32(0), results)
             else:
-                found = lax.fori_loop(jnp.uint32(0), jnp.uint32(len(x.silos)), partial(visit, x), found)
-        return found
+                results = lax.fori_loop(jnp.uint32(0), jnp.uint32(len(x.silos)), partial(visit, x), results)
+        return results
+
+
+def search_order(leaves: Sequence[LeafPlan], batches: list[list[int]], sizes: Sequence[int]) -> list[int]:
+    """All silos, those that a batch searches together side by side and by size, as :class:`Rows` needs them.
+
+    Args:
+      leaves: the tensors that are searched.
+      batches: of them, see :meth:`Layout.batches`.
+      sizes: entries of each silo; silos of other tensors come last.
+    """
+    batch_of = {s: i for i, batch in enumerate(batches) for j in batch for s in leaves[j].silos}
+    return sorted(range(len(sizes)), key=lambda s: (batch_of.get(s, len(batches)), sizes[s]))
 
 
 def _along(values: jax.Array, axis: int | None, ndim: int) -> jax.Array:

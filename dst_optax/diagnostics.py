@@ -44,14 +44,14 @@ def metrics(
       >>> int(diagnostics.metrics(state, params)["subset_size"])
       1
     """
-    found = states(state)
-    last = [s.memory.diagnostics for s in found]
+    dst_states = states(state)
+    last = [s.memory.diagnostics for s in dst_states]
     out = {
         "num_free": sum(x.num_free for x in last),
         "budget": sum(x.budget for x in last),
         "num_nonfinite": sum(x.num_nonfinite for x in last),
         "passes": jnp.max(jnp.stack([x.passes for x in last])),
-        "step": jnp.max(jnp.stack([s.step for s in found])),
+        "step": jnp.max(jnp.stack([s.step for s in dst_states])),
     }
     mask = None if params is None else differing(params, state)
     if mask is not None:
@@ -59,9 +59,9 @@ def metrics(
         if previous is not None:
             out |= overlap(differing(previous, state), mask)
     if plan is not None:
-        if len(found) != 1:
-            raise ValueError(f"a plan describes one DST state, got {len(found)}.")
-        out |= _per_silo(found[0], mask, plan)
+        if len(dst_states) != 1:
+            raise ValueError(f"a plan describes one DST state, got {len(dst_states)}.")
+        out |= _per_silo(dst_states[0], mask, plan)
     return {name: jnp.asarray(value).astype(jnp.float32) for name, value in out.items()}
 
 

@@ -37,12 +37,12 @@ def as_path(path: str | os.PathLike[str]) -> pathlib.Path:
     except ModuleNotFoundError as error:
         raise ValueError(f"{name} lies in an object store; to reach it, pip install etils[epath].") from error
     try:
-        found: Any = epath.Path(name)
+        remote: Any = epath.Path(name)
     except KeyError as error:
         raise ValueError(
             f"{name}: no file system is known by {scheme}://; etils.epath has gs:// and s3://."
         ) from error
-    return found
+    return remote
 
 
 def require_local(path: str | os.PathLike[str], name: str) -> pathlib.Path:

@@ -82,10 +82,10 @@ class SubsetRule:
         """
         plan, state = self._plan_and_capture(proposed, state, params)
         # a frozen leaf is its own seed, and a free one needs none
-        known = iter(jax.tree.leaves(state.seed))
+        seeds = iter(jax.tree.leaves(state.seed))
         ranked = set(plan.ranked)
         leaves, treedef = jax.tree.flatten(params)
-        seed = treedef.unflatten([next(known) if i in ranked else p for i, p in enumerate(leaves)])
+        seed = treedef.unflatten([next(seeds) if i in ranked else p for i, p in enumerate(leaves)])
         projection = project(
             plan,
             proposed,

@@ -96,10 +96,10 @@ def choose(
 @cache
 def _check_distance(distance: distances.Distance, leaf: LeafPlan, dtype: Any) -> None:
     wide = promote(dtype, jnp.float32)
-    found = jax.eval_shape(distance, *[jax.ShapeDtypeStruct(leaf.shape, wide)] * 3)
-    if (found.shape, found.dtype) != (leaf.shape, wide):
+    result = jax.eval_shape(distance, *[jax.ShapeDtypeStruct(leaf.shape, wide)] * 3)
+    if (result.shape, result.dtype) != (leaf.shape, wide):
         raise ValueError(
-            f"the distance of parameter {leaf.path!r} has shape {found.shape} and dtype {found.dtype}; it "
+            f"the distance of parameter {leaf.path!r} has shape {result.shape} and dtype {result.dtype}; it "
             f"must be component-wise, so {leaf.shape} and {wide}."
         )
 
@@ -137,8 +137,8 @@ class _Scale(NamedTuple):
     def query(self, m: Counts, total: Counts, threshold: jax.Array, delta: jax.Array) -> Query:
         """A search that begins where the thresholds should be by now if they move on as they did."""
         expected = threshold + delta
-        known = (threshold > 0) & (expected > 0) & (expected < jnp.finfo(jnp.float32).max)
-        guess = jnp.where(known, self.to_key(expected), -1)
+        usable = (threshold > 0) & (expected > 0) & (expected < jnp.finfo(jnp.float32).max)
+        guess = jnp.where(usable, self.to_key(expected), -1)
         moved = jnp.abs(guess - self.to_key(threshold))
         # a threshold rarely misses by more than an eighth of its last movement, or 0.2% where it rests
         return Query(m, total, guess, jnp.maximum(moved // 8, self.binade // 512))
@@ -185,11 +185,7 @@ def _choose(
 ) -> Choice:
     """Batch by batch, so that the steps and keys of only one are in memory."""
     batches = layout.batches(leaves)
-    # silos that a batch searches together are neighbours; those that are free or frozen come last
-    batch_of = {s: i for i, batch in enumerate(batches) for j in batch for s in leaves[j].silos}
-    order = np.array(
-        sorted(range(len(sizes)), key=lambda s: (batch_of.get(s, len(batches)), sizes[s])), np.uint32
-    )
+    order = np.array(counting.search_order(leaves, batches, sizes), np.uint32)
     place = {s: i for i, s in enumerate(order.tolist())}
     silos = _Silos(
         budgets[order],
@@ -223,9 +219,9 @@ def _choose(
         steps |= dict(zip(batch, rounded, strict=True))
         facts_of.append(facts)
     facts = reduce(partial(jax.tree.map, jnp.add), facts_of)  # each is 0 for silos of other batches
-    ranked = np.isin(order, list(batch_of))
+    ranked = np.isin(order, [s for leaf in leaves for s in leaf.silos])
     threshold = jnp.zeros_like(memory.threshold).at[order].set(facts.threshold)
-    known = (memory.threshold > 0) & (threshold > 0)
+    both_known = (memory.threshold > 0) & (threshold > 0)
     diagnostics = Diagnostics(
         num_free=facts.num_free.where(ranked, silos.budget).sum().to_float(),
         budget=budgets.sum().to_float(),
@@ -235,7 +231,7 @@ def _choose(
     return Choice(
         [masks[j] for j in range(len(leaves))],
         [steps[j] for j in range(len(leaves))],
-        Memory(threshold, jnp.where(known, threshold - memory.threshold, 0.0), diagnostics),
+        Memory(threshold, jnp.where(both_known, threshold - memory.threshold, 0.0), diagnostics),
     )
 
 
@@ -321,11 +317,11 @@ def _fill(
                 )
                 for x, candidate in zip(searched, candidates, strict=True)
             ]
-            found = layout.for_each_silo(find, order, query)
-            candidates = [x.values == x.broadcast(found.hi) for x in order]
-            query = query._replace(m=query.m - found.above_hi, total=found.above_lo - found.above_hi)
-            cuts.append(found.hi)
-            passes = passes + found.passes
+            bracket = layout.for_each_silo(find, order, query)
+            candidates = [x.values == x.broadcast(bracket.hi) for x in order]
+            query = query._replace(m=query.m - bracket.above_hi, total=bracket.above_lo - bracket.above_hi)
+            cuts.append(bracket.hi)
+            passes = passes + bracket.passes
         return cuts, passes
 
     cuts, passes = lax.cond(

@@ -83,11 +83,11 @@ def per_layer(pattern: str, stacked: Stacked = ()) -> Silos:
         )
 
     def label(path: str, index: int | None) -> str:
-        found = re.search(pattern, path)
+        match = re.search(pattern, path)
         own = [] if index is None else [str(index)]
-        if found is None:
+        if match is None:
             return "/".join([path, *own])
-        return "/".join(["layer", *(g for g in found.groups() if g is not None), *own])
+        return "/".join(["layer", *(g for g in match.groups() if g is not None), *own])
 
     return Silos(label, tuple(stacked), (pattern, *(p for p, _ in stacked)))
 

@@ -177,13 +177,13 @@ def states(state: Any) -> list[DynamicSubsetTuningState]:
     Raises:
       ValueError: there is none.
     """
-    found = [x for x in jax.tree.leaves(state, is_leaf=is_state) if is_state(x)]
-    if not found:
+    dst_states = [x for x in jax.tree.leaves(state, is_leaf=is_state) if is_state(x)]
+    if not dst_states:
         raise ValueError(
             f"no DynamicSubsetTuningState in the state of type {type(state).__name__}; pass the optimizer "
             "state that tx.update returned."
         )
-    return [_bare(x) for x in found]
+    return [_bare(x) for x in dst_states]
 
 
 def _bare(state: DynamicSubsetTuningState) -> DynamicSubsetTuningState:
@@ -212,18 +212,18 @@ def leaf_states(state: Any) -> dict[str, LeafState]:
     Raises:
       ValueError: two states know of one leaf.
     """
-    found: dict[str, LeafState] = {}
+    by_path: dict[str, LeafState] = {}
     for dst in states(state):
         masks = dict(named_leaves(dst.mask))
         for path, seed in named_leaves(dst.seed):
             if is_masked(seed) and not isinstance(seed, Free | Frozen):
                 continue
-            if path in found:
+            if path in by_path:
                 raise ValueError(
                     f"two DST states hold the parameter {path!r}; their leaves must be disjoint."
                 )
-            found[path] = LeafState(seed, masks.get(path), dst.captured)
-    return found
+            by_path[path] = LeafState(seed, masks.get(path), dst.captured)
+    return by_path
 
 
 def map_leaf_states(change: Callable[[str, Any, LeafState | None], Any], params: Any, state: Any) -> Any:
@@ -232,8 +232,8 @@ def map_leaf_states(change: Callable[[str, Any, LeafState | None], Any], params:
     Raises:
       ValueError: a parameter is missing, or not of its seed's shape and dtype.
     """
-    known = leaf_states(state)
-    missing = sorted(set(known) - set(paths(params)))
+    by_path = leaf_states(state)
+    missing = sorted(set(by_path) - set(paths(params)))
     if missing:
         raise ValueError(
             f"the state knows of {missing[0]!r}, which the parameters lack; pass the parameters "
@@ -241,7 +241,7 @@ def map_leaf_states(change: Callable[[str, Any, LeafState | None], Any], params:
         )
 
     def visit(path: str, p: Any) -> Any:
-        leaf = known.get(path)
+        leaf = by_path.get(path)
         if leaf is not None and not is_masked(leaf.seed):
             _check_like(path, p, "its seed", leaf.seed)
         return change(path, p, leaf)
@@ -262,8 +262,8 @@ def seed_leaves(params: Any, state: Any) -> list[tuple[str, Any]]:
     Raises:
       ValueError: the seed is not captured yet.
     """
-    known = leaf_states(state)
-    for leaf in known.values():
+    by_path = leaf_states(state)
+    for leaf in by_path.values():
         if not bool(leaf.captured):
             raise ValueError(
                 "the seed is not captured yet: take a training step first, or call dst_optax.reseed(state, "
@@ -271,7 +271,7 @@ def seed_leaves(params: Any, state: Any) -> list[tuple[str, Any]]:
             )
 
     def seed(path: str, p: Any) -> Any:
-        leaf = known.get(path)
+        leaf = by_path.get(path)
         if leaf is None or isinstance(leaf.seed, Free):
             return None
         return p if isinstance(leaf.seed, Frozen) else leaf.seed

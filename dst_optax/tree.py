@@ -36,16 +36,16 @@ def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] = is_masked) -> list[
       >>> [path for path, _ in named_leaves({"attn": {"query": 1.0, "value": 2.0}})]
       ['attn/query', 'attn/value']
     """
-    found = []
+    named = []
     for key_path, x in jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: _is_box(x) or is_leaf(x))[
         0
     ]:
         if not _is_box(x):
-            found.append((leaf_path(key_path), x))
+            named.append((leaf_path(key_path), x))
             continue
         for inner, leaf in jax.tree_util.tree_flatten_with_path(x, is_leaf=is_leaf)[0]:
-            found.append((leaf_path((*key_path, *inner[1:])), leaf))
-    return found
+            named.append((leaf_path((*key_path, *inner[1:])), leaf))
+    return named
 
 
 def paths(tree: Any) -> list[str]:
@@ -114,12 +114,12 @@ def by_prefix(prefix: Any, path: str, owner: str) -> Any:
       >>> by_prefix({"embed": 0.0, "layers": 0.1}, "layers/0/kernel", "fractions")
       0.1
     """
-    found = named_leaves(prefix)
-    for name, value in found:
+    named = named_leaves(prefix)
+    for name, value in named:
         if name in ("", path) or path.startswith(f"{name}/"):
             return value
     raise ValueError(
-        f"{owner}: the pytree has no value for the parameter {path!r}; it has {[name for name, _ in found]}."
+        f"{owner}: the pytree has no value for the parameter {path!r}; it has {[name for name, _ in named]}."
     )
 
 

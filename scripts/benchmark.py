@@ -153,14 +153,14 @@ def selection_cell(delta: jax.Array, fraction: float, runs: int) -> dict[str, An
     """One silo and one fraction."""
     n, host = delta.size, np.asarray(delta)
     m = budget.rank(fraction, n)
-    none, one = jnp.full(1, -1, jnp.int32), jnp.ones(1, jnp.int32)
-    cold = search(delta, none, one, m)
+    none, spread = jnp.full(1, -1, jnp.int32), jnp.ones(1, jnp.int32)
+    cold = search(delta, none, spread, m)
     threshold = jax.lax.bitcast_convert_type(cold.hi, jnp.float32)
     off = key_of(threshold * 1.003)  # the last step's threshold, 0.3% off
     around = jnp.full(1, 1 << 14, jnp.int32)
     calls: dict[str, Callable[[], Any]] = {
         "warm": lambda: search(delta, off, around, m),
-        "cold": lambda: search(delta, none, one, m),
+        "cold": lambda: search(delta, none, spread, m),
         "np.partition": lambda: np.partition(host, n - m - 1)[n - m - 1],
     }
     skipped = {}
@@ -417,9 +417,9 @@ def serving_cells(models: list[str]) -> Iterator[dict[str, Any]]:
 
 def array_bytes(shape: str) -> int:
     """Bytes of the arrays that an HLO type names."""
-    found = re.findall(r"(f|bf|s|u|pred)(\d*)\[([\d,]*)\]", shape)
+    arrays = re.findall(r"(f|bf|s|u|pred)(\d*)\[([\d,]*)\]", shape)
     return sum(
-        (int(bits or 8) // 8) * math.prod(int(n) for n in dims.split(",") if n) for _, bits, dims in found
+        (int(bits or 8) // 8) * math.prod(int(n) for n in dims.split(",") if n) for _, bits, dims in arrays
     )
 
 

@@ -95,19 +95,19 @@ def rows(checkpoint: str, budget: int, runs: int, scan_layers: bool) -> list[dic
         frozen, tuned = method.split(seed, key, model)
         return jax.tree.map(jnp.copy, TrainState(frozen, tuned, method.init(seed, tuned)))
 
-    found, steps = {}, {}
+    results, steps = {}, {}
     for name, method in methods(budget).items():  # before the states of all methods fill the memory
         state_of_one = start_of(method)
         start = time.perf_counter()
         lowered = jax.jit(make_step(model, method), donate_argnums=0).lower(state_of_one, batch, key)
         steps[name] = lowered.compile()
         memory = steps[name].memory_analysis()
-        found[name] = {
+        results[name] = {
             "method": name,
             "compile_seconds": time.perf_counter() - start,
             "step_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         }
-        print(found[name], flush=True)
+        print(results[name], flush=True)
 
     state = {name: start_of(method) for name, method in methods(budget).items()}
 
@@ -119,15 +119,15 @@ def rows(checkpoint: str, budget: int, runs: int, scan_layers: bool) -> list[dic
     if importlib.util.find_spec("peft") is not None:
         for name in ("lora", "shira"):
             call, row = peft_method(checkpoint, name, budget, batch)
-            calls[row["method"]], found[row["method"]] = call, row
+            calls[row["method"]], results[row["method"]] = call, row
     times = alternate(calls, runs)
     for name, method in methods(budget).items():
         tuned, slots = state[name].tuned, state[name].slots
         mark = method.mark(tuned, slots)
-        found[name]["free"] = int(method.metrics(tuned, slots, mark)["free_params"])
+        results[name]["free"] = int(method.metrics(tuned, slots, mark)["free_params"])
         export = functools.partial(method.export, tuned=tuned, state=slots, save_model=model.save)
-        found[name]["file_bytes"] = bytes_of(export)
-    return [row | {"times": times[name]} for name, row in found.items()]
+        results[name]["file_bytes"] = bytes_of(export)
+    return [row | {"times": times[name]} for name, row in results.items()]
 
 
 def main() -> None:

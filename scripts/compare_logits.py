@@ -39,10 +39,10 @@ def main() -> None:
     arguments = parser.parse_args()
     vocabulary = HuggingFaceVocabulary(arguments.checkpoint)
     rows = [vocabulary.encode(text) for text in arguments.texts]
-    for ids, found in zip(rows, distances(arguments.checkpoint, rows), strict=True):
+    for ids, distance in zip(rows, distances(arguments.checkpoint, rows), strict=True):
         print(
-            f"{len(ids)} tokens: ours differ by {found.ours:.1e} at most, transformers' in float32 by "
-            f"{found.theirs:.1e}, where the largest is {found.largest:.1f}"
+            f"{len(ids)} tokens: ours differ by {distance.ours:.1e} at most, transformers' in float32 by "
+            f"{distance.theirs:.1e}, where the largest is {distance.largest:.1f}"
         )
 
 
@@ -56,14 +56,14 @@ def distances(checkpoint: str, rows: Sequence[Sequence[int]]) -> list[Distances]
 
     model: Any = language_model(checkpoint)
     params, float32, float64 = model.load(checkpoint), network(torch.float32), network(torch.float64)
-    made = []
+    result = []
     for ids in rows:
         ours = np.asarray(model.network.apply({"params": params}, jnp.asarray([ids], jnp.int32)))
         with torch.no_grad():
             theirs, exact = (net(torch.tensor([list(ids)])).logits.numpy() for net in (float32, float64))
         ours_off, theirs_off = (float(np.abs(x - exact).max()) for x in (ours, theirs))
-        made.append(Distances(ours_off, theirs_off, float(np.abs(exact).max())))
-    return made
+        result.append(Distances(ours_off, theirs_off, float(np.abs(exact).max())))
+    return result
 
 
 if __name__ == "__main__":

@@ -66,12 +66,12 @@ def main() -> None:
     params = subset.Subset.load(arguments.subset).apply(model.load(arguments.seed))
     mine = our_scores(model, params, pairs, lengths)
     theirs = transformers_scores(arguments.tuned, pairs)
-    found = compare(sizes, mine, theirs)
+    comparison = compare(sizes, mine, theirs)
     print(
-        f"{found.same} of {found.examples} examples are predicted alike; log-likelihoods differ by "
-        f"{found.largest:.2e} at most, where the largest is {np.abs(mine).max():.1f}."
+        f"{comparison.same} of {comparison.examples} examples are predicted alike; log-likelihoods differ by "
+        f"{comparison.largest:.2e} at most, where the largest is {np.abs(mine).max():.1f}."
     )
-    raise SystemExit(found.same != found.examples)
+    raise SystemExit(comparison.same != comparison.examples)
 
 
 def options(
@@ -82,13 +82,13 @@ def options(
     suite = SuperGlue(JsonlSource(data), vocabulary, (task,), evaluation="options")
     suite.register(model.decoder_only)
     split = inputs.eval_split(model, suite.provider(task), "validation", lengths)
-    found = [suite.options(split, example) for example in split.examples]
+    choices = [suite.options(split, example) for example in split.examples]
     pairs = [
         (example["inputs"].tolist(), list(vocabulary.encode(option)))
-        for example, each in zip(split.examples, found, strict=True)
+        for example, each in zip(split.examples, choices, strict=True)
         for option in each
     ]
-    return [len(each) for each in found], pairs
+    return [len(each) for each in choices], pairs
 
 
 def our_scores(model: LanguageModel, params: Any, pairs: Pairs, lengths: inputs.Lengths) -> np.ndarray:

@@ -71,9 +71,9 @@ def follow(steps: Path, checkpoint: str, serve: Serve) -> Iterator[str]:
     for directory in sorted(steps.iterdir()):
         start = time.perf_counter()
         version = versions.then(version, Subset.load(directory))
-        known = time.perf_counter()
+        computed = time.perf_counter()
         serve(f"step{directory.name}", version)
-        milliseconds = 1e3 * (known - start), 1e3 * (time.perf_counter() - known)
+        milliseconds = 1e3 * (computed - start), 1e3 * (time.perf_counter() - computed)
         yield "{}: known after {:.0f} ms, served after {:.0f} ms".format(directory.name, *milliseconds)
 
 
@@ -92,11 +92,11 @@ def unchanged(seed: dict[str, Any]) -> Subset:
 
 def with_seed_values(subset: Subset, seed: dict[str, Any]) -> Subset:
     """A subset that remembers what the seed has where it differs."""
-    found = {
+    leaves = {
         name: dataclasses.replace(e, seed_values=np.asarray(seed[name]).reshape(-1)[e.positions])
         for name, e in subset.items()
     }
-    return Subset(found, subset.metadata)
+    return Subset(leaves, subset.metadata)
 
 
 def torch_server(checkpoint: str) -> Serve:

@@ -109,14 +109,14 @@ def convert(gguf_file: Path, directory: Path) -> None:
 
 def hugging_face(name: str, x: np.ndarray) -> tuple[str, np.ndarray]:
     """The tensor as transformers has it: llama.cpp interleaves the halves of each head that is rotated."""
-    found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", name)
-    if found is None or found[2] not in MODULES:
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", name)
+    if match is None or match[2] not in MODULES:
         raise ValueError(f"{name!r} is no tensor of a Llama.")
-    layer = "" if found[1] is None else f"layers.{found[1]}."
-    if found[2] in ("attn_q", "attn_k"):
+    layer = "" if match[1] is None else f"layers.{match[1]}."
+    if match[2] in ("attn_q", "attn_k"):
         pairs = x.reshape(-1, CONFIG.head_dim // 2, 2, x.shape[-1])
         x = pairs.swapaxes(1, 2).reshape(x.shape)
-    return f"model.{layer}{MODULES[found[2]]}.weight", x
+    return f"model.{layer}{MODULES[match[2]]}.weight", x
 
 
 def tokenizer(said: dict[str, Any]) -> dict[str, Any]:

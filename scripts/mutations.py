@@ -135,7 +135,7 @@ MUTATIONS = [
         "tests/test_frameworks.py -k another_plan",
     ),
     Mutation(
-        "composable: disjoint states only", "state.py", "if path in found:", "if False:",
+        "composable: disjoint states only", "state.py", "if path in by_path:", "if False:",
         "tests/test_diagnostics.py -k two_states",
     ),
     Mutation(

@@ -41,8 +41,8 @@ def adapted(model: Any, method: str, budget: int, seed: int) -> Any:
     """The model with an adapter of at most ``budget`` parameters."""
     linear = {name: m for name, m in model.named_modules() if name.rpartition(".")[2] in MATRICES}
     if method == "lora":
-        found = ranks({name: tuple(m.weight.shape) for name, m in linear.items()}, budget)
-        config = LoraConfig(r=1, rank_pattern=found, lora_alpha=16, target_modules=list(found))
+        pattern = ranks({name: tuple(m.weight.shape) for name, m in linear.items()}, budget)
+        config = LoraConfig(r=1, rank_pattern=pattern, lora_alpha=16, target_modules=list(pattern))
         return get_peft_model(model, config)
     rank = budget // sum(m.in_features + m.out_features for m in linear.values())
     return get_peft_model(model, ShiraConfig(r=max(rank, 1), target_modules=MATRICES, random_seed=seed))
@@ -56,18 +56,18 @@ def log_likelihoods(model: Any, batch: inputs.Batch) -> torch.Tensor:
     rows = torch.arange(len(at), device=model.device)[:, None]
     logits = model.get_base_model().lm_head(hidden[rows, at])
     targets = on_device["decoder_target_tokens"].long()
-    found = torch.log_softmax(logits, -1).gather(-1, targets[..., None])[..., 0]
-    return found * on_device["decoder_loss_weights"]
+    log_probs = torch.log_softmax(logits, -1).gather(-1, targets[..., None])[..., 0]
+    return log_probs * on_device["decoder_loss_weights"]
 
 
 def score(model: Any, data: SuperGlue, task: str, split: str, lengths: dict[str, int]) -> float:
     """By the likeliest option, as the trainer scores."""
     lm = language_model(str(model.name_or_path))
-    found = inputs.eval_split(lm, data.provider(task), split, lengths)
-    options = [data.options(found, example) for example in found.examples]
+    eval_split = inputs.eval_split(lm, data.provider(task), split, lengths)
+    options = [data.options(eval_split, example) for example in eval_split.examples]
     pairs = [
         (example["inputs"], data.vocabulary.encode(option))
-        for example, each in zip(found.examples, options, strict=True)
+        for example, each in zip(eval_split.examples, options, strict=True)
         for option in each
     ]
     batch, scores = inputs.batch_of(lm, pairs, lengths), []
@@ -77,10 +77,10 @@ def score(model: Any, data: SuperGlue, task: str, split: str, lengths: dict[str,
             scores += log_likelihoods(model, part).sum(1).tolist()
     likelihoods = iter(scores)
     predictions = []
-    for example, each in zip(found.examples, options, strict=True):
+    for example, each in zip(eval_split.examples, options, strict=True):
         best = int(np.argmax([next(likelihoods) for _ in each]))
-        predictions.append(found.prediction(each[best], example))
-    return data.score({task: found.metrics(predictions)})
+        predictions.append(eval_split.prediction(each[best], example))
+    return data.score({task: eval_split.metrics(predictions)})
 
 
 def rates(peak: float, steps: int, warmup: int) -> Iterator[float]:

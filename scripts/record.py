@@ -56,5 +56,5 @@ def _device() -> str:
 
 def _processor() -> str:
     cpuinfo = pathlib.Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
+    match = re.search(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else None
+    return match[1] if match else platform.processor() or platform.machine()

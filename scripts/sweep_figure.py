@@ -30,18 +30,18 @@ def joined(files: list[Path]) -> list[Row]:
     Raises:
       ValueError: two rows of one run differ in their scores.
     """
-    found: dict[tuple, Row] = {}
+    runs: dict[tuple, Row] = {}
     for file in files:
         for line in file.read_text().splitlines():
             row = json.loads(line)
             key = tuple(row.get(name) for name in KEY)
             if "rng_seed" not in row:  # a baseline has a score for each choice of held-out rows
                 key += (row["score"],)
-            other = found.setdefault(key, row)
+            other = runs.setdefault(key, row)
             if any(other.get(name) != row.get(name) for name in ("score", "test_score")):
                 raise ValueError(f"{file}: another score of the run {dict(zip(KEY, key, strict=False))}.")
     return sorted(
-        found.values(), key=lambda row: (*(row[x] for x in KEY[:2]), *(row.get(x) or 0 for x in KEY[2:]))
+        runs.values(), key=lambda row: (*(row[x] for x in KEY[:2]), *(row.get(x) or 0 for x in KEY[2:]))
     )
 
 
@@ -72,17 +72,19 @@ def table(rows: list[Row], every_rate: bool) -> Iterator[str]:
             if rate != best and not every_rate:
                 continue
             same = [row for row in group if row.get("learning_rate") == rate]
-            free, held_out, found = (
+            free, held_out, test_scores = (
                 [row[name] for row in same] for name in ("free_params", "score", "test_score")
             )
             chosen_on = f"{np.mean(held_out):.1f}"
             if "rng_seed" not in same[0]:  # a baseline: one model, perhaps several choices of held-out rows
-                chosen_on, found = ", ".join(f"{x:.1f}" for x in held_out), found[:1]
-            mean = f"{np.mean(found):.1f}" + (f" ± {np.std(found, ddof=1):.1f}" if len(found) > 1 else "")
+                chosen_on, test_scores = ", ".join(f"{x:.1f}" for x in held_out), test_scores[:1]
+            mean = f"{np.mean(test_scores):.1f}" + (
+                f" ± {np.std(test_scores, ddof=1):.1f}" if len(test_scores) > 1 else ""
+            )
             mean = f"**{mean}**" if every_rate and rate == best and len(group) > len(same) else mean
             yield (
                 f"| {method} | {np.mean(free):,.0f} | {'' if rate is None else format(rate, 'g')} | "
-                f"{chosen_on} | {', '.join(f'{x:.1f}' for x in found)} | {mean} |"
+                f"{chosen_on} | {', '.join(f'{x:.1f}' for x in test_scores)} | {mean} |"
             )
 
 
@@ -124,8 +126,8 @@ def main() -> None:
         print(f"{len(rows) - len(whole)} runs at rates that were not tried with all seeds are left out.")
     if given.figure:
         (task,) = {row["task"] for row in whole}
-        found = summarise(whole)
-        drawn = figures.score_vs_budget(found, task, operational_ranges(found, task))
+        means = summarise(whole)
+        drawn = figures.score_vs_budget(means, task, operational_ranges(means, task))
         figures.save(drawn, given.figure)
 
 

@@ -32,7 +32,7 @@ def dst_states(names: Iterable[str]) -> list[str]:
       >>> dst_states(["state/step", "state/param_states/1/captured", "state/param_states/1/step"])
       ['state/param_states/1']
     """
-    return [found[0] for name in names if (found := STATE.match(name))]
+    return [match[0] for name in names if (match := STATE.match(name))]
 
 
 def keep_model(checkpoint: Mapping[str, Any], wanted: Mapping[str, Any], *, is_resuming: bool = False) -> Any:
@@ -146,8 +146,8 @@ def steps(directory: str | os.PathLike[str]) -> list[int]:
     Args:
       directory: local or ``gs://``; it need not exist.
     """
-    found = (STEP.fullmatch(path.name) for path in as_path(directory).glob("checkpoint_*"))
-    return sorted(int(name[1]) for name in found if name)
+    matches = (STEP.fullmatch(path.name) for path in as_path(directory).glob("checkpoint_*"))
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def check_is_checkpoint(path: str, mode: str = "specific") -> None:

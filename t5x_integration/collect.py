@@ -69,10 +69,10 @@ def collect(sweep: str | os.PathLike[str], out: str | os.PathLike[str]) -> list[
     Path(out).mkdir(parents=True, exist_ok=True)
     storage.write_text(Path(out) / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     storage.write_text(Path(out) / "results.md", summary.markdown(rows))
-    found = summary.summarise(rows)
+    means = summary.summarise(rows)
     for task in dict.fromkeys(row["task"] for row in rows):
-        ranges = summary.operational_ranges(found, task)
-        figures.save(figures.score_vs_budget(found, task, ranges), Path(out) / f"score_vs_budget_{task}.png")
+        ranges = summary.operational_ranges(means, task)
+        figures.save(figures.score_vs_budget(means, task, ranges), Path(out) / f"score_vs_budget_{task}.png")
     return rows
 
 
@@ -85,20 +85,20 @@ def _best_score(file: Any) -> float | None:
 
 def _counts(run: Any) -> tuple[int, int]:
     """Parameters of the model, and how many of them are free."""
-    found = export.tensors(run)
-    size = sum(int(np.prod(x.shape)) for name, x in found.items() if name.startswith("target/"))
-    numbers = [found[f"{state}/memory/diagnostics/num_free"] for state in checkpoints.dst_states(found)]
+    tensors = export.tensors(run)
+    size = sum(int(np.prod(x.shape)) for name, x in tensors.items() if name.startswith("target/"))
+    numbers = [tensors[f"{state}/memory/diagnostics/num_free"] for state in checkpoints.dst_states(tensors)]
     return size, sum(int(np.asarray(x)) for x in numbers)
 
 
 def _learning_rate(config: Any) -> float:
-    found = RATE.search(config.read_text()) if config.exists() else None
-    if found is None:
+    match = RATE.search(config.read_text()) if config.exists() else None
+    if match is None:
         raise ValueError(
             f"{config} names no utils.create_learning_rate_scheduler.base_learning_rate; T5X writes it into "
             "the directory of every run that has its scheduler."
         )
-    return float(found[1])
+    return float(match[1])
 
 
 def main(

@@ -44,9 +44,9 @@ def export(
             "the checkpoint that the run started from as the seed."
         )
     seeds = {path: seeds[path] for path in model}
-    found = subset.from_models(seeds, {path: _like(seeds[path], x) for path, x in model.items()})
-    found.save(out)
-    return found
+    extracted = subset.from_models(seeds, {path: _like(seeds[path], x) for path, x in model.items()})
+    extracted.save(out)
+    return extracted
 
 
 def tensors(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
@@ -65,14 +65,14 @@ def tensors(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
     path = as_path(checkpoint)
     if steps := checkpoints.steps(path):
         path = path / f"checkpoint_{steps[-1]}"
-    found = stored.open_state(path)
-    if found is None:
+    arrays = stored.open_state(path)
+    if arrays is None:
         raise ValueError(f"{path} is no checkpoint of T5X; give a directory checkpoint_<step>.")
-    return found
+    return arrays
 
 
-def _model(found: dict[str, Any]) -> dict[str, Any]:
-    return {name.removeprefix("target/"): x for name, x in found.items() if name.startswith("target/")}
+def _model(arrays: dict[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix("target/"): x for name, x in arrays.items() if name.startswith("target/")}
 
 
 def _like(seed: Any, x: Any) -> Any:
@@ -82,14 +82,14 @@ def _like(seed: Any, x: Any) -> Any:
     return stored.StoredArray(x.shape, seed.dtype, lambda: np.asarray(unrounded(x, np.asarray(seed))))
 
 
-def _kept_seed(found: dict[str, Any]) -> dict[str, Any]:
+def _kept_seed(arrays: dict[str, Any]) -> dict[str, Any]:
     """The seed in the state of DST, under the wrapper or in a chain."""
-    captured = [state for state in checkpoints.dst_states(found) if np.asarray(found[f"{state}/captured"])]
+    captured = [state for state in checkpoints.dst_states(arrays) if np.asarray(arrays[f"{state}/captured"])]
     prefixes = [f"{state}/seed/" for state in captured]
     return {
         name.removeprefix(prefix): x
         for prefix in prefixes
-        for name, x in found.items()
+        for name, x in arrays.items()
         if name.startswith(prefix)
     }
 

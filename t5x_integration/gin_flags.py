@@ -82,7 +82,7 @@ def check_is_not_of_dst(model_dir: str) -> None:
 def _model_dir() -> str | None:
     """Where training saves its checkpoints; None for T5X's other programs."""
     try:
-        found = gin.query_parameter("train.model_dir")
+        value = gin.query_parameter("train.model_dir")
     except ValueError:
         return None
-    return found if isinstance(found, str) else found.scoped_configurable_fn()  # %MODEL_DIR
+    return value if isinstance(value, str) else value.scoped_configurable_fn()  # %MODEL_DIR

@@ -23,10 +23,10 @@ class WeightMetricsComputer(trainer.WeightMetricsComputer):
         del gradients
         optimizer = new_train_state._optimizer
         plan_of = getattr(optimizer.optimizer_def, "plan", None)
-        found: dict[str, jax.Array] = diagnostics.metrics(
+        values: dict[str, jax.Array] = diagnostics.metrics(
             optimizer.state,
             new_train_state.params,
             previous=old_train_state.params,
             plan=plan_of(new_train_state.params) if plan_of else None,
         )
-        return {f"dst/{name}": metrics.AveragePerStep.from_model_output(x) for name, x in found.items()}
+        return {f"dst/{name}": metrics.AveragePerStep.from_model_output(x) for name, x in values.items()}

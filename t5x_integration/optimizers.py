@@ -103,10 +103,10 @@ class DynamicSubsetTuning(optimizers.OptimizerDef):
 
     def state_dict(self, target: Any, state: DynamicSubsetTuningState) -> Any:
         """Without empty nodes, which T5X cannot save."""
-        found = self.inner.state_dict(target, _inner(state))
+        state_dict = self.inner.state_dict(target, _inner(state))
         flat = traverse_util.flatten_dict(to_state_dict(state.dst))
-        found["state"]["dst"] = traverse_util.unflatten_dict(flat)
-        return found
+        state_dict["state"]["dst"] = traverse_util.unflatten_dict(flat)
+        return state_dict
 
     def restore_state(self, opt_target: Any, opt_state: Any, state_dict: Mapping[str, Any]) -> Any:
         """Puts the empty nodes back."""
@@ -114,8 +114,8 @@ class DynamicSubsetTuning(optimizers.OptimizerDef):
         flat = traverse_util.flatten_dict(state.pop("dst"))
         if ("memory", "threshold") not in flat:
             raise ValueError(FIRST_EDITION)
-        known = traverse_util.flatten_dict(to_state_dict(opt_state.dst), keep_empty_nodes=True)
-        flat |= {path: x for path, x in known.items() if x is traverse_util.empty_node}
+        current = traverse_util.flatten_dict(to_state_dict(opt_state.dst), keep_empty_nodes=True)
+        flat |= {path: x for path, x in current.items() if x is traverse_util.empty_node}
         dst = from_state_dict(opt_state.dst, traverse_util.unflatten_dict(flat))
         inner = {**state_dict, "state": state}
         target, inner = self.inner.restore_state(opt_target, _inner(opt_state), inner)
@@ -169,9 +169,9 @@ class OptaxWrapper(optimizers.OptaxWrapper):
 
     def derive_logical_axes(self, optimizer: Any, param_logical_axes: Any) -> Any:
         """T5X's, but that nothing is without a spec."""
-        found = super().derive_logical_axes(optimizer, param_logical_axes)
-        states = _specified(optimizer.state.param_states, found.state.param_states)
-        return found.replace(state=found.state.replace(param_states=states))
+        axes = super().derive_logical_axes(optimizer, param_logical_axes)
+        states = _specified(optimizer.state.param_states, axes.state.param_states)
+        return axes.replace(state=axes.state.replace(param_states=states))
 
 
 def chain(transformations: Sequence[optax.GradientTransformation]) -> OptaxWrapper:
@@ -215,12 +215,12 @@ def as_trained(params: Any, wanted: Any, state: Any) -> Any:
     rounded = [path for path, p in named_leaves(params) if getattr(p, "dtype", dtypes[path]) != dtypes[path]]
     if not rounded:
         return params
-    known = leaf_states(state)
+    leaves = leaf_states(state)
 
     def widen(path: str, p: jax.Array) -> jax.Array:
         if path not in rounded:
             return p
-        leaf = known.get(path)
+        leaf = leaves.get(path)
         if leaf is None or isinstance(leaf.seed, Free):
             return p.astype(dtypes[path])
         if is_masked(leaf.seed) or not bool(leaf.captured):

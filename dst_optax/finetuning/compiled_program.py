@@ -20,14 +20,14 @@ def facts(compiled: Any) -> dict[str, Any]:
     """
     memory, text = compiled.memory_analysis(), compiled.as_text()
     live = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    found, pass_bytes = collectives(text)
+    by_kind, pass_bytes = collectives(text)
     return {
         "arguments": memory.argument_size_in_bytes,
         "temp": memory.temp_size_in_bytes,
         "peak": live + memory.temp_size_in_bytes,
         "flops": compiled.cost_analysis().get("flops", 0.0),
         "sorts": len(re.findall(r" sort\(", text)),
-        "collectives": found,
+        "collectives": by_kind,
         "pass_bytes": pass_bytes,
     }
 
@@ -49,7 +49,7 @@ def collectives(text: str) -> tuple[dict[str, tuple[int, int, int]], int]:
     """
     bodies = dict(re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\{\n(.*?)^\}", text, re.M | re.S))
     entry = re.search(r"^ENTRY %?([\w.\-]+) ", text, re.M)
-    found: dict[str, tuple[int, int, int]] = {}
+    by_kind: dict[str, tuple[int, int, int]] = {}
     turns: list[int] = []
 
     def walk(name: str, times: int) -> int:
@@ -57,15 +57,15 @@ def collectives(text: str) -> tuple[dict[str, tuple[int, int, int]], int]:
         for line in bodies.get(name, "").splitlines():
             if hit := re.search(rf" = (.*?) ({KINDS})(?:-start)?\(", line):
                 size = _size(hit[1])
-                calls, total, largest = found.get(hit[2], (0, 0, 0))
-                found[hit[2]] = (calls + times, total + times * size, max(largest, size))
+                calls, total, largest = by_kind.get(hit[2], (0, 0, 0))
+                by_kind[hit[2]] = (calls + times, total + times * size, max(largest, size))
                 moved += size
-            known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+            trip_count = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
             body = re.search(r"\bbody=%?([\w.\-]+)", line)
             if body:
-                inside = walk(body[1], times * int(known[1]) if known else times)
-                moved += inside * int(known[1]) if known else 0
-                if not known:
+                inside = walk(body[1], times * int(trip_count[1]) if trip_count else times)
+                moved += inside * int(trip_count[1]) if trip_count else 0
+                if not trip_count:
                     turns.append(inside)
             for callee in re.findall(r"(?:to_apply|calls|condition)=%?([\w.\-]+)", line):
                 moved += walk(callee, times)
@@ -75,7 +75,7 @@ def collectives(text: str) -> tuple[dict[str, tuple[int, int, int]], int]:
 
     if entry:
         walk(entry[1], 1)
-    return found, max(turns, default=0)
+    return by_kind, max(turns, default=0)
 
 
 def _size(result: str) -> int:

@@ -97,14 +97,14 @@ class Evaluator:
     def _metrics(self, params: Params, split: inputs.EvalSplit) -> dict[str, float]:
         if self._data.evaluation == "options":
             likeliest, normalised = self._likeliest_options(params, split)
-            found = {f"{name}_normalised": x for name, x in split.metrics(normalised).items()}
-            return split.metrics(likeliest) | found
-        found = split.metrics(self.predict(params, split))
+            metrics = {f"{name}_normalised": x for name, x in split.metrics(normalised).items()}
+            return split.metrics(likeliest) | metrics
+        metrics = split.metrics(self.predict(params, split))
         if self._data.token_metrics:
             totals = {k: float(x.sum()) for k, x in self._target_scores(params, split.batch).items()}
-            found["token_accuracy"] = 100 * totals["correct"] / totals["tokens"]
-            found["perplexity"] = float(np.exp(-totals["log_likelihood"] / totals["tokens"]))
-        return found
+            metrics["token_accuracy"] = 100 * totals["correct"] / totals["tokens"]
+            metrics["perplexity"] = float(np.exp(-totals["log_likelihood"] / totals["tokens"]))
+        return metrics
 
     def _likeliest_options(self, params: Params, split: inputs.EvalSplit) -> tuple[list[Any], list[Any]]:
         """Predictions by the log-likelihood of each option, and by that divided by the option's bytes."""
@@ -112,9 +112,9 @@ class Evaluator:
         scores = iter(self._target_scores(params, batch)["log_likelihood"].tolist())
         likeliest, normalised = [], []
         for example, each in zip(split.examples, options, strict=True):
-            found = np.array([next(scores) for _ in each])
+            log_likelihoods = np.array([next(scores) for _ in each])
             sizes = np.array([len(option.encode()) for option in each])
-            for chosen, values in ((likeliest, found), (normalised, found / sizes)):
+            for chosen, values in ((likeliest, log_likelihoods), (normalised, log_likelihoods / sizes)):
                 chosen.append(split.prediction(each[int(values.argmax())], example))
         return likeliest, normalised
 
@@ -146,8 +146,8 @@ class Evaluator:
         for at in range(0, rows, self._batch_size):
             taken = np.arange(at, at + self._batch_size)
             part = {name: x[np.where(taken < rows, taken, at)] for name, x in batch.items()}
-            made = function(params, jax.device_put(part, self._batch_sharding))
-            parts.append(jax.tree.map(lambda x, at=at: np.asarray(x)[: rows - at], made))
+            outputs = function(params, jax.device_put(part, self._batch_sharding))
+            parts.append(jax.tree.map(lambda x, at=at: np.asarray(x)[: rows - at], outputs))
         return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
     def cuts(self, most: int = LOOKED_AT) -> list[str]:
@@ -156,12 +156,12 @@ class Evaluator:
         for task in self._data.names:
             for split in ("train", "validation"):
                 name = self._data.provider(task)
-                seen, found = inputs.count_cut(name, split, self._lengths, most)
+                seen, by_feature = inputs.count_cut(name, split, self._lengths, most)
                 first = f" of the first {most:,}" if seen == most else ""
                 lines += [
                     f"{task} {split}: {cut}{first} examples have {feature} longer than "
                     f"{self._lengths[feature]} tokens and are cut; the longest has {longest}."
-                    for feature, (cut, longest) in found.items()
+                    for feature, (cut, longest) in by_feature.items()
                     if cut or first
                 ]
         return lines

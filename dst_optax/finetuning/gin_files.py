@@ -148,8 +148,8 @@ def used() -> set[Callable[..., Any]]:
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
-    found = difflib.get_close_matches(name, sorted(names), 1)
-    return f"; did you mean {found[0]}?" if found else "."
+    matches = difflib.get_close_matches(name, sorted(names), 1)
+    return f"; did you mean {matches[0]}?" if matches else "."
 
 
 def _config() -> dict[Key, dict[str, Any]]:

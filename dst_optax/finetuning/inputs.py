@@ -150,9 +150,10 @@ def count_cut(name: str, split: str, lengths: Lengths, most: int) -> tuple[int, 
     provider = seqio.TaskRegistry.get(name)
     data = provider.get_dataset(None, split=split, shuffle=False, num_epochs=1).take(most)
     sizes = [[len(example[feature]) for feature in lengths] for example in _iterate(data)]
-    known = dict(zip(lengths, zip(*sizes, strict=True), strict=True))
+    by_feature = dict(zip(lengths, zip(*sizes, strict=True), strict=True))
     return len(sizes), {
-        feature: (sum(n > lengths[feature] for n in found), max(found)) for feature, found in known.items()
+        feature: (sum(n > lengths[feature] for n in counts), max(counts))
+        for feature, counts in by_feature.items()
     }
 
 

@@ -78,9 +78,9 @@ class RunDir:
     def baselines(self, data: TaskSuite, evaluator: Evaluator, params: Params) -> dict[str, Any]:
         """Scores of the most common answer and of the model before tuning; computed once."""
         file = self.root / "baseline.json"
-        known = file.exists()
+        exists = file.exists()
         processes.barrier(f"{file} is looked for")
-        if not known:
+        if not exists:
             majority = data.majority()
             rows: dict[str, Any] = {} if majority is None else {"majority": {"score": majority}}
             metrics, score = evaluator.score(params)

@@ -64,8 +64,8 @@ def make_step(
         if accumulate == 1:
             return grad(state.tuned, state.frozen, batch, key)
 
-        def add(total: Any, one: Any) -> tuple[Any, None]:
-            piece, key = one
+        def add(total: Any, piece_and_key: Any) -> tuple[Any, None]:
+            piece, key = piece_and_key
             return jax.tree.map(jnp.add, total, grad(state.tuned, state.frozen, piece, key)), None
 
         parts = {k: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1) for k, x in batch.items()}

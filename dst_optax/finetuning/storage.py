@@ -135,13 +135,13 @@ def load_tree(path: Path, like: Any) -> Any:
         return like
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            found = checkpointer.restore(path.absolute(), leaves)
+            restored = checkpointer.restore(path.absolute(), leaves)
     except Exception as error:
         raise ValueError(
             f"{path} cannot be read, or belongs to another model or optimizer: {str(error)[:300]} "
             "Delete this checkpoint to go on from an earlier one."
         ) from error
-    return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in leaves])
+    return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in leaves])
 
 
 def _numbered(tree: Any) -> dict[str, Any]:
@@ -181,24 +181,24 @@ def load_model(path: Path, like: Any) -> Any:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; the run directory is damaged.")
     try:
-        found = load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read, it is truncated or damaged: {error}") from error
     want = {name: x.shape for name, x in named_leaves(like).items()}
-    have = {name: x.shape for name, x in found.items()}
+    have = {name: x.shape for name, x in tensors.items()}
     if want != have:
         differ = sorted(set(want.items()) ^ set(have.items()))
         raise ValueError(
             f"{path} holds another model; the first differences are {differ[:4]}. Give the model "
             "configuration that it was made with."
         )
-    return tree_lib.map_named(lambda path, x: found[path].astype(x.dtype), like)
+    return tree_lib.map_named(lambda path, x: tensors[path].astype(x.dtype), like)
 
 
 def pick(params: Any, like: Any) -> Any:
     """Copies of those leaves of ``params`` that ``like`` has, with its shardings."""
-    known = named_leaves(params)
-    return tree_lib.map_named(lambda path, x: jax.device_put(np.array(known[path]), x.sharding), like)
+    leaves = named_leaves(params)
+    return tree_lib.map_named(lambda path, x: jax.device_put(np.array(leaves[path]), x.sharding), like)
 
 
 def fingerprint(params: Any) -> str:

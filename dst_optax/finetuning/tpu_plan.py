@@ -131,23 +131,23 @@ def plan(job: Job) -> dict[str, Any]:
         raise ValueError(
             "no libtpu: pip install 'dst-optax[tpu,finetuning]' gets the TPU compiler; no TPU needed."
         )
-    found = {program: _compile_apart(job, program) for program in PROGRAMS}
-    return {"job": dataclasses.asdict(job), **found, "verdict": verdict(job, found)}
+    facts = {program: _compile_apart(job, program) for program in PROGRAMS}
+    return {"job": dataclasses.asdict(job), **facts, "verdict": verdict(job, facts)}
 
 
-def verdict(job: Job, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def verdict(job: Job, facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Whether training fits, by how much, and what DST adds.
 
     Args:
       job: what was compiled for.
-      found: the facts of each program.
+      facts: the facts of each program.
 
     Returns:
       ``fits`` and ``left`` (bytes a chip, negative if it does not fit; None if the compiler refused),
       ``added`` (bytes that DST adds to the peak), ``seed`` (bytes of the seed's shard) and
       ``pass_bytes`` (bytes that DST moves between chips in a counting pass).
     """
-    update, full, dst = found["update"], found["full"], found["dst"]
+    update, full, dst = facts["update"], facts["full"], facts["dst"]
     refused = "refused" in dst
     comparable = "refused" not in full and not refused
     return {
@@ -266,9 +266,9 @@ def compile_program(job: Job, program: str) -> dict[str, Any]:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=job.topology, **cores).devices
     mesh = Mesh(np.array(devices).reshape(job.mesh_shape), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     model = language_model(job.model).configured(dtype="bfloat16", scan_layers=True, remat=True)
-    made = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
     rules = tuple((name, "data" if name == "embed" else axis) for name, axis in model.axis_rules)
-    params = jax.tree.map(_placed, made, model.shardings(made, mesh, rules))
+    params = jax.tree.map(_placed, shapes, model.shardings(shapes, mesh, rules))
     if program == "update":
         step, arguments = _update(job, params, mesh)
     else:
@@ -276,11 +276,11 @@ def compile_program(job: Job, program: str) -> dict[str, Any]:
     start = time.perf_counter()
     with jax.set_mesh(mesh), logical_axis_rules(rules):
         compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
-    found = compiled_program.facts(compiled) | {"compile_seconds": time.perf_counter() - start}
+    facts = compiled_program.facts(compiled) | {"compile_seconds": time.perf_counter() - start}
     if program != "full":
         shards = [(x.sharding.shard_shape(x.shape), x.dtype.itemsize) for x in jax.tree.leaves(params)]
-        found["seed"] = sum(math.prod(shape) * size for shape, size in shards)
-    return found
+        facts["seed"] = sum(math.prod(shape) * size for shape, size in shards)
+    return facts
 
 
 def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -193,8 +193,8 @@ class RoutedStore(InPlaceStore):
         self._fingerprints = dict(zip(checkpoint, fingerprints(checkpoint.values()), strict=True))
         self._by_key = {
             f"{name}#{i}": (route, in_place.memory(route.target))
-            for name, found in self._routes.items()
-            for i, route in enumerate(found)
+            for name, routes in self._routes.items()
+            for i, route in enumerate(routes)
         }
 
     def missed(self, subset: Subset) -> dict[str, np.ndarray]:
@@ -206,14 +206,14 @@ class RoutedStore(InPlaceStore):
         Returns:
           (k,) bool by name, for tensors with such entries.
         """
-        found = {}
+        masks = {}
         for name, e in subset.items():
             missed = np.ones(len(e), bool)
             for route in self._routes[name]:
                 missed[route.follow(e.positions)[0]] = False
             if missed.any():
-                found[name] = missed
-        return found
+                masks[name] = missed
+        return masks
 
     def _place(self, subset: Subset) -> Loaded[dict[str, Piece]]:
         subset.check_structure({n: (tuple(x.shape), np.dtype(x.dtype)) for n, x in self._checkpoint.items()})

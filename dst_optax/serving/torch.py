@@ -119,9 +119,9 @@ class SubsetStore(InPlaceStore):
             for name in [*(n for n in subset if n in self._primary), *needed]
         }
         subset.check_structure(structure)
-        found = {}
+        leaves = {}
         for name, e in subset.items():
-            other = found.setdefault(self._primary[name], e)
+            other = leaves.setdefault(self._primary[name], e)
             if (
                 not np.array_equal(other.positions, e.positions)
                 or other.values.tobytes() != e.values.tobytes()
@@ -130,7 +130,7 @@ class SubsetStore(InPlaceStore):
                     f"{self._primary[name]!r} and {name!r} are one tensor in the model, and the subset gives "
                     "them different values."
                 )
-        return Subset(found, subset.metadata)
+        return Subset(leaves, subset.metadata)
 
     def _memory(self, path: str) -> torch.Tensor:
         slot = self._slots[path]

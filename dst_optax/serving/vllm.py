@@ -342,10 +342,10 @@ class _AmongModels:
 
 def _with_models(content: bytes, names: Sequence[str]) -> bytes:
     """A list of models with one more for each name, like the first of them but for ``id`` and ``parent``."""
-    found = json.loads(content)
-    base = found["data"][0]
-    found["data"] += [{**base, "id": name, "parent": base["id"]} for name in names]
-    return json.dumps(found).encode()
+    listing = json.loads(content)
+    base = listing["data"][0]
+    listing["data"] += [{**base, "id": name, "parent": base["id"]} for name in names]
+    return json.dumps(listing).encode()
 
 
 def _sized(headers: Sequence[tuple[bytes, bytes]], content: bytes) -> list[tuple[bytes, bytes]]:

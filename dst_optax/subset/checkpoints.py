@@ -111,10 +111,10 @@ def _open_orbax(path: pathlib.Path, locate: Callable[[Any], list[str]]) -> dict[
     where = path if "://" in os.fspath(path) else path.absolute()
 
     def metadata() -> Any:
-        found: Any = checkpointer.metadata(where).item_metadata
-        if found is None:
+        item_metadata: Any = checkpointer.metadata(where).item_metadata
+        if item_metadata is None:
             raise ValueError("its _METADATA is damaged")
-        return found.tree
+        return item_metadata.tree
 
     everything = _tried(f"{path} cannot be read as a checkpoint", metadata)
     keys = locate(everything)

@@ -54,11 +54,11 @@ def inspect(directory: Directory, as_json: Json = False) -> None:
     """What a subset holds: a row for each tensor, and a histogram of its values' magnitudes."""
 
     def command() -> dict[str, Any]:
-        found = Subset.load(directory)
+        loaded = Subset.load(directory)
         rows = []
-        for path, e in found.items():
+        for path, e in loaded.items():
             stream = len(gaps.encode(e.positions))
-            stored = e.values.nbytes * (2 if found.has_seed_values else 1)
+            stored = e.values.nbytes * (2 if loaded.has_seed_values else 1)
             rows.append(
                 {
                     "tensor": path,
@@ -69,8 +69,8 @@ def inspect(directory: Directory, as_json: Json = False) -> None:
                     "bits_per_position": 8 * stream / len(e) if len(e) else 0.0,
                 }
             )
-        total = {"entries": found.count, "parameters": found.size, "seed_values": found.has_seed_values}
-        return {"leaves": rows, **total, "magnitudes": _magnitudes(found), "metadata": found.metadata}
+        total = {"entries": loaded.count, "parameters": loaded.size, "seed_values": loaded.has_seed_values}
+        return {"leaves": rows, **total, "magnitudes": _magnitudes(loaded), "metadata": loaded.metadata}
 
     def show(result: dict[str, Any]) -> None:
         rows = result["leaves"]
@@ -86,12 +86,12 @@ def inspect(directory: Directory, as_json: Json = False) -> None:
     run(command, as_json, show)
 
 
-def _magnitudes(found: Subset) -> dict[str, list[int]]:
+def _magnitudes(subset: Subset) -> dict[str, list[int]]:
     """Entries by decade of their change, or of their value where no seed values are stored."""
     counts: dict[int, int] = {}
-    for e in found.values():
+    for e in subset.values():
         x = e.values.astype(np.float64)
-        if found.has_seed_values and e.seed_values is not None:
+        if subset.has_seed_values and e.seed_values is not None:
             x = x - e.seed_values.astype(np.float64)
         x = np.abs(x[np.isfinite(x) & (x != 0)])
         decades, number = np.unique(np.floor(np.log10(x)).astype(int), return_counts=True)
@@ -140,9 +140,9 @@ def apply(
     """Write the tuned model as safetensors, tensor by tensor."""
 
     def command() -> dict[str, Any]:
-        found = Subset.load(subset)
-        left_out = models.apply_to_files(found, seed, out)
-        return {"out": str(out), "entries": found.count, "left_out": left_out}
+        loaded = Subset.load(subset)
+        left_out = models.apply_to_files(loaded, seed, out)
+        return {"out": str(out), "entries": loaded.count, "left_out": left_out}
 
     def show(result: dict[str, Any]) -> None:
         print(f"{result['entries']} entries applied; written to {result['out']}")
@@ -169,9 +169,9 @@ def extract(
         before, after = models.open_model(seed), models.open_model(tuned)
         before, after = tied.without_copies(before, after), tied.without_copies(after, before)
         metadata = {"seed": seed.name, "tuned": tuned.name, "fraction_of_free_params": fraction}
-        found = from_models(before, after, fraction, with_seed_values=with_seed_values, metadata=metadata)
-        found.save(out)
-        return {"out": str(out), "entries": found.count, "parameters": found.size}
+        extracted = from_models(before, after, fraction, with_seed_values=with_seed_values, metadata=metadata)
+        extracted.save(out)
+        return {"out": str(out), "entries": extracted.count, "parameters": extracted.size}
 
     run(command, as_json, _wrote)
 
@@ -195,16 +195,16 @@ def convert(
     from dst_optax.finetuning.models import huggingface
 
     def command() -> dict[str, Any]:
-        found, model = Subset.load(directory), models.open_model(seed)
+        loaded, model = Subset.load(directory), models.open_model(seed)
         if to == "hf":
-            table = huggingface.tensors_of(seed, stacked=huggingface.is_stacked(found, seed))
-            found = found.to_hf(table, model)
+            table = huggingface.tensors_of(seed, stacked=huggingface.is_stacked(loaded, seed))
+            converted = loaded.to_hf(table, model)
         elif to == "jax":
-            found = found.from_hf(huggingface.tensors_of(seed, stacked=stacked), model)
+            converted = loaded.from_hf(huggingface.tensors_of(seed, stacked=stacked), model)
         else:
             raise ValueError(f'--to: got {to!r}; it is "hf" or "jax".')
-        found.save(out)
-        return {"out": str(out), "entries": found.count, "parameters": found.size}
+        converted.save(out)
+        return {"out": str(out), "entries": converted.count, "parameters": converted.size}
 
     run(command, as_json, _wrote)
 
@@ -221,10 +221,10 @@ def compose_(
     """One subset out of several."""
 
     def command() -> dict[str, Any]:
-        found = compose([Subset.load(d) for d in subsets], on_conflict)
-        found.save(out)
-        totals = {"entries": found.count, "parameters": found.size}
-        return {"out": str(out), **totals, "collisions": found.metadata["collisions"]}
+        composed = compose([Subset.load(d) for d in subsets], on_conflict)
+        composed.save(out)
+        totals = {"entries": composed.count, "parameters": composed.size}
+        return {"out": str(out), **totals, "collisions": composed.metadata["collisions"]}
 
     run(command, as_json, _wrote)
 
@@ -248,9 +248,9 @@ def export_peft(
     """Write a SHiRA adapter for PEFT; the subset needs seed values, and entries in linear layers only."""
 
     def command() -> dict[str, Any]:
-        found = Subset.load(directory)
-        peft.save_shira(found, out, base_model, not_linear)
-        return {"out": str(out), "entries": found.count, "parameters": found.size}
+        loaded = Subset.load(directory)
+        peft.save_shira(loaded, out, base_model, not_linear)
+        return {"out": str(out), "entries": loaded.count, "parameters": loaded.size}
 
     run(command, as_json, _wrote)
 
@@ -264,14 +264,14 @@ def verify(
     """Check a subset's files, and that a seed is the one it was made for."""
 
     def command() -> dict[str, Any]:
-        found = Subset.load(directory)
+        loaded = Subset.load(directory)
         if seed is not None:
-            model = models.open_model(seed, found)
-            found = tied.for_model(found, model)
-            found.check(model)
-        unknown = sum(e.seed_fingerprint is None for e in found.values())
-        checked = 0 if seed is None else len(found) - unknown
-        return {"entries": found.count, "tensors_compared": checked, "format_version": files.VERSION}
+            model = models.open_model(seed, loaded)
+            loaded = tied.for_model(loaded, model)
+            loaded.check(model)
+        unknown = sum(e.seed_fingerprint is None for e in loaded.values())
+        checked = 0 if seed is None else len(loaded) - unknown
+        return {"entries": loaded.count, "tensors_compared": checked, "format_version": files.VERSION}
 
     run(
         command,

@@ -83,8 +83,8 @@ def to_hf(subset: Subset, table: Sequence[Tensor], seed: Mapping[str, Any]) -> S
       >>> table = [coordinates.Tensor("proj.weight", (3, 2), "proj/kernel", True)]
       >>> seed = {"proj/kernel": np.zeros((2, 3))}
       >>> tuned = {"proj/kernel": np.array([[0.0, 0, 7], [0, 0, 0]])}
-      >>> found = coordinates.to_hf(subset.from_models(seed, tuned), table, seed)
-      >>> found["proj.weight"].positions.tolist(), found["proj.weight"].values.tolist()
+      >>> converted = coordinates.to_hf(subset.from_models(seed, tuned), table, seed)
+      >>> converted["proj.weight"].positions.tolist(), converted["proj.weight"].values.tolist()
       ([4], [7.0])
     """
     if subset.metadata.get(KEY) == HUGGING_FACE:
@@ -127,18 +127,18 @@ def from_hf(subset: Subset, table: Sequence[Tensor], seed: Mapping[str, Any]) ->
       >>> table = [coordinates.Tensor("proj.weight", (3, 2), "proj/kernel", True)]
       >>> seed = {"proj.weight": np.zeros((3, 2))}
       >>> tuned = {"proj.weight": np.array([[0.0, 0], [0, 0], [7, 0]])}
-      >>> found = coordinates.from_hf(subset.from_models(seed, tuned), table, seed)
-      >>> found["proj/kernel"].positions.tolist(), found["proj/kernel"].values.tolist()
+      >>> converted = coordinates.from_hf(subset.from_models(seed, tuned), table, seed)
+      >>> converted["proj/kernel"].positions.tolist(), converted["proj/kernel"].values.tolist()
       ([2], [7.0])
     """
-    known = {row.name for row in table} | {copy for row in table for copy in row.copies}
+    names = {row.name for row in table} | {copy for row in table for copy in row.copies}
     for row in table:
         if row.name not in subset or subset[row.name].shape != row.shape:
             raise SubsetError(
                 f"the subset lacks {row.name!r} of shape {list(row.shape)}, which the model has."
             )
     for name, e in subset.items():
-        if name not in known and len(e):
+        if name not in names and len(e):
             raise SubsetError(f"{name!r} has {len(e)} entries, and the model has no place for them.")
     rows: dict[str, list[Tensor]] = {}
     for row in table:
@@ -146,12 +146,12 @@ def from_hf(subset: Subset, table: Sequence[Tensor], seed: Mapping[str, Any]) ->
     both = _Seed(seed, rows)
     leaves = {}
     for path, parts in rows.items():
-        found = []
+        entries = []
         for row in parts:
             e = subset[row.name]
             _check_print(row.name, e, lambda row=row: both.tensor(row))
-            found.append(_transposed(e) if row.transposed else e)
-        e = _joined(found) if parts[0].layer is not None else found[0]
+            entries.append(_transposed(e) if row.transposed else e)
+        e = _joined(entries) if parts[0].layer is not None else entries[0]
         leaves[path] = dataclasses.replace(e, seed_fingerprint=fingerprint(both.parameter(path, e.shape)))
     return Subset(leaves, {k: v for k, v in subset.metadata.items() if k != KEY})
 

@@ -94,14 +94,14 @@ class Subset(Mapping[str, Entries]):
       >>> from dst_optax import subset
       >>> seed = {"w": np.zeros(5, np.float32), "b": np.ones(2, np.float32)}
       >>> tuned = {"w": np.array([0, 0, 3, 0, 4], np.float32), "b": np.ones(2, np.float32)}
-      >>> found = subset.from_models(seed, tuned, with_seed_values=True)
-      >>> found
+      >>> extracted = subset.from_models(seed, tuned, with_seed_values=True)
+      >>> extracted
       Subset(2 tensors, 2 of 7 entries)
-      >>> found["w"].positions.tolist()
+      >>> extracted["w"].positions.tolist()
       [2, 4]
-      >>> found.apply(seed)["w"].tolist()
+      >>> extracted.apply(seed)["w"].tolist()
       [0.0, 0.0, 3.0, 0.0, 4.0]
-      >>> found.revert(tuned)["w"].tolist()
+      >>> extracted.revert(tuned)["w"].tolist()
       [0.0, 0.0, 0.0, 0.0, 0.0]
     """
 
@@ -203,8 +203,8 @@ class Subset(Mapping[str, Entries]):
         named = trees.named_leaves(seed)
         self.check_structure(structure(named))
         if verify:
-            known = [p for p, e in self.items() if e.seed_fingerprint is not None]
-            self.check_fingerprints(dict(zip(known, fingerprints(named[p] for p in known), strict=True)))
+            paths = [p for p, e in self.items() if e.seed_fingerprint is not None]
+            self.check_fingerprints(dict(zip(paths, fingerprints(named[p] for p in paths), strict=True)))
         return named
 
     def check_structure(self, structure: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
@@ -230,9 +230,9 @@ class Subset(Mapping[str, Entries]):
             if path not in self:
                 raise SubsetError(f"the subset lacks {path!r}, which the model has.")
 
-    def check_fingerprints(self, found: Mapping[str, str]) -> None:
+    def check_fingerprints(self, fingerprints: Mapping[str, str]) -> None:
         """Raises if a fingerprint of the seed is not the one the subset was made for."""
-        for path, value in found.items():
+        for path, value in fingerprints.items():
             expected = self[path].seed_fingerprint
             if expected is not None and expected != value:
                 raise SubsetError(
@@ -346,8 +346,8 @@ def collisions(subsets: Sequence[Subset]) -> dict[str, int]:
       {'w': 1}
     """
     _check_same_seed(subsets)
-    found = {p: _merge([s[p] for s in subsets], "first")[1] for p in subsets[0]}
-    return {p: n for p, n in found.items() if n}
+    counts = {p: _merge([s[p] for s in subsets], "first")[1] for p in subsets[0]}
+    return {p: n for p, n in counts.items() if n}
 
 
 def compose(subsets: Sequence[Subset], on_conflict: str = "error") -> Subset:
@@ -378,15 +378,15 @@ def compose(subsets: Sequence[Subset], on_conflict: str = "error") -> Subset:
         raise SubsetError(f'on_conflict: got {on_conflict!r}; it is "error", "first", "last" or "mean".')
     _check_same_seed(subsets)
     merged = {p: _merge([s[p] for s in subsets], on_conflict) for p in subsets[0]}
-    found = {p: n for p, (_, n) in merged.items() if n}
-    if found and on_conflict == "error":
-        worst = max(found, key=lambda p: found[p])
+    counts = {p: n for p, (_, n) in merged.items() if n}
+    if counts and on_conflict == "error":
+        worst = max(counts, key=lambda p: counts[p])
         raise SubsetError(
-            f"the subsets have different values for {sum(found.values())} entries, most of them "
-            f'({found[worst]}) in {worst!r}; say which to take with on_conflict="first", "last" or "mean".'
+            f"the subsets have different values for {sum(counts.values())} entries, most of them "
+            f'({counts[worst]}) in {worst!r}; say which to take with on_conflict="first", "last" or "mean".'
         )
     leaves = {p: e for p, (e, _) in merged.items()}
-    return Subset(leaves, {"collisions": found, "composed": [s.metadata for s in subsets]})
+    return Subset(leaves, {"collisions": counts, "composed": [s.metadata for s in subsets]})
 
 
 def _merge(entries: Sequence[Entries], on_conflict: str) -> tuple[Entries, int]:
@@ -404,13 +404,13 @@ def _merge(entries: Sequence[Entries], on_conflict: str) -> tuple[Entries, int]:
             means = np.add.reduceat(values.astype(np.float64), first) / counts
             chosen[conflicts] = means[conflicts].astype(values.dtype)
     seeds = [e.seed_values for e in entries if e.seed_values is not None]
-    known = len(seeds) == len(entries)
+    has_seed_values = len(seeds) == len(entries)
     like = next((e for e in entries if e.seed_fingerprint is not None), entries[0])
     merged = dataclasses.replace(
         like,
         positions=positions[first],
         values=chosen,
-        seed_values=np.concatenate(seeds)[order][first] if known else None,
+        seed_values=np.concatenate(seeds)[order][first] if has_seed_values else None,
     )
     return merged, len(conflicts)
 
@@ -453,11 +453,11 @@ def _check_same_seed(subsets: Sequence[Subset]) -> None:
     for other in subsets[1:]:
         other.check_structure(structure)
         for path, e in other.items():
-            known = (e.seed_fingerprint, first[path].seed_fingerprint)
-            if None not in known and known[0] != known[1]:
+            actual, expected = e.seed_fingerprint, first[path].seed_fingerprint
+            if None not in (actual, expected) and actual != expected:
                 raise SubsetError(
-                    f"the subsets are of different seeds: {path!r} has the fingerprints {known[1]} "
-                    f"and {known[0]}."
+                    f"the subsets are of different seeds: {path!r} has the fingerprints {expected} "
+                    f"and {actual}."
                 )
 
 

@@ -51,15 +51,15 @@ def checked(dtype: Any, path: str) -> np.dtype:
       dtype('int64')
     """
     try:
-        found = np.dtype(dtype)
+        dtype = np.dtype(dtype)
     except TypeError as e:
         raise SubsetError(
             f"{path!r} has the dtype {dtype} and is no parameter: leave random keys out, with nnx for one by "
             "nnx.state(model, nnx.Param)."
         ) from e
-    if found.name not in BY_NAME:
+    if dtype.name not in BY_NAME:
         raise SubsetError(
-            f"{path!r} has the dtype {found.name}, which subsets cannot hold; convert the model to one of "
+            f"{path!r} has the dtype {dtype.name}, which subsets cannot hold; convert the model to one of "
             f"{', '.join(BY_NAME)}."
         )
-    return found
+    return dtype

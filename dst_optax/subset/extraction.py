@@ -55,23 +55,23 @@ def extract(
       >>> params = {"w": jnp.array([1.0, 2.0, 3.0])}
       >>> updates, state = tx.update({"w": jnp.array([1.0, -5.0, 0.1])}, tx.init(params), params)
       >>> params = dst_optax.apply_updates(params, updates, state)
-      >>> found = subset.extract(params, state)
-      >>> found["w"].positions.tolist(), found["w"].values.tolist()
+      >>> extracted = subset.extract(params, state)
+      >>> extracted["w"].positions.tolist(), extracted["w"].values.tolist()
       ([1], [2.5])
     """
     given = {} if seed is None else trees.named_leaves(seed, "the seed")
     tuned = trees.named_leaves(params, "the parameters")
-    known = dict(seed_leaves(params, state))
+    kept = dict(seed_leaves(params, state))
     seeds = {}
     for path in tuned:
-        found = known.get(path)
-        found = given.get(path) if found is None else found
-        if found is None:
+        leaf = kept.get(path)
+        leaf = given.get(path) if leaf is None else leaf
+        if leaf is None:
             raise SubsetError(
                 f"the state keeps no seed of {path!r} (its fraction is 1, or it is masked); pass the "
                 "seed model as seed=."
             )
-        seeds[path] = found
+        seeds[path] = leaf
     parts = _differences(seeds, tuned)
     _check_allowed(parts, tuned, state)
     return _subset(seeds, tuned, parts, with_seed_values, metadata)
@@ -194,14 +194,14 @@ def _check_models(seeds: dict[str, Any], tuned: dict[str, Any]) -> None:
 
 def _local_difference(seed: Any, tuned: Any, mask: Any = None) -> _Part:
     shape, nothing = tuple(tuned.shape), np.empty(0, np.dtype(tuned.dtype))
-    found = [_Part(np.empty(0, np.int64), nothing, nothing)]
+    parts = [_Part(np.empty(0, np.int64), nothing, nothing)]
     masks = itertools.repeat(None) if mask is None else (x for _, x, _ in _boxes(mask, tuned))
     for (data, before, start), inside in zip(_boxes(seed, tuned), masks, strict=False):
         differs = trees.bits(data) != trees.bits(before)
         local = np.flatnonzero((differs if inside is None else differs & inside).reshape(-1))
         where = trees.to_whole(local, data.shape, start, shape)
-        found.append(_Part(where, data.reshape(-1)[local], before.reshape(-1)[local]))
-    return _merged(found)
+        parts.append(_Part(where, data.reshape(-1)[local], before.reshape(-1)[local]))
+    return _merged(parts)
 
 
 def _boxes(seed: Any, tuned: Any) -> Iterator[tuple[np.ndarray, np.ndarray, tuple[int, ...]]]:

@@ -153,8 +153,8 @@ def _parse_leaf(path: str, leaf: Any) -> dict[str, Any]:
     size = math.prod(shape)
     _expect(size <= gaps.MAX_SIZE, f"{name} to have at most {gaps.MAX_SIZE} entries")
     _expect(type(count) is int and 0 <= count <= size, f"{name} to have 0 to {size} entries")
-    known = isinstance(leaf["dtype"], str) and leaf["dtype"] in BY_NAME
-    _expect(known, f"{name} to have one of the dtypes {sorted(BY_NAME)}")
+    is_supported = isinstance(leaf["dtype"], str) and leaf["dtype"] in BY_NAME
+    _expect(is_supported, f"{name} to have one of the dtypes {sorted(BY_NAME)}")
     _expect(fingerprint is None or _is_hex(fingerprint, 32), f"{name} to have a fingerprint of 32 digits")
     return {**leaf, "shape": tuple(shape), "dtype": BY_NAME[leaf["dtype"]]}
 
@@ -273,10 +273,10 @@ def _digest(config: Mapping[str, Any]) -> str:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
         raise ValueError("an object has a key twice")
-    return found
+    return mapping
 
 
 def _refuse_constant(name: str) -> None:

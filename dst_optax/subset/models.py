@@ -66,8 +66,8 @@ def open_model(path: str | os.PathLike[str], names: Iterable[str] | None = None)
     from dst_optax.subset import checkpoints
 
     try:
-        if (found := checkpoints.open_parameters(source, names)) is not None:
-            return found
+        if (parameters := checkpoints.open_parameters(source, names)) is not None:
+            return parameters
     except ModuleNotFoundError as e:
         raise SubsetError(f"{source} is a checkpoint; to read it, pip install {e.name}.") from e
     raise SubsetError(f"{source} is no safetensors file or directory, and no T5X or Orbax checkpoint.")
@@ -93,14 +93,14 @@ def shard_files(source: pathlib.Path) -> list[pathlib.Path]:
     if (source / INDEX).exists():
         return _indexed(source)
     everything = sorted(source.glob("*.safetensors"))
-    found = [file for file in everything if not file.name.startswith("adapter_")]
-    if everything and not found:
+    candidates = [file for file in everything if not file.name.startswith("adapter_")]
+    if everything and not candidates:
         raise SubsetError(f"{source} holds an adapter, no model; merge it into its model first.")
-    kinds = {(s[1], int(s[2])) if (s := _SHARD.fullmatch(f.name)) else (f.stem, 1) for f in found}
-    if len(kinds) > 1 or any(shards != len(found) for _, shards in kinds):
-        names = ", ".join(file.name for file in found[:5])
+    kinds = {(s[1], int(s[2])) if (s := _SHARD.fullmatch(f.name)) else (f.stem, 1) for f in candidates}
+    if len(kinds) > 1 or any(shards != len(candidates) for _, shards in kinds):
+        names = ", ".join(file.name for file in candidates[:5])
         raise SubsetError(f"{source} holds {names}: several models, or a part of one; name a file.")
-    return found
+    return candidates
 
 
 def _indexed(source: pathlib.Path) -> list[pathlib.Path]:
@@ -145,8 +145,8 @@ def apply_to_files(
       >>> seed, tuned = {"a.weight": np.zeros(3)}, {"a.weight": np.array([0.0, 5.0, 0.0])}
       >>> with tempfile.TemporaryDirectory() as directory:
       ...     safetensors.numpy.save_file(seed, f"{directory}/model.safetensors")
-      ...     found = subset.from_models(seed, tuned)
-      ...     left_out = models.apply_to_files(found, directory, f"{directory}/tuned")
+      ...     extracted = subset.from_models(seed, tuned)
+      ...     left_out = models.apply_to_files(extracted, directory, f"{directory}/tuned")
       ...     print(models.open_model(f"{directory}/tuned")["a.weight"].tolist())
       [0.0, 5.0, 0.0]
     """
@@ -257,9 +257,9 @@ def _open_safetensors(path: pathlib.Path) -> tuple[bytes, dict[str, np.ndarray]]
     """The bytes before the tensors, and the tensors in the order of the file, mapped into memory."""
     start, header = _header(path)
     data = np.memmap(path, np.uint8, "r")
-    found = {}
+    tensors = {}
     for name, entry in header.items():
         first, last = entry["data_offsets"]
         part = np.asarray(data[start + first : start + last])
-        found[name] = part.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return data[:start].tobytes(), found
+        tensors[name] = part.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return data[:start].tobytes(), tensors

@@ -50,9 +50,9 @@ def save_shira(
       >>> from dst_optax.subset import peft
       >>> seed = {"proj.weight": np.zeros((4, 4), np.float32)}
       >>> tuned = {"proj.weight": np.eye(4, dtype=np.float32)}
-      >>> found = subset.from_models(seed, tuned, with_seed_values=True)
+      >>> extracted = subset.from_models(seed, tuned, with_seed_values=True)
       >>> with tempfile.TemporaryDirectory() as directory:
-      ...     peft.save_shira(found, directory)
+      ...     peft.save_shira(extracted, directory)
       ...     print(sorted(os.listdir(directory)))
       ['adapter_config.json', 'adapter_model.safetensors']
     """

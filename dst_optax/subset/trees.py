@@ -28,14 +28,14 @@ def named_leaves(model: Any, what: str = "the model") -> dict[str, Any]:
     Raises:
       SubsetError: a leaf is no array, or two leaves have one path.
     """
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for path, x in _flat(model):
         if not hasattr(x, "dtype") or not hasattr(x, "shape"):
             raise SubsetError(f"{what}: {path!r} is {type(x).__name__}, not an array.")
-        if path in found:
+        if path in leaves:
             raise SubsetError(f"{what} has two leaves with the path {path!r}.")
-        found[path] = x
-    return found
+        leaves[path] = x
+    return leaves
 
 
 def map_leaves(model: Any, new: Mapping[str, Any]) -> Any:

@@ -70,12 +70,10 @@ def then(before: Subset, step: Subset) -> Subset:
     for path, e in step.items():
         if path not in before or before[path].shape != e.shape or before[path].dtype != e.dtype:
             raise SubsetError(f"the step is of another model: see {path!r}.")
-        if (
-            None not in (found := (tuned_fingerprint(before[path]), e.seed_fingerprint))
-            and found[0] != found[1]
-        ):
+        end, start = tuned_fingerprint(before[path]), e.seed_fingerprint
+        if None not in (end, start) and end != start:
             raise SubsetError(
-                f"{path!r}: the step begins at the fingerprint {found[1]}, this version ends at {found[0]}; "
+                f"{path!r}: the step begins at the fingerprint {start}, this version ends at {end}; "
                 "a version between them is missing."
             )
     _check_pair(before, step)
@@ -96,8 +94,8 @@ def tuned_fingerprint(e: Entries) -> str | None:
       >>> from dst_optax import subset
       >>> from dst_optax.subset import versions
       >>> seed, tuned = np.zeros(4, np.float32), np.array([0, 7, 0, 0], np.float32)
-      >>> found = subset.from_models({"w": seed}, {"w": tuned}, with_seed_values=True)
-      >>> versions.tuned_fingerprint(found["w"]) == subset.fingerprint(tuned)
+      >>> extracted = subset.from_models({"w": seed}, {"w": tuned}, with_seed_values=True)
+      >>> versions.tuned_fingerprint(extracted["w"]) == subset.fingerprint(tuned)
       True
     """
     if e.seed_fingerprint is None or e.seed_values is None:

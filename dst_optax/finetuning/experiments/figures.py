@@ -82,10 +82,10 @@ def score_vs_budget(
     axes, bars = figure.axes
     axes.get_gridspec().set_height_ratios((4, 1))
     bars.sharex(axes)
-    found = [s for s in summary if s["task"] == task]
+    rows = [s for s in summary if s["task"] == task]
     styles = cycle(("dotted", "dashed", "dashdot", "solid"))
-    for method in dict.fromkeys(s["method"] for s in found):
-        same = sorted((s for s in found if s["method"] == method), key=lambda s: s["free_params"])
+    for method in dict.fromkeys(s["method"] for s in rows):
+        same = sorted((s for s in rows if s["method"] == method), key=lambda s: s["free_params"])
         mean, std = (np.array([s[name] for s in same]) for name in ("mean", "std"))
         if same[0]["budget"] is None:
             axes.axhline(mean[0], color="gray", linestyle=next(styles), label=method)
@@ -103,18 +103,18 @@ def score_vs_budget(
     return figure
 
 
-def convergence(found: Mapping[str, Any]) -> Any:
+def convergence(results: Mapping[str, Any]) -> Any:
     """Four panels of how subsets settle.
 
     Args:
-      found: of :func:`~dst_optax.finetuning.experiments.subset_convergence.subset_convergence`.
+      results: of :func:`~dst_optax.finetuning.experiments.subset_convergence.subset_convergence`.
 
     Returns:
       The figure: churn, thresholds, overlap with the last and the previous snapshot, overlap of seeds.
     """
     figure = blank(2, 2, (5.2, 3.4))
     churn, thresholds, itself, seeds = figure.axes
-    for name, run in found["rng"].items():
+    for name, run in results["rng"].items():
         if series := run["logged"].get("churn"):
             churn.plot(*zip(*series, strict=True), label=name)
         for style, kind in (("-", "median"), (":", "min"), (":", "max")):
@@ -123,8 +123,8 @@ def convergence(found: Mapping[str, Any]) -> Any:
                 thresholds.plot(*zip(*series, strict=True), style, color="C" + name[-1], label=label)
         itself.plot(*_series(run["overlap_final"]), label=f"{name}, with the last")
         itself.plot(*_series(run["overlap_previous"]), "--", label=f"{name}, with the one before")
-    if found["overlap_seeds"]:
-        seeds.plot(*_series(found["overlap_seeds"]), marker="o", label="mean of pairs")
+    if results["overlap_seeds"]:
+        seeds.plot(*_series(results["overlap_seeds"]), marker="o", label="mean of pairs")
     churn.set(title="churn of a step", ylabel="share", ylim=(0, None))
     thresholds.set(title="thresholds: median, least and most", ylabel="distance")
     itself.set(title="snapshots of a run", ylabel="Jaccard index", ylim=(0, 1.02))
@@ -153,10 +153,13 @@ def places(by_step: Mapping[int, Mapping[str, Mapping[str, float]]]) -> Any:
     from matplotlib import colors
 
     figure = blank(1, len(by_step), (3.6, 4.2))
-    modules = list(dict.fromkeys(m for one in by_step.values() for m in one))
-    every = {x for one in by_step.values() for module in one.values() for x in module}
+    modules = list(dict.fromkeys(m for by_module in by_step.values() for m in by_module))
+    every = {x for by_module in by_step.values() for module in by_module.values() for x in module}
     layers = sorted(every, key=lambda x: (x.split()[0] == "decoder", int(x.split()[1])))
-    maps = [np.array([[one[m].get(x, np.nan) for x in layers] for m in modules]) for one in by_step.values()]
+    maps = [
+        np.array([[by_module[m].get(x, np.nan) for x in layers] for m in modules])
+        for by_module in by_step.values()
+    ]
     norm = colors.Normalize(0, max(float(np.nanmax(x)) for x in maps))
     panels = list(figure.axes)
     for axes, step, shares in zip(panels, by_step, maps, strict=True):

@@ -103,8 +103,8 @@ def score_vs_budget(
     sheet = Sheet(root / "results.jsonl")
 
     def context(task: str, where: Path, recipe: Recipe) -> RunContext:
-        one = replace(data, names=(task,))
-        return RunContext(str(where), one, model, recipe, checkpoint=checkpoint, config=config)
+        task_data = replace(data, names=(task,))
+        return RunContext(str(where), task_data, model, recipe, checkpoint=checkpoint, config=config)
 
     def make(cell: Cell) -> Method:
         budget = {} if cell.budget is None else {"num_free_params": cell.budget}
@@ -122,8 +122,8 @@ def score_vs_budget(
 
     grids = learning_rates if isinstance(learning_rates, Mapping) else dict.fromkeys(budgets, learning_rates)
     optimizers = optimizer if isinstance(optimizer, Mapping) else dict.fromkeys(budgets, optimizer)
-    for name, known in {"learning_rates": grids, "optimizer": optimizers}.items():
-        if missing := set(budgets) - set(known):
+    for name, by_method in {"learning_rates": grids, "optimizer": optimizers}.items():
+        if missing := set(budgets) - set(by_method):
             raise ValueError(f"{name}: nothing for {', '.join(sorted(missing))}.")
     groups = [
         (name, budget)
@@ -158,9 +158,9 @@ def score_vs_budget(
         for cell in chosen:
             run(shared, cell, rng_seeds[tuning_seeds:])
             storage.write_text(root / "results.md", markdown(sheet.rows))
-        found = summarise(sheet.rows)
+        summary = summarise(sheet.rows)
         figures.save(
-            figures.score_vs_budget(found, task, operational_ranges(found, task)),
+            figures.score_vs_budget(summary, task, operational_ranges(summary, task)),
             root / f"score_vs_budget_{task}.png",
         )
     return sheet.rows

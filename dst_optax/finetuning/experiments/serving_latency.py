@@ -71,12 +71,12 @@ def serving_latency(
     bench = None
     for cell in cells:
         name = cell["model"]
-        found = next((row for row in done if cell.items() <= row.items()), None)
-        if found is None:
+        row = next((r for r in done if cell.items() <= r.items()), None)
+        if row is None:
             if bench is None or bench.name != name:
                 bench = _Bench(name, root / "scratch" / name, models[name], **settings)
-            found = {**cell, **bench.measure(cell["way"], cell["fraction"])}
-        rows.append(found)
+            row = {**cell, **bench.measure(cell["way"], cell["fraction"])}
+        rows.append(row)
         print(markdown(rows[-1:]).splitlines()[-1], flush=True)
         later = [row for row in done if row not in rows]
         storage.write_text(root / "serving_latency.json", json.dumps(rows + later, indent=1))
@@ -166,10 +166,12 @@ class _Bench:
         store = serving.SubsetStore(self._placed())
         entries, names = 0, ("a", "b")
         for name in names:
-            made = subset.Subset({path: self._entries(x, fraction) for path, x in self._seed.items()})
-            made.save(self._scratch / f"{name}_{fraction:g}")
+            random_subset = subset.Subset(
+                {path: self._entries(x, fraction) for path, x in self._seed.items()}
+            )
+            random_subset.save(self._scratch / f"{name}_{fraction:g}")
             store.load(name, self._scratch / f"{name}_{fraction:g}")
-            entries = made.count
+            entries = random_subset.count
 
         def load() -> None:
             store.load("c", self._scratch / f"a_{fraction:g}")

@@ -53,7 +53,7 @@ def subset_convergence(run_dir: str, *, panels: int = 4) -> dict[str, Any]:
     first = next(iter(runs.values()))
     common = sorted(set.intersection(*(set(run) for run in runs.values())))
     pairs = list(combinations(runs.values(), 2))
-    found = {
+    results = {
         "rng": {name: _curves(root / name, run) for name, run in runs.items()},
         "overlap_seeds": {
             step: float(np.mean([a[step].jaccard(b[step]) for a, b in pairs])) for step in common if pairs
@@ -61,12 +61,12 @@ def subset_convergence(run_dir: str, *, panels: int = 4) -> dict[str, Any]:
         "places": {step: places(taken) for step, taken in first.items()},
         "share": share_by_kind(first[max(first)]),
     }
-    storage.write_text(root / "subset_convergence.json", json.dumps(found, indent=1))
-    figures.save(figures.convergence(found), root / "subset_convergence.png")
+    storage.write_text(root / "subset_convergence.json", json.dumps(results, indent=1))
+    figures.save(figures.convergence(results), root / "subset_convergence.png")
     steps = sorted(first)
     shown = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, panels).round().astype(int))]
-    figures.save(figures.places({s: found["places"][s] for s in shown}), root / "subset_places.png")
-    return found
+    figures.save(figures.places({s: results["places"][s] for s in shown}), root / "subset_places.png")
+    return results
 
 
 def _snapshots(directory: Path) -> dict[int, subset.Subset]:
@@ -82,7 +82,7 @@ def _curves(run: Path, taken: Mapping[int, subset.Subset]) -> dict[str, Any]:
             for name in LOGGED
             if any(name in line for line in lines)
         },
-        "overlap_final": {step: one.jaccard(last) for step, one in taken.items()},
+        "overlap_final": {step: snapshot.jaccard(last) for step, snapshot in taken.items()},
         "overlap_previous": {b: taken[a].jaccard(taken[b]) for a, b in pairwise(sorted(taken))},
     }
 
@@ -98,16 +98,16 @@ def places(taken: subset.Subset) -> dict[str, dict[str, float]]:
     """
     out: dict[str, dict[str, float]] = {}
     for path, entries in taken.items():
-        if found := _LAYER.match(path):
-            shares = {found["layer"]: len(entries) / entries.size}
-        elif found := _STACKED.match(path):
+        if match := _LAYER.match(path):
+            shares = {match["layer"]: len(entries) / entries.size}
+        elif match := _STACKED.match(path):
             _, layers, *rest = entries.shape
             counts = np.bincount(entries.positions // math.prod(rest) % layers, minlength=layers)
             shares = dict(enumerate((counts * layers / entries.size).tolist()))
         else:
             continue
-        stack = found["stack"] or "layer"
-        out.setdefault(found["module"], {}).update({f"{stack} {i}": share for i, share in shares.items()})
+        stack = match["stack"] or "layer"
+        out.setdefault(match["module"], {}).update({f"{stack} {i}": share for i, share in shares.items()})
     return out
 
 
@@ -115,7 +115,7 @@ def share_by_kind(taken: subset.Subset) -> dict[str, float]:
     """The share of a subset's entries that lies in each kind of tensor; layers are drawn together."""
     counts: dict[str, int] = {}
     for path, entries in taken.items():
-        found = _LAYER.match(path) or _STACKED.match(path)
-        kind = "/".join(filter(None, (found["stack"], found["tensor"]))) if found else path
+        match = _LAYER.match(path) or _STACKED.match(path)
+        kind = "/".join(filter(None, (match["stack"], match["tensor"]))) if match else path
         counts[kind] = counts.get(kind, 0) + len(entries)
     return {kind: count / max(taken.count, 1) for kind, count in counts.items()}

@@ -46,13 +46,13 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
       >>> [(s["learning_rate"], s["mean"]) for s in summarise(rows)]
       [(2.0, 2.0)]
     """
-    made = []
+    summary = []
     for task, method, budget in dict.fromkeys((r["task"], r["method"], r.get("budget")) for r in rows):
         group = [r for r in rows if (r["task"], r["method"], r.get("budget")) == (task, method, budget)]
         rate = best_rate(group)
         same = [r for r in group if r.get("learning_rate") == rate]
         scores = [r["score"] if r.get("test_score") is None else r["test_score"] for r in same]
-        made.append(
+        summary.append(
             {
                 "task": task,
                 "method": method,
@@ -65,24 +65,24 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
                 "runs": len(same),
             }
         )
-    return made
+    return summary
 
 
-def operational_ranges(found: Sequence[Row], task: str) -> dict[str, tuple[float, float]]:
+def operational_ranges(summary: Sequence[Row], task: str) -> dict[str, tuple[float, float]]:
     """Budgets at which methods work: their means go at least half the way to full fine-tuning's.
 
     The way starts at the better baseline. Only budgets that were tried are known, and none between the
     ends is promised to work.
 
     Args:
-      found: as :func:`summarise` returns it.
+      summary: as :func:`summarise` returns it.
       task: whose rows count.
 
     Returns:
       Method to the fewest and the most free parameters at which it works; nothing for methods that never
       do, or where there are no baselines or no full fine-tuning to measure by.
     """
-    same = [s for s in found if s["task"] == task]
+    same = [s for s in summary if s["task"] == task]
     baselines = [s["mean"] for s in same if s["learning_rate"] is None]
     whole = [s["mean"] for s in same if s["budget"] is None and s["learning_rate"] is not None]
     ranges: dict[str, tuple[float, float]] = {}
@@ -107,20 +107,20 @@ def markdown(rows: Sequence[Row]) -> str:
     Returns:
       Markdown.
     """
-    found = summarise(rows)
+    summary = summarise(rows)
     lines: list[str] = []
-    for task in dict.fromkeys(s["task"] for s in found):
+    for task in dict.fromkeys(s["task"] for s in summary):
         lines += [f"## {task}", "", "| method | budget | free parameters | learning rate | score | seconds |"]
-        lines += ["|---|---:|---:|---:|---:|---:|", *_table([s for s in found if s["task"] == task]), ""]
-        if ranges := operational_ranges(found, task):
+        lines += ["|---|---:|---:|---:|---:|---:|", *_table([s for s in summary if s["task"] == task]), ""]
+        if ranges := operational_ranges(summary, task):
             lines += ["| works with free parameters | from | to |", "|---|---:|---:|"]
             lines += [*(f"| {method} | {a:,.0f} | {b:,.0f} |" for method, (a, b) in ranges.items()), ""]
     return "\n".join(lines)
 
 
-def _table(found: list[Row]) -> Iterator[str]:
-    for s in found:
-        rivals = [x["mean"] for x in found if x["budget"] == s["budget"] and x["learning_rate"] is not None]
+def _table(summary: list[Row]) -> Iterator[str]:
+    for s in summary:
+        rivals = [x["mean"] for x in summary if x["budget"] == s["budget"] and x["learning_rate"] is not None]
         score = f"{s['mean']:.1f}" + (f" ± {s['std']:.1f}" if s["runs"] > 1 else "")
         if s["learning_rate"] is not None and len(rivals) > 1 and s["mean"] == max(rivals):
             score = f"**{score}**"

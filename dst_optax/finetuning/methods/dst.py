@@ -69,16 +69,16 @@ class DST(InPlace):
         return dst_optax.subset_mask(tuned, state)
 
     def metrics(self, tuned: Params, state: Any, before: Any) -> dict[str, jax.Array]:  # noqa: D102
-        found = diagnostics.metrics(state, tuned)
+        metrics = diagnostics.metrics(state, tuned)
         moved = diagnostics.overlap(before, dst_optax.subset_mask(tuned, state))
         thresholds = jnp.concatenate([s.memory.threshold for s in states(state)])
         return {
             "threshold_min": thresholds.min(),
             "threshold_median": jnp.median(thresholds),
             "threshold_max": thresholds.max(),
-            "free_params": found["subset_size"],
+            "free_params": metrics["subset_size"],
             "churn": 1.0 - moved["overlap"],
-            **{name: found[name] for name in ("budget", "passes", "num_nonfinite")},
+            **{name: metrics[name] for name in ("budget", "passes", "num_nonfinite")},
         }
 
     def export(  # noqa: D102
@@ -95,13 +95,13 @@ class DST(InPlace):
         seeds = [s.seed for s in states(state)]
         bare = map_states(lambda s: s._replace(seed=None), state)
         restored = storage.load_tree(directory / "slots", bare)
-        known = iter(seeds)
-        filled = map_states(lambda s: s._replace(seed=storage.pick(seed, next(known))), restored)
+        remaining = iter(seeds)
+        filled = map_states(lambda s: s._replace(seed=storage.pick(seed, next(remaining))), restored)
         patched = subset.Subset.load(directory / "subset").apply(seed)
         return storage.pick(patched, tuned), filled
 
 
 def _save_subset(tuned: Params, state: Any, directory: Path) -> None:
-    found = subset.extract(tuned, state)
+    extracted = subset.extract(tuned, state)
     if processes.is_primary():
-        found.save(directory / "subset")
+        extracted.save(directory / "subset")

@@ -48,9 +48,9 @@ class LoRA(Plain):
         chosen = ranks(shapes, self.num_free_params, self.rank)
         keys = jax.random.split(key, len(chosen))
         tuned = {}
-        for (path, rank), one in zip(chosen.items(), keys, strict=True):
+        for (path, rank), matrix_key in zip(chosen.items(), keys, strict=True):
             (rows, *stack, columns), dtype = shapes[path], flat[path].dtype
-            a = jax.random.normal(one, (rows, *stack, rank), dtype) * rows**-0.5
+            a = jax.random.normal(matrix_key, (rows, *stack, rank), dtype) * rows**-0.5
             tuned[path] = {"a": a, "b": jnp.zeros((*stack, rank, columns), dtype)}
         return seed, tuned
 
@@ -101,10 +101,10 @@ def ranks(
         more = {total + cost: (*some, path) for total, some in spent.items() if total + cost <= left}
         spent = more | spent
     extra = spent[max(spent)]
-    found = {path: everywhere + (path in extra) for path in shapes}
-    if not any(found.values()):
+    rank_of = {path: everywhere + (path in extra) for path in shapes}
+    if not any(rank_of.values()):
         raise ValueError(
             f"LoRA: {num_free_params} free parameters are too few; the smallest matrix takes "
             f"{min(costs.values())} at rank 1."
         )
-    return {path: rank for path, rank in found.items() if rank}
+    return {path: rank for path, rank in rank_of.items() if rank}

@@ -44,10 +44,10 @@ def export_subset(directory: Path, checkpoint: Path) -> None:
       directory: holds ``subset``; values are rounded to the checkpoint's dtypes.
       checkpoint: with ``config.json``.
     """
-    found, model = Subset.load(directory / "subset"), models.open_model(checkpoint)
-    table = tensors_of(checkpoint, stacked=is_stacked(found, checkpoint))
+    subset, model = Subset.load(directory / "subset"), models.open_model(checkpoint)
+    table = tensors_of(checkpoint, stacked=is_stacked(subset, checkpoint))
     dtypes = [(f"^{re.escape(row.path)}$", model[row.name].dtype) for row in table]
-    found.astype(dtypes).to_hf(table, model).save(directory / "subset_hf")
+    subset.astype(dtypes).to_hf(table, model).save(directory / "subset_hf")
 
 
 def is_stacked(paths: Container[str], directory: str | os.PathLike[str]) -> bool:

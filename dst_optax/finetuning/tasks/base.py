@@ -76,7 +76,11 @@ class TaskSuite(Protocol):
         ...
 
     def write(
-        self, directory: str | Path, task: str, made: Sequence[Mapping[str, Any]], predictions: Sequence[Any]
+        self,
+        directory: str | Path,
+        task: str,
+        examples: Sequence[Mapping[str, Any]],
+        predictions: Sequence[Any],
     ) -> Path:
         """Writes predictions."""
         ...

@@ -63,13 +63,17 @@ class OneTask:
         return None
 
     def write(
-        self, directory: str | Path, task: str, made: Sequence[Mapping[str, Any]], predictions: Sequence[Any]
+        self,
+        directory: str | Path,
+        task: str,
+        examples: Sequence[Mapping[str, Any]],
+        predictions: Sequence[Any],
     ) -> Path:
         """Writes prompts, completions and predictions, a line of JSON each."""
         path = Path(directory) / f"{task}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as temporary, temporary.open("w") as file:
-            for example, said in zip(made, predictions, strict=True):
+            for example, said in zip(examples, predictions, strict=True):
                 texts = {
                     "prompt": example["inputs_pretokenized"].decode(),
                     "completion": example["targets_pretokenized"].decode(),
@@ -164,7 +168,7 @@ def read_pairs(path: Path, pair_of: Callable[[dict[str, Any]], Pair]) -> tuple[P
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist.")
-    found, bad = [], []
+    pairs, bad = [], []
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -173,16 +177,16 @@ def read_pairs(path: Path, pair_of: Callable[[dict[str, Any]], Pair]) -> tuple[P
                 row = json.loads(line.decode("utf-8"))
                 if not isinstance(row, dict):
                     raise ValueError(f"expected an object, got {type(row).__name__}")
-                found.append(_checked(pair_of(row)))
+                pairs.append(_checked(pair_of(row)))
             except (ValueError, RecursionError) as error:
                 bad.append(f"{path}:{number}: {error}")
     if bad:
         more = f"\n  ... and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
         listed = "\n  ".join(bad[:SHOWN])
         raise ValueError(f"{len(bad)} bad rows; correct or remove them:\n  {listed}{more}")
-    if not found:
+    if not pairs:
         raise ValueError(f"{path} has no rows.")
-    return tuple(found)
+    return tuple(pairs)
 
 
 def _checked(pair: Pair) -> Pair:
@@ -205,6 +209,6 @@ def text_field(row: Mapping[str, Any], name: str) -> str:
     """
     value = row.get(name)
     if not isinstance(value, str):
-        known = ", ".join(map(repr, row)) or "none"
-        raise ValueError(f"{name!r} must be a text, got {value!r:.80}; the fields are {known}")
+        fields = ", ".join(map(repr, row)) or "none"
+        raise ValueError(f"{name!r} must be a text, got {value!r:.80}; the fields are {fields}")
     return value

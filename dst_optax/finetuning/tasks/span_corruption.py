@@ -170,8 +170,8 @@ class SpanCorruption(OneTask):
             return self.example(chunks[i % len(chunks)], int(i) // len(chunks))
 
         def example(i: tf.Tensor) -> dict[str, tf.Tensor]:
-            made = tf.numpy_function(make, [i], (tf.int32, tf.int32))
-            return {name: tf.ensure_shape(ids, [None]) for name, ids in zip(FEATURES, made, strict=True)}
+            tensors = tf.numpy_function(make, [i], (tf.int32, tf.int32))
+            return {name: tf.ensure_shape(ids, [None]) for name, ids in zip(FEATURES, tensors, strict=True)}
 
         def with_texts(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
             texts = {

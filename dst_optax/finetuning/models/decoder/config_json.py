@@ -91,68 +91,68 @@ def read_config(path: str | os.PathLike[str], **layout: Any) -> DecoderConfig:
         raise ValueError(f"{file}: {e}") from e
 
 
-def _config(found: dict[str, Any], layout: Mapping[str, Any]) -> DecoderConfig:
-    family = found["model_type"]
+def _config(given: dict[str, Any], layout: Mapping[str, Any]) -> DecoderConfig:
+    family = given["model_type"]
     if family not in FAMILIES:
         raise ValueError(f"model_type {family!r} is not supported; {', '.join(FAMILIES)} are.")
     for key, reason in _UNSUPPORTED.items():
-        if found.get(key):
-            raise ValueError(f"{key} is {found[key]!r}: {reason}, which is not supported.")
-    known = _DEFAULTS[family] | found
-    activation = known.get("hidden_activation", known["hidden_act"])
+        if given.get(key):
+            raise ValueError(f"{key} is {given[key]!r}: {reason}, which is not supported.")
+    settings = _DEFAULTS[family] | given
+    activation = settings.get("hidden_activation", settings["hidden_act"])
     if activation not in _ACTIVATIONS[FAMILIES[family].activation]:
         raise ValueError(f"the activation {activation!r} is not {family}'s and not supported.")
-    head_dim = known.get("head_dim", known["hidden_size"] // known["num_attention_heads"])
+    head_dim = settings.get("head_dim", settings["hidden_size"] // settings["num_attention_heads"])
     return DecoderConfig(
         family=family,
-        vocab_size=known["vocab_size"],
-        emb_dim=known["hidden_size"],
-        num_layers=known["num_hidden_layers"],
-        num_heads=known["num_attention_heads"],
-        num_kv_heads=known.get("num_key_value_heads", known["num_attention_heads"]),
+        vocab_size=settings["vocab_size"],
+        emb_dim=settings["hidden_size"],
+        num_layers=settings["num_hidden_layers"],
+        num_heads=settings["num_attention_heads"],
+        num_kv_heads=settings.get("num_key_value_heads", settings["num_attention_heads"]),
         head_dim=head_dim,
-        mlp_dim=known["intermediate_size"],
-        tie_embeddings=known["tie_word_embeddings"],
-        norm_eps=known.get("rms_norm_eps", 1e-6),
-        rope=_rope(known, "full_attention", known["rope_theta"], known.get("rope_scaling", {})),
-        **_sliding(known),
+        mlp_dim=settings["intermediate_size"],
+        tie_embeddings=settings["tie_word_embeddings"],
+        norm_eps=settings.get("rms_norm_eps", 1e-6),
+        rope=_rope(settings, "full_attention", settings["rope_theta"], settings.get("rope_scaling", {})),
+        **_sliding(settings),
         **layout,
     )
 
 
-def _rope(found: Mapping[str, Any], kind: str, theta: float, scaling: Mapping[str, Any]) -> Rope:
+def _rope(settings: Mapping[str, Any], kind: str, theta: float, scaling: Mapping[str, Any]) -> Rope:
     """Positions of a kind of layer; ``transformers`` 5 writes them under ``rope_parameters``."""
-    parameters = found.get("rope_parameters", {})
+    parameters = settings.get("rope_parameters", {})
     parameters = {"rope_theta": theta, **scaling, **parameters.get(kind, parameters)}
     scaling_type = parameters.get("rope_type", parameters.get("type", "default"))
     if scaling_type not in _ROPE_KEYS:
         raise ValueError(f"the rope type {scaling_type!r} is not supported; {', '.join(_ROPE_KEYS)} are.")
-    if parameters.get("partial_rotary_factor", found.get("partial_rotary_factor", 1.0)) != 1.0:
+    if parameters.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError(
             "partial_rotary_factor: only a part of each head is rotated, which is not supported."
         )
     if scaling_type == "llama3":
-        parameters.setdefault("original_max_position_embeddings", found.get("max_position_embeddings"))
+        parameters.setdefault("original_max_position_embeddings", settings.get("max_position_embeddings"))
     values = {ours: parameters[theirs] for theirs, ours in _ROPE_KEYS[scaling_type].items()}
     return Rope(float(parameters["rope_theta"]), scaling_type, **values)
 
 
-def _sliding(found: Mapping[str, Any]) -> dict[str, Any]:
+def _sliding(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What only Gemma 3 says."""
-    count = found["num_hidden_layers"]
-    if found["model_type"] != "gemma3_text":
-        if "sliding_attention" in found.get("layer_types", ()):
+    count = settings["num_hidden_layers"]
+    if settings["model_type"] != "gemma3_text":
+        if "sliding_attention" in settings.get("layer_types", ()):
             raise ValueError("layer_types: its family is only supported without a sliding window.")
         return {}
-    pattern = found.get("_sliding_window_pattern", found["sliding_window_pattern"])
+    pattern = settings.get("_sliding_window_pattern", settings["sliding_window_pattern"])
     default = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(count)]
-    types = found.get("layer_types", default)
+    types = settings.get("layer_types", default)
     if unknown := set(types) - {"full_attention", "sliding_attention"}:
         raise ValueError(f"layer_types: {sorted(unknown)} are not supported.")
     return {
-        "query_pre_attn_scalar": found["query_pre_attn_scalar"],
-        "sliding_window": found["sliding_window"],
-        "local_rope": _rope(found, "sliding_attention", found["rope_local_base_freq"], {}),
+        "query_pre_attn_scalar": settings["query_pre_attn_scalar"],
+        "sliding_window": settings["sliding_window"],
+        "local_rope": _rope(settings, "sliding_attention", settings["rope_local_base_freq"], {}),
         "sliding_layers": tuple(kind == "sliding_attention" for kind in types),
     }
 
@@ -172,7 +172,7 @@ def config_text(config: DecoderConfig, dtype: str = "float32") -> str:
       >>> json.loads(decoder.config_text(decoder.CONFIGS["smollm2_135m"]))["architectures"]
       ['LlamaForCausalLM']
     """
-    found: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "architectures": [config.traits.architecture],
         "model_type": config.family,
         "vocab_size": config.vocab_size,
@@ -188,14 +188,14 @@ def config_text(config: DecoderConfig, dtype: str = "float32") -> str:
         "torch_dtype": dtype,
     }
     activation = "hidden_activation" if config.family == "gemma3_text" else "hidden_act"
-    found[activation] = _ACTIVATIONS[config.traits.activation][0]
+    settings[activation] = _ACTIVATIONS[config.traits.activation][0]
     if config.rope.scaling != "default":
         values = {
             theirs: getattr(config.rope, ours) for theirs, ours in _ROPE_KEYS[config.rope.scaling].items()
         }
-        found["rope_scaling"] = {"rope_type": config.rope.scaling, **values}
+        settings["rope_scaling"] = {"rope_type": config.rope.scaling, **values}
     if config.local_rope is not None:
-        found |= {
+        settings |= {
             "query_pre_attn_scalar": config.query_pre_attn_scalar or config.head_dim,
             "sliding_window": config.sliding_window,
             "rope_local_base_freq": config.local_rope.theta,
@@ -203,4 +203,4 @@ def config_text(config: DecoderConfig, dtype: str = "float32") -> str:
                 "sliding_attention" if sliding else "full_attention" for sliding in config.sliding_layers
             ],
         }
-    return json.dumps(found, indent=2) + "\n"
+    return json.dumps(settings, indent=2) + "\n"

@@ -60,13 +60,15 @@ def decode(
         return jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32), changed
 
     def unfinished(s: _Greedy) -> jax.Array:
-        return (s.made < max_length) & ~s.ended.all()
+        return (s.length < max_length) & ~s.ended.all()
 
     def body(s: _Greedy) -> _Greedy:
-        last = jax.lax.dynamic_index_in_dim(s.tokens, s.made - 1, axis=1)
-        token, cache = next_tokens(s.cache, last, positions=(prompt_length + lengths + s.made - 1)[:, None])
+        last = jax.lax.dynamic_index_in_dim(s.tokens, s.length - 1, axis=1)
+        token, cache = next_tokens(s.cache, last, positions=(prompt_length + lengths + s.length - 1)[:, None])
         token = jnp.where(s.ended, eos_ids[0], token)
-        return _Greedy(s.made + 1, s.ended | _ends(token, eos_ids), s.tokens.at[:, s.made].set(token), cache)
+        return _Greedy(
+            s.length + 1, s.ended | _ends(token, eos_ids), s.tokens.at[:, s.length].set(token), cache
+        )
 
     first, cache = next_tokens({}, tokens, at=(lengths - 1)[:, None])
     blank = jnp.full((tokens.shape[0], max_length), eos_ids[0], jnp.int32)
@@ -77,7 +79,7 @@ def decode(
 class _Greedy(NamedTuple):
     """Carry of the loop."""
 
-    made: jax.Array  # int32, (): tokens there are of each continuation
+    length: jax.Array  # int32, (): tokens there are of each continuation
     ended: jax.Array  # bool, (batch,)
     tokens: jax.Array  # int32, (batch, max_length)
     cache: Any

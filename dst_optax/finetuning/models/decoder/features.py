@@ -22,8 +22,8 @@ class DecoderFeatureConverter(seqio.FeatureConverter):
     Example:
       >>> task = {"inputs": tf.constant([5, 0]), "targets": tf.constant([7, 1])}
       >>> data = tf.data.Dataset.from_tensors(task)
-      >>> made = next(DecoderFeatureConverter()(data, {"inputs": 3, "targets": 3}).as_numpy_iterator())
-      >>> made["decoder_input_tokens"].tolist(), made["decoder_target_indices"].tolist()
+      >>> features = next(DecoderFeatureConverter()(data, {"inputs": 3, "targets": 3}).as_numpy_iterator())
+      >>> features["decoder_input_tokens"].tolist(), features["decoder_target_indices"].tolist()
       ([5, 0, 7, 0, 0], [1, 2, 3])
     """
 

@@ -109,19 +109,19 @@ def load(
         held = models.open_model(path)
     except OSError as e:
         raise ValueError(f"{path} is no whole checkpoint: {e}; download all of its files.") from e
-    found = {name: x for name, x in held.items() if not name.endswith(".inv_freq")}
+    weights = {name: x for name, x in held.items() if not name.endswith(".inv_freq")}
     by_name = {row.name: row for row in rows}
     for row in rows:
         for copy in row.copies:
-            if copy in found and row.name in found:
-                _check_copy(path, copy, found.pop(copy), row.name, found[row.name])
-    _check(path, {name: x.shape for name, x in found.items()}, {row.name: row.shape for row in rows})
+            if copy in weights and row.name in weights:
+                _check_copy(path, copy, weights.pop(copy), row.name, weights[row.name])
+    _check(path, {name: x.shape for name, x in weights.items()}, {row.name: row.shape for row in rows})
     params: dict[str, np.ndarray] = {}
     for path_of, shape in parameters.shapes(config).items():
-        first = next(found[row.name] for row in rows if row.path == path_of)
+        first = next(weights[row.name] for row in rows if row.path == path_of)
         params[path_of] = np.empty(shape, dtype or first.dtype)
     for name, row in by_name.items():
-        row.place(params[row.path], _values(path, name, found[name]))
+        row.place(params[row.path], _values(path, name, weights[name]))
     return unflatten(params)
 
 
@@ -139,15 +139,15 @@ def _check_copy(path: Path, name: str, copy: Any, original: str, values: Any) ->
         )
 
 
-def _check(path: Any, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+def _check(path: Any, shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Raises a ValueError that names what is missing, what is too much and what has another shape."""
     faults = [
-        f"{name} has shape {tuple(found[name])}, the model's is {shape}"
+        f"{name} has shape {tuple(shapes[name])}, the model's is {shape}"
         for name, shape in wanted.items()
-        if name in found and tuple(found[name]) != shape
+        if name in shapes and tuple(shapes[name]) != shape
     ]
-    faults += [f"{name} is missing" for name in wanted if name not in found]
-    faults += [f"{name} has no place in the model" for name in found if name not in wanted]
+    faults += [f"{name} is missing" for name in wanted if name not in shapes]
+    faults += [f"{name} has no place in the model" for name in shapes if name not in wanted]
     if faults:
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ValueError(
@@ -194,8 +194,8 @@ def save_hf(
     dtype = str(flat["embed_tokens/embedding"].dtype)
     config_text = config_json.config_text(config, dtype)
     if source is not None:
-        known = json.loads((Path(source) / config_json.CONFIG).read_text())
-        config_text = json.dumps(known | {"torch_dtype": dtype, "dtype": dtype}, indent=2) + "\n"
+        settings = json.loads((Path(source) / config_json.CONFIG).read_text())
+        config_text = json.dumps(settings | {"torch_dtype": dtype, "dtype": dtype}, indent=2) + "\n"
         for file in Path(source).iterdir():
             if file.is_file() and file.name != config_json.CONFIG and ".safetensors" not in file.name:
                 with atomic_file(path / file.name) as temporary:

@@ -175,9 +175,9 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
 
     def _ends(self) -> tuple[int, ...]:
         for name in ("generation_config.json", "config.json"):
-            found = _json(self._directory / name).get("eos_token_id")
-            if found is not None:
-                return tuple(found) if isinstance(found, list) else (found,)
+            ids = _json(self._directory / name).get("eos_token_id")
+            if ids is not None:
+                return tuple(ids) if isinstance(ids, list) else (ids,)
         own = self._id(self._settings.get("eos_token"))
         if own is None:
             raise ValueError(

@@ -108,8 +108,8 @@ def tensors(config: T5Config) -> list[coordinates.Tensor]:
     rows = []
     for path, shape in parameters.shapes(dataclasses.replace(config, scan_layers=False)).items():
         name, transposed, layer = name_of(path), is_transposed(path), None
-        if config.scan_layers and (found := parameters.LAYER.match(path)):
-            stack, index, rest = found.groups()
+        if config.scan_layers and (match := parameters.LAYER.match(path)):
+            stack, index, rest = match.groups()
             path, layer = f"{stack}/{stack}/{rest}", int(index)
         copies = COPIES if config.logits_via_embedding else COPIES[:2]
         rows.append(
@@ -151,36 +151,38 @@ def config_of(path: str | os.PathLike[str]) -> T5Config:
     """
     file = Path(path) / CONFIG
     try:
-        found = json.loads(file.read_text())
-        kind = found.get("model_type", "t5")
+        settings = json.loads(file.read_text())
+        kind = settings.get("model_type", "t5")
     except (OSError, ValueError, AttributeError) as e:
         raise ValueError(f"{file} cannot be read as the configuration of a model: {e}.") from e
     if kind not in FAMILIES:
         raise ValueError(f"{file}: model_type is {kind!r}; T5 1.0, T5 1.1, mT5 and ByT5 are supported.")
     for name, fixed in (("pad_token_id", 0), ("decoder_start_token_id", 0), ("is_encoder_decoder", True)):
-        if found.get(name) not in (None, fixed):
-            raise ValueError(f"{file}: {name} is {found[name]!r}; only {fixed!r} is supported.")
-    feed_forward = found.get("feed_forward_proj", "relu")
+        if settings.get(name) not in (None, fixed):
+            raise ValueError(f"{file}: {name} is {settings[name]!r}; only {fixed!r} is supported.")
+    feed_forward = settings.get("feed_forward_proj", "relu")
     if feed_forward not in _FEED_FORWARD:
         raise ValueError(
             f"{file}: feed_forward_proj is {feed_forward!r}; supported are {', '.join(_FEED_FORWARD)}."
         )
-    layers = found.get("num_layers", 6)
-    untied = found.get("tie_word_embeddings") is False
+    layers = settings.get("num_layers", 6)
+    untied = settings.get("tie_word_embeddings") is False
     return T5Config(
-        vocab_size=found.get("vocab_size", 32128),  # the defaults are those of transformers
-        emb_dim=found.get("d_model", 512),
-        num_heads=found.get("num_heads", 8),
+        vocab_size=settings.get("vocab_size", 32128),  # the defaults are those of transformers
+        emb_dim=settings.get("d_model", 512),
+        num_heads=settings.get("num_heads", 8),
         num_encoder_layers=layers,
-        num_decoder_layers=layers if found.get("num_decoder_layers") is None else found["num_decoder_layers"],
-        head_dim=found.get("d_kv", 64),
-        mlp_dim=found.get("d_ff", 2048),
+        num_decoder_layers=layers
+        if settings.get("num_decoder_layers") is None
+        else settings["num_decoder_layers"],
+        head_dim=settings.get("d_kv", 64),
+        mlp_dim=settings.get("d_ff", 2048),
         mlp_activations=_FEED_FORWARD[feed_forward],
-        dropout_rate=found.get("dropout_rate", 0.1),
-        logits_via_embedding=found.get("scale_decoder_outputs", not untied),  # so since transformers 5
-        relpos_buckets=found.get("relative_attention_num_buckets", 32),
-        relpos_max_distance=found.get("relative_attention_max_distance", 128),
-        norm_epsilon=found.get("layer_norm_epsilon", 1e-6),
+        dropout_rate=settings.get("dropout_rate", 0.1),
+        logits_via_embedding=settings.get("scale_decoder_outputs", not untied),  # so since transformers 5
+        relpos_buckets=settings.get("relative_attention_num_buckets", 32),
+        relpos_max_distance=settings.get("relative_attention_max_distance", 128),
+        norm_epsilon=settings.get("layer_norm_epsilon", 1e-6),
     )
 
 
@@ -226,15 +228,15 @@ def renamed(
       >>> list(huggingface.renamed(Path("m"), tensors, t5.shapes(t5.CONFIGS["tiny"])))
       ['token_embedder/embedding']
     """
-    found = {name: Tensor(tuple(x.shape), partial(np.asarray, x)) for name, x in tensors.items()}
-    found.pop(UNUSED, None)
+    by_name = {name: Tensor(tuple(x.shape), partial(np.asarray, x)) for name, x in tensors.items()}
+    by_name.pop(UNUSED, None)
     names = {name_of(ours): ours for ours in wanted}
     for copy in COPIES:
-        if copy in found and copy not in names and SHARED in found:
-            _check_copy(path, copy, found.pop(copy), found[SHARED])
+        if copy in by_name and copy not in names and SHARED in by_name:
+            _check_copy(path, copy, by_name.pop(copy), by_name[SHARED])
     return {
         names.get(name, name): _turned(tensor) if is_transposed(names.get(name, "")) else tensor
-        for name, tensor in found.items()
+        for name, tensor in by_name.items()
     }
 
 

@@ -98,8 +98,8 @@ def stack_layers(params: Any) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     stacks: dict[str, dict[int, Any]] = {}
     for path, x in flatten(params).items():
-        if found := LAYER.match(path):
-            stack, index, name = found.groups()
+        if match := LAYER.match(path):
+            stack, index, name = match.groups()
             stacks.setdefault(f"{stack}/{stack}/{name}", {})[int(index)] = x
         else:
             flat[path] = x
@@ -126,8 +126,8 @@ def unstack_layers(params: Any) -> dict[str, Any]:
     """
     flat: dict[str, Any] = {}
     for path, x in flatten(params).items():
-        if found := STACKED.match(path):
-            stack, name = found.groups()
+        if match := STACKED.match(path):
+            stack, name = match.groups()
             for i in range(x.shape[1]):
                 flat[f"{stack}/layers_{i}/{name}"] = x[:, i]
         else:
@@ -194,15 +194,15 @@ class Tensor:
     read: Callable[[], np.ndarray]
 
 
-def check(source: Any, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+def check(source: Any, shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Raises a ValueError that names what is missing, what is too much and what has another shape."""
     faults = [
-        f"{path} has shape {tuple(found[path])}, the model's is {shape}"
+        f"{path} has shape {tuple(shapes[path])}, the model's is {shape}"
         for path, shape in wanted.items()
-        if path in found and tuple(found[path]) != shape
+        if path in shapes and tuple(shapes[path]) != shape
     ]
-    faults += [f"{path} is missing" for path in wanted if path not in found]
-    faults += [f"{path} has no place in the model" for path in found if path not in wanted]
+    faults += [f"{path} is missing" for path in wanted if path not in shapes]
+    faults += [f"{path} has no place in the model" for path in shapes if path not in wanted]
     if faults:
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ValueError(

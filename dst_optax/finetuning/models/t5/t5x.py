@@ -35,11 +35,11 @@ def _unstacked(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of single layers from stacked ones; attention kernels with two axes."""
     flat: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        found = STACKED.match(name)
-        if found is None:
+        match = STACKED.match(name)
+        if match is None:
             flat[name] = tensor
             continue
-        stack, rest = found.groups()
+        stack, rest = match.groups()
         values = cache(tensor.read)
         if rest == "relpos_bias/rel_embedding":
             flat[f"{stack}/{rest}"] = _shared_bias(path, name, tensor)

@@ -119,12 +119,12 @@ def flatten(task: str, row: Any, labelled: bool) -> list[dict[str, Any]]:
       >>> flatten("rte", row, labelled=True)
       [{'hypothesis': 'It was wet.', 'premise': 'It rained.', 'idx': 3, 'label': 0}]
     """
-    known = spec(task)
+    task_spec = spec(task)
     if task == "multirc":
         return _multirc(row, labelled)
     if task == "record":
         return _record(row, labelled)
-    flat = {name: _get(row, name, str) for name in known.fields if task != "wsc"}
+    flat = {name: _get(row, name, str) for name in task_spec.fields if task != "wsc"}
     if task == "wsc":
         flat = _wsc(row)
     flat["idx"] = _index(row)
@@ -154,11 +154,11 @@ def _label(task: str, row: dict[str, Any], labelled: bool) -> int:
     value = row.get("label")
     if value is None and not labelled:
         return -1
-    known = spec(task).official
-    for i, label in enumerate(known):
+    labels = spec(task).official
+    for i, label in enumerate(labels):
         if type(value) is type(label) and value == label:
             return i
-    raise ValueError(f"'label' must be one of {', '.join(map(repr, known))}, got {value!r:.80}")
+    raise ValueError(f"'label' must be one of {', '.join(map(repr, labels))}, got {value!r:.80}")
 
 
 def _multirc(row: Any, labelled: bool) -> list[dict[str, Any]]:

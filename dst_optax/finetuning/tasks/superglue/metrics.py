@@ -45,8 +45,8 @@ def f1_over_answers(targets: Sequence[Any], predictions: Sequence[int]) -> Score
       predictions: labels; -1 counts as the wrong one.
     """
     labels = [t["label"] for t in targets]
-    made = [p if p in (0, 1) else 1 - t for t, p in zip(labels, predictions, strict=True)]
-    return {"f1a": _f1(labels, made, 1)}
+    predicted = [p if p in (0, 1) else 1 - t for t, p in zip(labels, predictions, strict=True)]
+    return {"f1a": _f1(labels, predicted, 1)}
 
 
 def exact_questions(targets: Sequence[Any], predictions: Sequence[int]) -> Scores:
@@ -75,8 +75,8 @@ def record(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> Scor
     ]
     return {
         "f1": 100.0
-        * float(np.mean([max(_word_f1(answer, said) for answer in known) for known, said in pairs])),
-        "em": 100.0 * float(np.mean([said in known for known, said in pairs])),
+        * float(np.mean([max(_word_f1(answer, said) for answer in answers) for answers, said in pairs])),
+        "em": 100.0 * float(np.mean([said in answers for answers, said in pairs])),
     }
 
 

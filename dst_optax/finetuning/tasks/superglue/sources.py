@@ -50,23 +50,25 @@ class JsonlSource:
         return _read(self._path(task, split), task, split)
 
     def _path(self, task: str, split: str) -> Path:
-        known = spec(task)
-        if split not in known.splits:
-            raise ValueError(f"SuperGLUE's {task} has no split {split!r}, only {', '.join(known.splits)}.")
-        root = as_path(self.directory) / known.directory
-        names = [f"{FILES[split]}.jsonl"] + [f"{known.directory}.jsonl"] * (known.splits == ("test",))
+        task_spec = spec(task)
+        if split not in task_spec.splits:
+            raise ValueError(
+                f"SuperGLUE's {task} has no split {split!r}, only {', '.join(task_spec.splits)}."
+            )
+        root = as_path(self.directory) / task_spec.directory
+        names = [f"{FILES[split]}.jsonl"] + [f"{task_spec.directory}.jsonl"] * (task_spec.splits == ("test",))
         for name in names:
             if (root / name).is_file():
                 return root / name
         raise ValueError(
-            f"{root / names[-1]} does not exist; download the {known.directory} archive from "
+            f"{root / names[-1]} does not exist; download the {task_spec.directory} archive from "
             f"https://super.gluebenchmark.com/tasks and unpack it into {self.directory}."
         )
 
 
 @lru_cache(maxsize=64)
 def _read(path: Path, task: str, split: str) -> list[dict[str, Any]]:
-    found, bad = [], []
+    rows, bad = [], []
     lines: dict[str, int] = {}  # where an index was read first
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -82,16 +84,16 @@ def _read(path: Path, task: str, split: str) -> list[dict[str, Any]]:
                     if index in lines and split != "train":  # predictions and groups go by it
                         raise ValueError(f"the index {index} is already that of line {lines[index]}")
                     lines[index] = number
-                found += flat
+                rows += flat
             except (ValueError, RecursionError) as error:
                 bad.append(f"{path}:{number}: {error}")
     if bad:
         more = f"\n  ... and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
         listed = "\n  ".join(bad[:SHOWN])
         raise ValueError(f"{len(bad)} bad rows; correct or remove them:\n  {listed}{more}")
-    if not found:
+    if not rows:
         raise ValueError(f"{path} has no rows; download it again.")
-    return found
+    return rows
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,8 @@ class SyntheticSource:
 
     def rows(self, task: str, split: str) -> list[dict[str, Any]]:
         """Makes a split."""
-        made = synthetic.rows(task, split, self.seed, self.train_size)
-        return [flat for row in made for flat in flatten(task, row, labelled=True)]
+        official = synthetic.rows(task, split, self.seed, self.train_size)
+        return [flat for row in official for flat in flatten(task, row, labelled=True)]
 
 
 @dataclass(frozen=True)

@@ -26,15 +26,17 @@ def lines(
       >>> lines("wsc", [{"idx": 1}, {"idx": 0}], [1, 0])
       [{'idx': 0, 'label': 'False'}, {'idx': 1, 'label': 'True'}]
     """
-    known = spec(task)
+    task_spec = spec(task)
     if task == "record":
-        found = [{"idx": int(e["idx/query"]), "label": p} for e, p in zip(examples, predictions, strict=True)]
-        return sorted(found, key=lambda line: line["idx"])
-    labels = [known.submitted[max(int(p), 0)] for p in predictions]
+        entries = [
+            {"idx": int(e["idx/query"]), "label": p} for e, p in zip(examples, predictions, strict=True)
+        ]
+        return sorted(entries, key=lambda line: line["idx"])
+    labels = [task_spec.submitted[max(int(p), 0)] for p in predictions]
     if task == "multirc":
         return _multirc(examples, labels)
-    found = [{"idx": int(e["idx"]), "label": label} for e, label in zip(examples, labels, strict=True)]
-    return sorted(found, key=lambda line: line["idx"])
+    entries = [{"idx": int(e["idx"]), "label": label} for e, label in zip(examples, labels, strict=True)]
+    return sorted(entries, key=lambda line: line["idx"])
 
 
 def write(

@@ -81,20 +81,22 @@ class SuperGlue:
         """
         for task in (*self.names, *self.diagnostics):
             decoder_only = not seqio.TaskRegistry.get(self.provider(task)).output_features["inputs"].add_eos
-            made = [
+            examples = [
                 example
                 for split in spec(task).splits
                 for example in tasks.examples(task, split, self.source, decoder_only)
             ]
             if decoder_only:
-                self._check_options(task, made, target_length)
+                self._check_options(task, examples, target_length)
             else:
                 tasks.check_labels(task, self.vocabulary, target_length)
 
-    def _check_options(self, task: str, made: Sequence[Mapping[str, Any]], target_length: int | None) -> None:
+    def _check_options(
+        self, task: str, examples: Sequence[Mapping[str, Any]], target_length: int | None
+    ) -> None:
         if target_length is None:
             return
-        options = {option for example in made for option in example["options"]}
+        options = {option for example in examples for option in example["options"]}
         size, longest = max((len(self.vocabulary.encode(option)), option) for option in options)
         if size > target_length:
             raise ValueError(
@@ -127,25 +129,29 @@ class SuperGlue:
 
     def majority(self, split: str = "validation") -> float | None:
         """The score of always giving each task's most common answer; None where there are no labels."""
-        found = {}
+        by_task = {}
         for task in self.names:
             provider = seqio.TaskRegistry.get(self.provider(task))
-            made = tasks.examples(task, split, self.source)
+            examples = tasks.examples(task, split, self.source)
             if task == "record":
                 return None
-            made = [{**e, "targets_pretokenized": e["targets"]} for e in made]
-            targets = [provider.postprocess_fn(e["targets"], example=e, is_target=True) for e in made]
+            examples = [{**e, "targets_pretokenized": e["targets"]} for e in examples]
+            targets = [provider.postprocess_fn(e["targets"], example=e, is_target=True) for e in examples]
             scores = []
             for label in range(len(spec(task).labels)):
                 values: dict[str, float] = {}
                 for metric in metrics.METRICS[task]:
                     values |= metric(targets, [label] * len(targets))
                 scores.append(metrics.score(values))
-            found[task] = max(scores)
-        return metrics.score(found)
+            by_task[task] = max(scores)
+        return metrics.score(by_task)
 
     def write(
-        self, directory: str | Path, task: str, made: Sequence[Mapping[str, Any]], predictions: Sequence[Any]
+        self,
+        directory: str | Path,
+        task: str,
+        examples: Sequence[Mapping[str, Any]],
+        predictions: Sequence[Any],
     ) -> Path:
         """Writes predictions as the leaderboard takes them."""
-        return submission.write(directory, task, made, predictions)
+        return submission.write(directory, task, examples, predictions)

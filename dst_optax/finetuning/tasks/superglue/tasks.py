@@ -125,7 +125,7 @@ def examples(task: str, split: str, source: Source, decoder_only: bool = False) 
         rows = [{**row, "answers": [a, *row["answers"]]} for row in rows for a in row["answers"]]
     if not rows:
         raise ValueError(f"the {split} split of {task} is empty: nothing to train on or to evaluate.")
-    made = []
+    worded = []
     for row in rows:
         inputs, targets = to_text(task, row)
         options: dict[str, Any] = {}
@@ -136,8 +136,8 @@ def examples(task: str, split: str, source: Source, decoder_only: bool = False) 
         index = row["idx"] if isinstance(row["idx"], dict) else {"idx": row["idx"]}
         index = {name if name == "idx" else f"idx/{name}": i for name, i in index.items()}
         answer = {"answers": row["answers"]} if task == "record" else {"label": row["label"]}
-        made.append({"inputs": inputs, "targets": targets, **index, **answer, **options})
-    return made
+        worded.append({"inputs": inputs, "targets": targets, **index, **answer, **options})
+    return worded
 
 
 def _continuation(task: str, row: Mapping[str, Any], options: tuple[str, ...]) -> str:
@@ -150,16 +150,16 @@ class _Rows(seqio.FunctionDataSource):
     """A source that knows the sizes of its splits when they are asked for."""
 
     def __init__(self, task: str, source: Source, decoder_only: bool):
-        self._made = functools.cache(lambda split: examples(task, split, source, decoder_only))
+        self._examples = functools.cache(lambda split: examples(task, split, source, decoder_only))
         super().__init__(self._dataset, splits=spec(task).splits)
 
     def _dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         del shuffle_files, seed  # the rows are in memory; seqio shuffles examples
-        return _tensors(self._made(split))
+        return _tensors(self._examples(split))
 
     def num_input_examples(self, split: str) -> int:
         """Examples of a split; ReCoRD's and WSC's training splits count what is trained on."""
-        return len(self._made(split))
+        return len(self._examples(split))
 
 
 def _task(
@@ -178,12 +178,12 @@ def _task(
     )
 
 
-def _tensors(made: list[dict[str, Any]]) -> tf.data.Dataset:
+def _tensors(examples: list[dict[str, Any]]) -> tf.data.Dataset:
     columns: Any = {
-        name: tf.ragged.constant([e[name] for e in made], dtype=tf.string)
+        name: tf.ragged.constant([e[name] for e in examples], dtype=tf.string)
         if name in ("answers", "options")
-        else tf.constant([e[name] for e in made])
-        for name in made[0]
+        else tf.constant([e[name] for e in examples])
+        for name in examples[0]
     }
     return tf.data.Dataset.from_tensor_slices(columns)
 

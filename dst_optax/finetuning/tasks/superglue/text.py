@@ -41,12 +41,12 @@ def to_text(task: str, row: Mapping[str, Any]) -> tuple[str, str]:
         return _wsc_inputs(row), row["span1_text"]
     if task == "record":
         return _record_inputs(row), row["answers"][0] if row["answers"] else UNKNOWN
-    known = spec(task)
-    names = zip(known.spoken or known.fields, known.fields, strict=True)
-    inputs = " ".join([known.prompt, *(f"{spoken}: {row[name]}" for spoken, name in names)])
+    task_spec = spec(task)
+    names = zip(task_spec.spoken or task_spec.fields, task_spec.fields, strict=True)
+    inputs = " ".join([task_spec.prompt, *(f"{spoken}: {row[name]}" for spoken, name in names)])
     if task == "multirc":
         inputs = re.sub("</?b>", "", inputs.replace("<br>", " "))
-    return inputs, UNKNOWN if row["label"] < 0 else known.labels[row["label"]]
+    return inputs, UNKNOWN if row["label"] < 0 else task_spec.labels[row["label"]]
 
 
 def label_of(task: str, prediction: str) -> int:
@@ -114,11 +114,11 @@ def _nearest(text: str, pronoun: str, index: int) -> re.Match[str]:
     Its groups are what stands before the pronoun, the pronoun, and what stands behind it.
     """
     starts = [word.start() for word in re.finditer(r"\S+", text)]
-    found: list[re.Match[str]] = []
+    matches: list[re.Match[str]] = []
     for spelled in (pronoun, re.sub(r"^\W+|\W+$", "", pronoun)):
-        if spelled and not found:
+        if spelled and not matches:
             before, after = r"(?<!\S)((?:\S*[^\w\s])?)", r"((?:[^\w\s]\S*)?)(?!\S)"
-            found = list(re.finditer(f"{before}({re.escape(spelled)}){after}", text))
-    if not found:
+            matches = list(re.finditer(f"{before}({re.escape(spelled)}){after}", text))
+    if not matches:
         raise ValueError(f"the pronoun {pronoun!r} is not a word of the text {text!r:.200}")
-    return min(found, key=lambda word: abs(starts.index(word.start()) - index))
+    return min(matches, key=lambda word: abs(starts.index(word.start()) - index))
