@@ -75,14 +75,6 @@ def replace(way: str) -> None:
         optimizers.OptaxWrapper = stand_in(theirs[0], chained)
 
 
-def cases(suite: unittest.TestSuite) -> Iterator[unittest.TestCase]:
-    for test in suite:
-        if isinstance(test, unittest.TestSuite):
-            yield from cases(test)
-        else:
-            yield test
-
-
 def name_of(test: unittest.TestCase) -> str:
     return f"{type(test).__name__}.{test._testMethodName}"
 

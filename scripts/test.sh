@@ -14,13 +14,14 @@ export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 # The contract and the examples are tested with XLA as it is installed. The rest compiles in two thirds of the time
 # without its newer emitters and LLVM's optimisation; networks run too slowly without the latter.
 slim="${XLA_FLAGS:-} --xla_cpu_use_fusion_emitters=false"
+fast="$slim --xla_backend_optimization_level=0"
 half=$((($(getconf _NPROCESSORS_ONLN) + 1) / 2)) # the library's tests and the application's share the cores
 
 library() {
   "$python" -m pyright &&
-    XLA_FLAGS="$slim --xla_backend_optimization_level=0" "$python" -m pytest -q -n "$half" --dist loadgroup tests \
+    XLA_FLAGS="$fast" "$python" -m pytest -q -n "$half" --dist loadgroup tests \
       --ignore tests/finetuning --ignore tests/test_contract.py "$@" &&
-    XLA_FLAGS="$slim" "$python" scripts/optax_tests.py
+    XLA_FLAGS="$fast" "$python" scripts/optax_tests.py
 }
 
 application() {

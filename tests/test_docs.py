@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import benchmarks_page
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -122,16 +123,9 @@ def test_links_and_figures_of_the_readme_exist():
     assert [target for target in local if not (ROOT / target).exists()] == []
 
 
-def benchmarks_page():
-    spec = importlib.util.spec_from_file_location("benchmarks_page", ROOT / "scripts" / "benchmarks_page.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_benchmarks_page_is_that_of_its_records():
     records = [json.loads(file.read_text()) for file in sorted((DOCS / "benchmarks").glob("*.json"))]
-    assert (DOCS / "benchmarks.md").read_text() == benchmarks_page().page(records)
+    assert (DOCS / "benchmarks.md").read_text() == benchmarks_page.page(records)
 
 
 def test_a_record_becomes_a_table_with_its_origin():
@@ -153,9 +147,8 @@ def test_a_record_becomes_a_table_with_its_origin():
             for fraction in (0.5, 0.1)
         ],
     }
-    page = benchmarks_page()
-    found = page.page([record])
+    found = benchmarks_page.page([record])
     assert "| 10,000 | 0.1 | 4 | 1.23 ms | 457 ms |" in found
     assert found.count("python scripts/benchmark.py selection`") == 1
     assert all(word in found for word in ("1 x chip", "jax 1.2.3", "2031-02-03"))
-    assert found.count("No record yet") == len(page.PARTS) - 1
+    assert found.count("No record yet") == len(benchmarks_page.PARTS) - 1

@@ -1,31 +1,19 @@
 """A server that is sent only what changed has each version of the trainer, bit for bit."""
 
-import importlib.util
-from pathlib import Path
-
 import decoder_cases as cases
 import numpy as np
 import pytest
 
 pytest.importorskip("flax")
 
+import follow_training
+
 from dst_optax import subset
 from dst_optax.finetuning.models import decoder
 from dst_optax.finetuning.models.base import flatten, unflatten
 from dst_optax.subset import SubsetError, models
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "follow_training.py"
 CONFIG = cases.CONFIGS["llama"]
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("follow_training", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -43,40 +31,40 @@ def run(tmp_path):
     return tmp_path, wanted
 
 
-def sent(script, root):
-    return list(script.changes(root / "snapshots", str(root / "seed"), root / "steps"))
+def sent(root):
+    return list(follow_training.changes(root / "snapshots", str(root / "seed"), root / "steps"))
 
 
-def test_every_version_arrives(script, run):
+def test_every_version_arrives(run):
     root, wanted = run
-    assert len(sent(script, root)) == 3
+    assert len(sent(root)) == 3
     seed, served = models.open_model(root / "seed"), []
     serve = lambda name, version: served.append((name, version.apply(seed)))  # noqa: E731
-    assert len(list(script.follow(root / "steps", str(root / "seed"), serve))) == 3
+    assert len(list(follow_training.follow(root / "steps", str(root / "seed"), serve))) == 3
     assert [name for name, _ in served] == ["step00000001", "step00000002", "step00000003"]
     for (_, found), model in zip(served, wanted, strict=True):
         assert all(np.asarray(found[n]).tobytes() == x.tobytes() for n, x in model.items())
 
 
-def test_a_missing_step_is_told(script, run):
+def test_a_missing_step_is_told(run):
     root, _ = run
-    sent(script, root)
+    sent(root)
     (root / "steps" / "00000002").rename(root / "lost")
     with pytest.raises(SubsetError, match="a version between them is missing"):
-        list(script.follow(root / "steps", str(root / "seed"), lambda name, version: None))
+        list(follow_training.follow(root / "steps", str(root / "seed"), lambda name, version: None))
 
 
-def test_a_pytorch_model_becomes_each_version(script, run):
+def test_a_pytorch_model_becomes_each_version(run):
     pytest.importorskip("torch", reason="needs torch")
     pytest.importorskip("transformers", reason="needs transformers")
     root, wanted = run
-    sent(script, root)
-    serve, models_served = script.torch_server(str(root / "seed")), []
+    sent(root)
+    serve, models_served = follow_training.torch_server(str(root / "seed")), []
 
     def look(name, version):
         model = serve(name, version)
         models_served.append({n: x.detach().numpy().tobytes() for n, x in model.named_parameters()})
 
-    list(script.follow(root / "steps", str(root / "seed"), look))
+    list(follow_training.follow(root / "steps", str(root / "seed"), look))
     for found, model in zip(models_served, wanted, strict=True):
         assert found == {n: x.tobytes() for n, x in model.items()}

@@ -1,40 +1,29 @@
 """The script that makes SmolLM2's directory: heads in transformers' order, a tokenizer that can be read."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 pytest.importorskip("flax")
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "get_smollm2.py"
-
-
-def script():
-    spec = importlib.util.spec_from_file_location("get_smollm2", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+import get_smollm2
 
 
 def test_halves_of_heads_are_no_longer_interleaved():
     rows = np.arange(3 * 64)[:, None] * np.ones((1, 2))
-    name, found = script().hugging_face("blk.7.attn_k.weight", rows)
+    name, found = get_smollm2.hugging_face("blk.7.attn_k.weight", rows)
     assert name == "model.layers.7.self_attn.k_proj.weight"
     for head in range(3):
         for pair in range(32):
             for half in range(2):
                 assert found[64 * head + 32 * half + pair, 0] == 64 * head + 2 * pair + half
-    name, found = script().hugging_face("blk.7.attn_v.weight", rows)
+    name, found = get_smollm2.hugging_face("blk.7.attn_v.weight", rows)
     assert name == "model.layers.7.self_attn.v_proj.weight"
     assert found is rows
-    assert script().hugging_face("token_embd.weight", rows)[0] == "model.embed_tokens.weight"
+    assert get_smollm2.hugging_face("token_embd.weight", rows)[0] == "model.embed_tokens.weight"
     with pytest.raises(ValueError, match="rope_freqs"):
-        script().hugging_face("rope_freqs.weight", rows)
+        get_smollm2.hugging_face("rope_freqs.weight", rows)
 
 
 def test_the_tokenizer_divides_digits_and_knows_what_is_special():
@@ -46,6 +35,6 @@ def test_the_tokenizer_divides_digits_and_knows_what_is_special():
     }
     said["tokenizer.ggml.tokens"].append("12")
     said["tokenizer.ggml.token_type"].append(1)
-    made = tokenizers.Tokenizer.from_str(json.dumps(script().tokenizer(said)))
+    made = tokenizers.Tokenizer.from_str(json.dumps(get_smollm2.tokenizer(said)))
     assert made.encode("ab 12<|im_end|>").ids == [7, 6, 4, 5, 1]
     assert made.decode([7, 6, 4, 5, 1]) == "ab 12"

@@ -1,6 +1,5 @@
 """The shell scripts: every command they would run, and what shellcheck says."""
 
-import importlib.util
 import json
 import shlex
 import shutil
@@ -8,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mutations
 import pytest
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -98,16 +98,10 @@ def test_a_sweep_is_every_combination():
         assert c[-1] == "--gin.TRAIN_STEPS=9"
 
 
-def module_of(name):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_sweeps_with_other_held_out_rows_are_joined(tmp_path):
     pytest.importorskip("tensorflow")
-    sweep_figure = module_of("sweep_figure")
+    import sweep_figure
+
     base = {"task": "cb", "method": "seed", "free_params": 0, "test_score": 25.0}
     run = {**base, "method": "dst", "budget": 9, "learning_rate": 0.1}
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
@@ -124,7 +118,6 @@ def test_sweeps_with_other_held_out_rows_are_joined(tmp_path):
 
 
 def test_every_mutation_still_finds_its_line():
-    mutations = module_of("mutations")
     lost = [
         m.rule
         for m in mutations.MUTATIONS
