@@ -4,7 +4,7 @@
     python scripts/get_smollm2.py smollm2
     python scripts/benchmark_methods.py --checkpoint smollm2 --out docs/benchmarks/methods.json
 
-Steps of 8 examples of 64 tokens of a language model with clipped Adam, all methods in turn. PEFT's LoRA and
+Steps of 8 examples of a language model with clipped Adam, all methods in turn. PEFT's LoRA and
 SHiRA take part where torch and peft are installed. Memory is what the compiled step takes, its arguments and
 its temporary arrays; PyTorch does not say its own on a processor.
 """
@@ -34,7 +34,6 @@ from dst_optax.finetuning.methods.prompt import Prompt
 from dst_optax.finetuning.models.base import language_model
 from dst_optax.finetuning.steps import TrainState, make_step
 
-LENGTHS = {"inputs": 64, "targets": 2}
 RATE = 1e-3
 
 
@@ -83,20 +82,22 @@ def peft_method(
     }
 
 
-def rows(checkpoint: str, budget: int, runs: int, scan_layers: bool) -> list[dict[str, Any]]:
+def rows(
+    checkpoint: str, chosen: dict[str, Any], budget: int, tokens: int, runs: int, scan_layers: bool
+) -> list[dict[str, Any]]:
     """One a method."""
     model = language_model(checkpoint).configured(dtype="float32", scan_layers=scan_layers)
     seed = jax.tree.map(jnp.asarray, model.load(checkpoint))
     random, key = np.random.default_rng(0), jax.random.key(0)
-    pairs = [(random.integers(3, 40000, 64), random.integers(3, 40000, 2)) for _ in range(8)]
-    batch = inputs.batch_of(model, pairs, LENGTHS)
+    pairs = [(random.integers(3, 40000, tokens), random.integers(3, 40000, 2)) for _ in range(8)]
+    batch = inputs.batch_of(model, pairs, {"inputs": tokens, "targets": 2})
 
     def start_of(method: Method) -> TrainState:
         frozen, tuned = method.split(seed, key, model)
         return jax.tree.map(jnp.copy, TrainState(frozen, tuned, method.init(seed, tuned)))
 
     results, steps = {}, {}
-    for name, method in methods(budget).items():  # before the states of all methods fill the memory
+    for name, method in chosen.items():  # before the states of all methods fill the memory
         state_of_one = start_of(method)
         start = time.perf_counter()
         lowered = jax.jit(make_step(model, method), donate_argnums=0).lower(state_of_one, batch, key)
@@ -109,7 +110,7 @@ def rows(checkpoint: str, budget: int, runs: int, scan_layers: bool) -> list[dic
         }
         print(results[name], flush=True)
 
-    state = {name: start_of(method) for name, method in methods(budget).items()}
+    state = {name: start_of(method) for name, method in chosen.items()}
 
     def step(name: str) -> Any:
         state[name], measured = steps[name](state[name], batch, key)
@@ -121,7 +122,7 @@ def rows(checkpoint: str, budget: int, runs: int, scan_layers: bool) -> list[dic
             call, row = peft_method(checkpoint, name, budget, batch)
             calls[row["method"]], results[row["method"]] = call, row
     times = alternate(calls, runs)
-    for name, method in methods(budget).items():
+    for name, method in chosen.items():
         tuned, slots = state[name].tuned, state[name].slots
         mark = method.mark(tuned, slots)
         results[name]["free"] = int(method.metrics(tuned, slots, mark)["free_params"])
@@ -134,15 +135,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="a Hugging Face directory")
     parser.add_argument("--budget", type=int, default=1345150, help="free parameters")
+    parser.add_argument("--methods", nargs="+", help="some of ours, by name")
+    parser.add_argument("--tokens", type=int, default=64, help="of an example's input")
     parser.add_argument("--runs", type=int, default=5, help="steps of each method")
     parser.add_argument("--scan-layers", action="store_true", help="compile one layer instead of all")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
+    chosen = methods(given.budget)
+    if given.methods:
+        chosen = {name: chosen[name] for name in given.methods}
     cell = {
         "part": "methods",
         "budget": given.budget,
+        "tokens": given.tokens,
         "scan_layers": given.scan_layers,
-        "rows": rows(given.checkpoint, given.budget, given.runs, given.scan_layers),
+        "rows": rows(given.checkpoint, chosen, given.budget, given.tokens, given.runs, given.scan_layers),
     }
     record.write({"environment": record.environment(), "cells": [cell]}, given.out)
     for row in cell["rows"]:

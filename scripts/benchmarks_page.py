@@ -77,7 +77,8 @@ def _methods(cell: Record) -> str:
     ]
     columns = ["method", "free parameters", "step", "compile", "memory of a step", "file"]
     layers = ", layers scanned" if cell.get("scan_layers") else ""
-    return f"SmolLM2-135M, 8 examples of 64 tokens, clipped Adam{layers}.\n\n{table(columns, rows)}"
+    tokens = cell.get("tokens", 64)
+    return f"SmolLM2-135M, 8 examples of {tokens} tokens, clipped Adam{layers}.\n\n{table(columns, rows)}"
 
 
 def selection(cells: list[Record]) -> str:

@@ -12,8 +12,9 @@ import os
 import subprocess
 import sys
 import unittest
-from collections.abc import Iterator
 from typing import Any
+
+from optax_tests import cases
 
 OPTAX = ("optimizers_test", "partitioning_test", "train_state_test", "trainer_test")
 FILES = {"wrapper": ("adafactor_test", *OPTAX), "chain": OPTAX}
