@@ -1,6 +1,7 @@
 """The trainer in two processes on one mesh: the bits of one process, also over a stop and a resume."""
 
 import json
+import os
 import pathlib
 
 import jax
@@ -52,6 +53,7 @@ def directories(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(root / "cache"))
+        patch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0")
         (alone,) = run(root / "one", 1)
         assert (alone["devices"], alone["processes"]) == (4, 1)
         both = run(root / "two", 2, stop=3)
