@@ -28,8 +28,8 @@ from dst_optax.finetuning.experiments import (  # noqa: E402
 )
 from dst_optax.finetuning.methods.dst import DST  # noqa: E402
 from dst_optax.finetuning.methods.full import Full  # noqa: E402
-from dst_optax.finetuning.models import t5  # noqa: E402
-from dst_optax.finetuning.models.base import unflatten  # noqa: E402
+from dst_optax.finetuning.models import decoder, t5  # noqa: E402
+from dst_optax.finetuning.models.base import language_model, unflatten  # noqa: E402
 from dst_optax.finetuning.tasks.superglue.suite import SuperGlue  # noqa: E402
 
 MODEL = t5.T5Config(
@@ -42,6 +42,7 @@ MODEL = t5.T5Config(
     mlp_dim=8,
     dropout_rate=0.0,
 )
+DECODER = decoder.DecoderConfig("qwen2", 384, 8, 1, 2, 1, 8, 16, tie_embeddings=True)
 RECIPE = trainer.Recipe(
     steps=2, batch_size=4, lengths={"inputs": 48, "targets": 16}, eval_every=2, eval_batch_size=36
 )
@@ -370,14 +371,15 @@ def test_convergence_needs_snapshots(tmp_path):
         subset_convergence.subset_convergence(str(tmp_path))
 
 
-def test_latency_of_a_tiny_model(tmp_path, capsys):
+@pytest.mark.parametrize("model", [MODEL, DECODER], ids=["t5", "decoder"])
+def test_latency_of_a_tiny_model(tmp_path, model):
     rows = serving_latency.serving_latency(
-        str(tmp_path), {"tiny": MODEL}, (0.1,), requests=2, input_length=4, target_length=2
+        str(tmp_path), {"tiny": model}, (0.1,), requests=2, input_length=4, target_length=2
     )
     assert [(r["way"], r["fraction"]) for r in rows] == [
         ("none", None), ("full", 1.0), ("subset", 0.1), ("lora", 0.1),
     ]  # fmt: skip
-    size = t5.num_params(MODEL)
+    size = sum(x.size for x in jax.tree.leaves(language_model(model).init(jax.random.key(0))))
     assert rows[1]["entries"] == size
     assert 0.9 * 0.1 * size < rows[2]["entries"] < 1.02 * 0.1 * size
     assert 0.9 * 0.1 * size < rows[3]["entries"] <= 0.1 * size
@@ -390,11 +392,11 @@ def test_latency_of_a_tiny_model(tmp_path, capsys):
     rows[2] |= {"request": {"p50": 1.0, "p95": 2.0, "p99": 3.0}}
     (tmp_path / "serving_latency.json").write_text(json.dumps([*rows[:1], *rows[2:]]))
     again = serving_latency.serving_latency(
-        str(tmp_path), {"tiny": MODEL}, (0.1,), requests=2, input_length=4, target_length=2
+        str(tmp_path), {"tiny": model}, (0.1,), requests=2, input_length=4, target_length=2
     )
     assert [*again[:1], *again[2:]] == [*rows[:1], *rows[2:]]  # what was measured is not measured again
     with pytest.raises(ValueError, match=r"'requests': 2.*another run_dir"):
-        serving_latency.serving_latency(str(tmp_path), {"tiny": MODEL}, (0.1,), requests=3)
+        serving_latency.serving_latency(str(tmp_path), {"tiny": model}, (0.1,), requests=3)
     assert json.loads((tmp_path / "serving_latency.json").read_text()) == again
     (axes,) = figures.latency(rows).axes
     assert [line.get_label() for line in axes.get_lines()] == ["subset", "lora", "full", "none"]

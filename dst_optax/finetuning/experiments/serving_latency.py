@@ -7,6 +7,7 @@ Times do not depend on what a model has learned: seed models and subsets are ran
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,11 +19,10 @@ import numpy as np
 import optax
 
 from dst_optax import serving, subset
-from dst_optax.finetuning import storage
+from dst_optax.finetuning import inputs, storage
 from dst_optax.finetuning.experiments import figures
 from dst_optax.finetuning.methods.lora import LoRA
-from dst_optax.finetuning.models import t5
-from dst_optax.finetuning.models.t5.parameters import unflatten
+from dst_optax.finetuning.models.base import LanguageModel, flatten, language_model, unflatten
 from dst_optax.paths import require_local
 
 Row = dict[str, Any]
@@ -31,7 +31,7 @@ PERCENTILES = (50, 95, 99)
 
 def serving_latency(
     run_dir: str,
-    models: Mapping[str, t5.T5Config],
+    models: Mapping[str, Any],
     fractions: Sequence[float] = (0.1, 0.01, 0.001),
     *,
     requests: int = 20,
@@ -42,7 +42,7 @@ def serving_latency(
 
     Args:
       run_dir: where the results and scratch files go.
-      models: shapes by name.
+      models: by name, what :func:`~dst_optax.finetuning.models.base.language_model` takes.
       fractions: shares of free parameters.
       requests: timed ones of each kind.
       input_length: tokens of a request's one input.
@@ -61,9 +61,14 @@ def serving_latency(
     root.mkdir(parents=True, exist_ok=True)
     settings = {"requests": requests, "input_length": input_length, "target_length": target_length}
     ways = [("none", None), ("full", 1.0), *((way, f) for f in fractions for way in ("subset", "lora"))]
+    language_models = {name: language_model(model) for name, model in models.items()}
+    sizes = {
+        name: sum(math.prod(shape) for shape in _shapes(model).values())
+        for name, model in language_models.items()
+    }
     cells = [
-        {"model": name, "parameters": t5.num_params(model), **settings, "way": way, "fraction": fraction}
-        for name, model in models.items()
+        {"model": name, "parameters": size, **settings, "way": way, "fraction": fraction}
+        for name, size in sizes.items()
         for way, fraction in ways
     ]
     done = _measured(root / "serving_latency.json", cells)
@@ -74,7 +79,7 @@ def serving_latency(
         row = next((r for r in done if cell.items() <= r.items()), None)
         if row is None:
             if bench is None or bench.name != name:
-                bench = _Bench(name, root / "scratch" / name, models[name], **settings)
+                bench = _Bench(name, root / "scratch" / name, language_models[name], **settings)
             row = {**cell, **bench.measure(cell["way"], cell["fraction"])}
         rows.append(row)
         print(markdown(rows[-1:]).splitlines()[-1], flush=True)
@@ -95,6 +100,16 @@ def _measured(file: Path, cells: Sequence[Row]) -> list[Row]:
     return rows
 
 
+def _shapes(model: LanguageModel) -> dict[str, tuple[int, ...]]:
+    return {path: x.shape for path, x in flatten(jax.eval_shape(model.init, jax.random.key(0))).items()}
+
+
+class _NoEnd:
+    """A vocabulary without an end mark: every request decodes all of its tokens."""
+
+    eos_ids = (-1,)
+
+
 class _Bench:
     """One model, and requests for it."""
 
@@ -102,7 +117,7 @@ class _Bench:
         self,
         name: str,
         scratch: Path,
-        model: t5.T5Config,
+        model: LanguageModel,
         requests: int,
         input_length: int,
         target_length: int,
@@ -111,13 +126,15 @@ class _Bench:
         self._scratch, self._requests = scratch, requests
         random = np.random.default_rng(0)
         self._seed = {
-            path: random.standard_normal(shape, np.float32) * 0.05 for path, shape in t5.shapes(model).items()
+            path: random.standard_normal(shape, np.float32) * 0.05 for path, shape in _shapes(model).items()
         }
         self.size = sum(x.size for x in self._seed.values())
         self._random = random
-        tokens = jnp.asarray(random.integers(2, model.vocab_size, (1, input_length)), jnp.int32)
-        self._model, network = t5.T5(model), t5.Transformer(model)
-        self._decode = lambda params: t5.decode(network, params, tokens, target_length)
+        tokens = random.integers(2, model.config.vocab_size, input_length)
+        batch = inputs.batch_of(model, [(tokens.tolist(), [1])], {"inputs": input_length, "targets": target_length})
+        decode = jax.jit(lambda params, batch: model.decode(params, batch, _NoEnd(), target_length))
+        self._model = model
+        self._decode = lambda params: decode(params, batch)
         jax.block_until_ready(self._decode(self._placed()))
 
     def _placed(self) -> Any:
