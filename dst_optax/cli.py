@@ -18,8 +18,8 @@ try:
 except ModuleNotFoundError:
     sys.exit("dst-optax: the command line needs more packages: pip install 'dst-optax[cli]'")
 
+from dst_optax import subset_cli
 from dst_optax._version import __version__
-from dst_optax.subset import cli as subset_cli
 
 app = typer.Typer(
     help="Dynamic Subset Tuning: fine-tune, compare, and look into what tuning leaves behind.",

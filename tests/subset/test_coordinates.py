@@ -140,7 +140,7 @@ def test_what_only_the_checkpoint_has_stays(tmp_path):
 
 @pytest.mark.parametrize("name", ["t5 stacked", "qwen3 stacked"])
 def test_the_command(name, tmp_path):
-    from dst_optax.subset.cli import app
+    from dst_optax.subset_cli import app
 
     _, seed, tuned, _, hf_tuned = case(name, tmp_path)
     subset.from_models(seed, tuned).save(tmp_path / "ours")

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from dst_optax import subset
 from dst_optax.subset import SubsetError, checkpoints, models
-from dst_optax.subset.cli import app
+from dst_optax.subset_cli import app
 
 ocp = pytest.importorskip("orbax.checkpoint")
 ts = pytest.importorskip("tensorstore")

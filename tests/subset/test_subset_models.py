@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from dst_optax import subset
 from dst_optax.subset import SubsetError, files, models
-from dst_optax.subset.cli import app
+from dst_optax.subset_cli import app
 
 SEED = {
     "shared.weight": np.arange(12, dtype=np.float32).reshape(4, 3),

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from dst_optax import subset
 from dst_optax.subset import SubsetError
-from dst_optax.subset.cli import app
 from dst_optax.subset.peft import NOT_LINEAR, save_shira
+from dst_optax.subset_cli import app
 
 SHAPES = {"one.weight": (32, 24), "two.inner.weight": (16, 32), "one.bias": (32,), "embed.weight": (40, 24)}
 

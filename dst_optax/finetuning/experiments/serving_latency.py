@@ -131,7 +131,9 @@ class _Bench:
         self.size = sum(x.size for x in self._seed.values())
         self._random = random
         tokens = random.integers(2, model.config.vocab_size, input_length)
-        batch = inputs.batch_of(model, [(tokens.tolist(), [1])], {"inputs": input_length, "targets": target_length})
+        batch = inputs.batch_of(
+            model, [(tokens.tolist(), [1])], {"inputs": input_length, "targets": target_length}
+        )
         decode = jax.jit(lambda params, batch: model.decode(params, batch, _NoEnd(), target_length))
         self._model = model
         self._decode = lambda params: decode(params, batch)

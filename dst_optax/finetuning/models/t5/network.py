@@ -3,6 +3,8 @@
 Parameters that are stacked (``T5Config.scan_layers``) lie at ``encoder/encoder`` and
 ``decoder/decoder`` with the layer as their axis 1; everything else keeps its place.
 
+One file, so that it can be read beside T5X's ``network.py`` from top to bottom.
+
 References:
   Raffel et al., Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer,
   arXiv 1910.10683.

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from dst_optax import subset
 from dst_optax.subset import Subset, SubsetError, files, models
-from dst_optax.subset.cli import app
+from dst_optax.subset_cli import app
 
 SHAPES = {"model.embed.weight": (40, 8), "model.layer.0.weight": (8, 8), "model.norm": (8,), "scale": ()}
 
