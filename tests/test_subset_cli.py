@@ -116,7 +116,7 @@ def test_an_index_names_no_files_elsewhere(disk, name):
 
 
 def test_documented_reader(tmp_path):
-    root = pathlib.Path(__file__).parents[2]
+    root = pathlib.Path(__file__).parents[1]
     text = (root / "docs" / "subset_files.md").read_text()
     blocks = [block.split("```")[0] for block in text.split("```python\n")[1:]]
     (code,) = [block for block in blocks if "def read_subset" in block]
