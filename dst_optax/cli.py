@@ -225,9 +225,9 @@ def plan(
 
     shape = None if mesh is None else tpu_plan.parse_mesh(mesh)
     job = tpu_plan.Job(model, topology, fraction, optimizer, batch_size, inputs, targets, shape)
-    report = tpu_plan.plan(job)
-    print(json.dumps(report, indent=1) if as_json else tpu_plan.table(report))
-    raise typer.Exit(0 if report["verdict"]["fits"] else 1)
+    result = tpu_plan.plan(job)
+    print(json.dumps(result, indent=1) if as_json else tpu_plan.table(result))
+    raise typer.Exit(0 if result["verdict"]["fits"] else 1)
 
 
 @app.command()

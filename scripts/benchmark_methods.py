@@ -135,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="a Hugging Face directory")
     parser.add_argument("--budget", type=int, default=1345150, help="free parameters")
-    parser.add_argument("--methods", nargs="+", help="some of ours, by name")
+    parser.add_argument("--methods", nargs="+", choices=methods(1), help="some of ours")
     parser.add_argument("--tokens", type=int, default=64, help="of an example's input")
     parser.add_argument("--runs", type=int, default=5, help="steps of each method")
     parser.add_argument("--scan-layers", action="store_true", help="compile one layer instead of all")

@@ -97,8 +97,8 @@ class Evaluator:
     def _metrics(self, params: Params, split: inputs.EvalSplit) -> dict[str, float]:
         if self._data.evaluation == "options":
             likeliest, normalised = self._likeliest_options(params, split)
-            metrics = {f"{name}_normalised": x for name, x in split.metrics(normalised).items()}
-            return split.metrics(likeliest) | metrics
+            of_normalised = {f"{name}_normalised": x for name, x in split.metrics(normalised).items()}
+            return split.metrics(likeliest) | of_normalised
         metrics = split.metrics(self.predict(params, split))
         if self._data.token_metrics:
             totals = {k: float(x.sum()) for k, x in self._target_scores(params, split.batch).items()}

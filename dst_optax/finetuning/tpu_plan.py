@@ -140,7 +140,7 @@ def verdict(job: Job, facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
     Args:
       job: what was compiled for.
-      facts: the facts of each program.
+      facts: of each program, by its name.
 
     Returns:
       ``fits`` and ``left`` (bytes a chip, negative if it does not fit; None if the compiler refused),

@@ -230,9 +230,9 @@ class Subset(Mapping[str, Entries]):
             if path not in self:
                 raise SubsetError(f"the subset lacks {path!r}, which the model has.")
 
-    def check_fingerprints(self, fingerprints: Mapping[str, str]) -> None:
+    def check_fingerprints(self, of_seed: Mapping[str, str]) -> None:
         """Raises if a fingerprint of the seed is not the one the subset was made for."""
-        for path, value in fingerprints.items():
+        for path, value in of_seed.items():
             expected = self[path].seed_fingerprint
             if expected is not None and expected != value:
                 raise SubsetError(

@@ -105,7 +105,7 @@ def _shapes(model: LanguageModel) -> dict[str, tuple[int, ...]]:
 
 
 class _NoEnd:
-    """A vocabulary without an end mark: every request decodes all of its tokens."""
+    """A vocabulary without an end mark: a decoder-only model decodes all of its tokens (T5 knows its own)."""
 
     eos_ids = (-1,)
 
@@ -131,9 +131,8 @@ class _Bench:
         self.size = sum(x.size for x in self._seed.values())
         self._random = random
         tokens = random.integers(2, model.config.vocab_size, input_length)
-        batch = inputs.batch_of(
-            model, [(tokens.tolist(), [1])], {"inputs": input_length, "targets": target_length}
-        )
+        lengths = {"inputs": input_length, "targets": target_length}
+        batch = jax.device_put(inputs.batch_of(model, [(tokens.tolist(), [1])], lengths))
         decode = jax.jit(lambda params, batch: model.decode(params, batch, _NoEnd(), target_length))
         self._model = model
         self._decode = lambda params: decode(params, batch)

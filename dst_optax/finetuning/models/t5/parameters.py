@@ -194,15 +194,15 @@ class Tensor:
     read: Callable[[], np.ndarray]
 
 
-def check(source: Any, shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+def check(source: Any, given: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Raises a ValueError that names what is missing, what is too much and what has another shape."""
     faults = [
-        f"{path} has shape {tuple(shapes[path])}, the model's is {shape}"
+        f"{path} has shape {tuple(given[path])}, the model's is {shape}"
         for path, shape in wanted.items()
-        if path in shapes and tuple(shapes[path]) != shape
+        if path in given and tuple(given[path]) != shape
     ]
-    faults += [f"{path} is missing" for path in wanted if path not in shapes]
-    faults += [f"{path} has no place in the model" for path in shapes if path not in wanted]
+    faults += [f"{path} is missing" for path in wanted if path not in given]
+    faults += [f"{path} has no place in the model" for path in given if path not in wanted]
     if faults:
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ValueError(

@@ -178,12 +178,12 @@ def _task(
     )
 
 
-def _tensors(examples: list[dict[str, Any]]) -> tf.data.Dataset:
+def _tensors(rows: list[dict[str, Any]]) -> tf.data.Dataset:
     columns: Any = {
-        name: tf.ragged.constant([e[name] for e in examples], dtype=tf.string)
+        name: tf.ragged.constant([e[name] for e in rows], dtype=tf.string)
         if name in ("answers", "options")
-        else tf.constant([e[name] for e in examples])
-        for name in examples[0]
+        else tf.constant([e[name] for e in rows])
+        for name in rows[0]
     }
     return tf.data.Dataset.from_tensor_slices(columns)
 
