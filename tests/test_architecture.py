@@ -63,11 +63,7 @@ def test_the_core_is_a_ladder(name):
 
 
 TOP = ("dst_optax.cli", "dst_optax.subset_cli", "t5x_integration")
-PACKAGES = (
-    "dst_optax.subset",
-    "dst_optax.serving",
-    "dst_optax.finetuning",
-)  # later ones may use earlier ones
+PACKAGES = ("dst_optax.subset", "dst_optax.serving", "dst_optax.finetuning")  # from below
 
 
 def is_in(name, packages):
