@@ -143,6 +143,10 @@ MUTATIONS = [
         "distance: distances.Distance | None = distances.absolute", "tests/test_wrappers.py -k inject",
     ),
     Mutation(
+        "rank: silos of one size lie apart", "counting.py", "(batch_of.get(s, len(batches)), sizes[s])", "s",
+        "tests/test_transform.py -k neighbours",
+    ),
+    Mutation(
         "speed: kernels without constants", "counting.py",
         "return _row(jnp.asarray(np.array([i, i + 1], np.uint32)), zero).reshape(())",
         "return jnp.uint32(i)", "tests/test_structure.py -k compilation",

@@ -381,6 +381,19 @@ def test_counts_of_several_tensors_carry(ties, distinct):
 
 
 @pytest.mark.parametrize("ties", ["strict", "fill"])
+def test_silos_of_one_size_need_not_be_neighbours(ties):
+    rng = np.random.default_rng(3)
+    params = {k: jnp.zeros(n) for k, n in zip("abcd", (40, 30, 40, 30), strict=True)}
+    u = {k: jnp.asarray(rng.permutation(x.size) + 1.0, jnp.float32) for k, x in params.items()}
+    tx = dst_optax.wrap(given_updates(), 0.1, ties=ties)
+    updates, state = tx.update(u, tx.init(params), params)
+    tuned = dst_optax.apply_updates(params, updates, state)
+    for k, x in u.items():
+        kept = x.size // 10  # the ceiling of a tenth of one entry less
+        np.testing.assert_array_equal(tuned[k], np.where(x > x.size - kept, x, 0.0))
+
+
+@pytest.mark.parametrize("ties", ["strict", "fill"])
 @pytest.mark.parametrize(("groups", "batch"), [(("ac", "bd"), 100), (("a", "b", "c", "d"), 90)])
 def test_batches_of_silos_change_nothing(monkeypatch, ties, groups, batch):
     """Silos that interleave, so that leaves leave their order; and batches of one, two and one silo."""
