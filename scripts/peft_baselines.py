@@ -10,9 +10,8 @@ validation split.
 
 A GPU is used where there is one. Runs that the file has are not repeated.
 
-LoRA spends the budget as our method does: the same rank for all matrices, and one more for some. SHiRA frees
-entries of the same matrices at random, as many in each as LoRA of some rank has, so it may stay below the
-budget; the row says how many there are.
+Both spend the budget as our LoRA does: the same rank for all matrices, and one more for some. SHiRA frees
+entries of the same matrices at random, as many in each as LoRA of that rank has.
 """
 
 import argparse
@@ -40,12 +39,22 @@ MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 def adapted(model: Any, method: str, budget: int, seed: int) -> Any:
     """The model with an adapter of at most ``budget`` parameters."""
     linear = {name: m for name, m in model.named_modules() if name.rpartition(".")[2] in MATRICES}
+    rank_of = ranks({name: tuple(m.weight.shape) for name, m in linear.items()}, budget)
     if method == "lora":
-        pattern = ranks({name: tuple(m.weight.shape) for name, m in linear.items()}, budget)
-        config = LoraConfig(r=1, rank_pattern=pattern, lora_alpha=16, target_modules=list(pattern))
-        return get_peft_model(model, config)
-    rank = budget // sum(m.in_features + m.out_features for m in linear.values())
-    return get_peft_model(model, ShiraConfig(r=max(rank, 1), target_modules=MATRICES, random_seed=seed))
+        return get_peft_model(
+            model, LoraConfig(r=1, rank_pattern=rank_of, lora_alpha=16, target_modules=list(rank_of))
+        )
+    matrices: dict[int, list[str]] = {}
+    for name, rank in rank_of.items():
+        matrices.setdefault(rank, []).append(name)
+    (first, *others) = [
+        ShiraConfig(r=rank, target_modules=names, random_seed=seed) for rank, names in matrices.items()
+    ]
+    model = get_peft_model(model, first)  # one adapter has one rank
+    for config in others:
+        model.add_adapter(f"rank_{config.r}", config)
+    model.base_model.set_adapter(list(model.peft_config))
+    return model
 
 
 def log_likelihoods(model: Any, batch: inputs.Batch) -> torch.Tensor:
