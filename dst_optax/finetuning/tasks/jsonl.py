@@ -53,6 +53,8 @@ class Jsonl(Pairs):
     def _pair(self, row: dict[str, Any]) -> Pair:
         if self.messages not in row:
             return text_field(row, self.prompt), text_field(row, self.completion)
+        if row.get("tools"):
+            raise ValueError("'tools' are not given to the chat template; leave the field out")
         messages = row[self.messages]
         well_formed = isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
         if not well_formed or len(messages) < 2:

@@ -13,6 +13,7 @@ import tensorflow as tf
 from dst_optax.finetuning import hub
 
 TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 
 
 class HuggingFaceVocabulary(seqio.Vocabulary):
@@ -132,8 +133,8 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
           ValueError: there is no template, it refuses the messages, or what it makes of them does not begin
             with what it makes of all but the last.
         """
-        given = self._rendered(messages[:-1], True)
-        whole = self._rendered(messages, False)
+        given = self._template(messages[:-1], add_generation_prompt=True)
+        whole = self._template(messages)
         if not messages or not whole.startswith(given):
             raise ValueError("the chat template words earlier messages anew when an answer is added.")
         answer = whole[len(given) :]
@@ -141,43 +142,33 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
             answer = answer.rstrip().removesuffix(self._tokenizer.id_to_token(end))
         return given, answer
 
-    def _rendered(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-        import jinja2  # pyright: ignore[reportMissingImports]
-
-        def refuse(message: str) -> None:
-            raise ValueError(f"the chat template refuses the messages: {message}")
-
-        settings = {name: _content(x) for name, x in self._settings.items() if name.endswith("_token")}
-        try:
-            return self._template.render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                raise_exception=refuse,
-                **settings,
-            )
-        except jinja2.TemplateError as e:
-            raise ValueError(f"the chat template refuses the messages: {e}.") from e
-
     @cached_property
     def _template(self) -> Any:
-        try:
-            from jinja2.sandbox import (  # pyright: ignore[reportMissingImports]
-                ImmutableSandboxedEnvironment,
-            )
-        except ModuleNotFoundError as e:
-            raise ValueError("chat templates need jinja2: pip install jinja2.") from e
-        file = self._directory / "chat_template.jinja"
-        text = file.read_text() if file.is_file() else self._settings.get("chat_template")
+        file, text = self._directory / CHAT_TEMPLATE, self._settings.get("chat_template")
+        if file.is_file():
+            text = file.read_text(encoding="utf-8")
+        elif isinstance(text, list):  # several, by name
+            text = {each["name"]: each["template"] for each in text}.get("default")
         if not isinstance(text, str):
             raise ValueError(f"{self._directory} has no chat template; give prompts and completions.")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        return environment.from_string(text)
+        try:
+            from dst_optax.finetuning.models.decoder.chat_template import ChatTemplate
+        except ModuleNotFoundError as e:
+            raise ValueError("chat templates need jinja2: pip install 'dst-optax[hub]'.") from e
+        special = {name: _content(x) for name, x in self._settings.items() if name.endswith("_token") and x}
+        return ChatTemplate(text, special)
 
     def _ends(self) -> tuple[int, ...]:
         for name in ("generation_config.json", "config.json"):
             ids = _json(self._directory / name).get("eos_token_id")
             if ids is not None:
-                return tuple(ids) if isinstance(ids, list) else (ids,)
+                ids = tuple(ids) if isinstance(ids, list) else (ids,)
+                unknown = [i for i in ids if self._tokenizer.id_to_token(i) is None]
+                if unknown or not ids:
+                    raise ValueError(
+                        f"{self._directory / name}: {TOKENIZER} has no token for the eos_token_id {unknown}."
+                    )
+                return ids
         own = self._id(self._settings.get("eos_token"))
         if own is None:
             raise ValueError(

@@ -1,6 +1,7 @@
 """Tokenizers and features: ends by the configuration, padding by lengths, inputs cut at their beginning."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -95,13 +96,67 @@ def test_ends_and_prefix_are_those_of_the_model(directory):
     (directory / "generation_config.json").unlink()
 
 
+MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+
+
 def test_chats_are_worded_by_the_template(directory):
-    pytest.importorskip("jinja2", reason="needs jinja2")
     vocabulary = vocabulary_of(directory)
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
-    assert vocabulary.chat(messages) == ("<start><turn>user Hi<turn>\n<turn>assistant ", "Ho")
+    assert vocabulary.chat(MESSAGES) == ("<start><turn>user Hi<turn>\n<turn>assistant ", "Ho")
     ids = vocabulary.encode("<start><turn>")
     assert ids == [1, 2]
+
+
+def with_template(directory, path, template, **settings):
+    shutil.copytree(directory, path, dirs_exist_ok=True)
+    settings = json.loads((path / "tokenizer_config.json").read_text()) | settings
+    (path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    return vocabulary_of(path)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% for m in messages %}{{ m.content }}|{% endfor %}", ("Hi|", "Ho|")),
+        ("{{ bos_token }}{% for m in messages %}{{ m.content }}|{% endfor %}", ("Hi|", "Ho|")),  # it is null
+        (
+            "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}"
+            "{% if loop.last %}{% break %}{% endif %}|{% endfor %}{% if add_generation_prompt %}|{% endif %}",
+            ("Hi|", "Ho"),
+        ),
+        (
+            [{"name": "tools", "template": "!"}, {"name": "default", "template": "{{ messages | length }}"}],
+            None,
+        ),
+        ([{"name": "tools", "template": "!"}], "has no chat template"),
+        ("{% for %}", "the chat template cannot be read"),
+        ("{{ messages[0].content + 1 }}", "the chat template refuses the messages: can only concatenate"),
+        ("{{ raise_exception('no system') }}", "the chat template refuses the messages: no system"),
+    ],
+)
+def test_templates_of_the_hub(directory, tmp_path, template, words):
+    vocabulary = with_template(directory, tmp_path, template, bos_token=None)
+    if isinstance(words, tuple):
+        assert vocabulary.chat(MESSAGES) == words
+    else:
+        with pytest.raises(ValueError, match=words or "words earlier messages anew"):
+            vocabulary.chat(MESSAGES)
+
+
+def test_a_template_of_its_own_goes_first(directory, tmp_path):
+    vocabulary = with_template(directory, tmp_path, "{{ 1 }}")
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert vocabulary.chat(MESSAGES) == ("Hi", "Ho")
+
+
+def test_a_tokenizer_that_begins_every_text_anew_is_refused(directory, tmp_path):
+    from tokenizers import Tokenizer, normalizers
+
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.normalizer = normalizers.Prepend(" ")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="makes ' a:  b' of 'a:' and ' b'"):
+        MODEL.check(vocabulary_of(tmp_path))
 
 
 def test_absent_and_damaged_files_are_told(tmp_path, directory):
@@ -112,6 +167,9 @@ def test_absent_and_damaged_files_are_told(tmp_path, directory):
         vocabulary_of(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes((directory / "tokenizer.json").read_bytes())
     with pytest.raises(ValueError, match="eos_token_id"):
+        vocabulary_of(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [0, 999]}))
+    with pytest.raises(ValueError, match=r"config\.json: tokenizer\.json has no token .* \[999\]"):
         vocabulary_of(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 0}))
     assert vocabulary_of(tmp_path).eos_ids == (0,)
