@@ -1,7 +1,10 @@
 """How long and how to train."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+import jax.numpy as jnp
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,17 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "eval_every", "log_every", "eval_batch_size"):
+            _require(name, getattr(self, name), _counts, "an integer of at least 1")
+        for name in ("save_every", "snapshot_every", "patience"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"recipe: {name} is {value!r}, it must be an integer of at least 1.")
+            _require(name, value, lambda x: x is None or _counts(x), "None or an integer of at least 1")
+        _require("lengths", self.lengths, _are_lengths, 'of the form {"inputs": 512, "targets": 16}')
+        _require("dtype", self.dtype, _floats, "the name of a floating-point type, e.g. 'bfloat16'")
+        _require("label_smoothing", self.label_smoothing, lambda x: 0 <= x < 1, "at least 0 and below 1")
+        _require("z_loss", self.z_loss, lambda x: x >= 0, "at least 0")
+        _require(
+            "dropout", self.dropout, lambda x: x is None or 0 <= x < 1, "None, or at least 0 and below 1"
+        )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"recipe: batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}."
@@ -78,3 +89,24 @@ class Recipe:
     def snapshots_at(self, step: int) -> bool:
         """Whether the tuned model is exported after this step."""
         return self.snapshot_every is not None and step % self.snapshot_every == 0
+
+
+def _require(name: str, value: Any, holds: Callable[[Any], bool], wanted: str) -> None:
+    try:
+        fine = holds(value)
+    except TypeError:
+        fine = False
+    if not fine:
+        raise ValueError(f"recipe: {name} is {value!r}; it must be {wanted}.")
+
+
+def _counts(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 1
+
+
+def _are_lengths(x: Any) -> bool:
+    return isinstance(x, Mapping) and set(x) == {"inputs", "targets"} and all(map(_counts, x.values()))
+
+
+def _floats(x: Any) -> bool:
+    return isinstance(x, str) and jnp.issubdtype(jnp.dtype(x), jnp.floating)
