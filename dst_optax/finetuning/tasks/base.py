@@ -1,5 +1,7 @@
 """What the trainer knows of what it trains and evaluates on."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -47,11 +49,14 @@ class TaskSuite(Protocol):
         """Registers the seqio tasks as a model wants them, and names what to train on."""
         ...
 
-    def check(self, target_length: int) -> None:
+    def check(self, target_length: int) -> str:
         """Reads every split, so that bad data is known before any work is done.
 
         Args:
           target_length: tokens of targets at most.
+
+        Returns:
+          A digest of the data, by which a run directory notices that it has changed.
         """
         ...
 
@@ -84,3 +89,13 @@ class TaskSuite(Protocol):
     ) -> Path:
         """Writes predictions."""
         ...
+
+
+def digest(rows: Any) -> str:
+    """SHA-256 of values of JSON.
+
+    Example:
+      >>> digest({"train": [("1+1=", "2")]})[:8]
+      '75bc3149'
+    """
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()

@@ -14,6 +14,7 @@ import tensorflow as tf
 from dst_optax.atomic import atomic_file
 from dst_optax.finetuning.inputs import EvalSplit
 from dst_optax.finetuning.tasks import features
+from dst_optax.finetuning.tasks.base import digest
 
 SHUFFLE = 50_000  # at most so many examples wait to be drawn
 SHOWN = 10  # bad rows that an error names
@@ -121,11 +122,37 @@ class Pairs(OneTask, ABC):
         )
         return self.name
 
-    def check(self, target_length: int | None = None) -> None:
-        """Reads every split; longer targets are counted later, and cut."""
+    def check(self, target_length: int | None = None) -> str:
+        """Reads every split; longer targets are counted later, and cut.
+
+        Returns:
+          A digest of all rows.
+
+        Raises:
+          ValueError: bad rows, or no completion of a split is right after encoding and decoding.
+        """
         del target_length
-        for split in self.splits():
-            self.pairs(split)
+        rows = {split: self.pairs(split) for split in self.splits()}
+        for split in rows:
+            completions = [completion for _, completion in rows[split]]
+            changed = [x for x in completions if not self.is_right(self._spelled(x), x.strip())]
+            if not changed:
+                continue
+            example = f"it makes {self._spelled(changed[0])!r:.200} of {changed[0]!r:.200}"
+            if len(changed) == len(completions):
+                raise ValueError(
+                    f"{self.name} {split}: the vocabulary cannot write any of the completions; {example}. "
+                    "Give one that can, and its model."
+                )
+            print(
+                f"{self.name} {split}: the vocabulary cannot write {len(changed)} of {len(completions)} "
+                f"completions, and no answer to them counts as right; {example}.",
+                flush=True,
+            )
+        return digest(rows)
+
+    def _spelled(self, text: str) -> str:
+        return self.vocabulary.decode(self.vocabulary.encode(text)).strip()
 
     def predicted_split(self, task: str) -> str:
         """The test split if there is one, else the validation split."""

@@ -5,6 +5,7 @@ References:
   arXiv 1910.10683.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -121,8 +122,11 @@ class SpanCorruption(OneTask):
         )
         return self.name
 
-    def check(self, target_length: int | None = None) -> None:
+    def check(self, target_length: int | None = None) -> str:
         """Refuses lengths that would cut the targets.
+
+        Returns:
+          A digest of the text's tokens.
 
         Raises:
           ValueError: says which lengths chunks need.
@@ -134,6 +138,7 @@ class SpanCorruption(OneTask):
                 f"SpanCorruption: chunks of {self.tokens} tokens make {inputs} inputs and {targets} targets, "
                 f"but targets have a length of {target_length}; set lengths to that, or make tokens fewer."
             )
+        return hashlib.sha256(self._every.tobytes()).hexdigest()
 
     def predicted_split(self, task: str) -> str:
         """The validation split."""

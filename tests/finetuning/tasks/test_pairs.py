@@ -45,6 +45,7 @@ def test_fields_are_renamed_and_conversations_are_worded(tmp_path):
         ({"prompt": "\ud800", "completion": "b"}, "surrogates"),
         ({"messages": "Hi"}, "list of two objects"),
         ({"messages": CHAT[:1]}, "list of two objects"),
+        ({"messages": CHAT, "tools": [{}]}, "'tools' are not given to the chat template"),
         ({"messages": CHAT[::-1]}, "not of 'assistant'"),
         ({"messages": [{"role": "user"}, CHAT[1]]}, "'content' must be a text"),
     ],
@@ -59,6 +60,21 @@ def test_bad_rows_are_named_by_file_and_line(tmp_path, row, words):
 def test_conversations_need_a_vocabulary_with_a_template(tmp_path):
     with pytest.raises(ValueError, match="ByteVocabulary has no chat template"):
         Jsonl(written(tmp_path, train=[{"messages": CHAT}]), BYTES).pairs("train")
+
+
+class WithoutBraces(seqio.ByteVocabulary):
+    def _encode(self, s):
+        return super()._encode(s.replace("{", "?"))
+
+
+def test_completions_that_the_vocabulary_cannot_write_are_told(tmp_path, capsys):
+    good, bad = {"prompt": "a", "completion": " b"}, {"prompt": "a", "completion": "{"}
+    data = Jsonl(written(tmp_path, train=[good, bad], validation=[good]), WithoutBraces())
+    data.check()
+    assert "cannot write 1 of 2 completions" in capsys.readouterr().out
+    data = Jsonl(written(tmp_path, train=[good], validation=[bad]), WithoutBraces())
+    with pytest.raises(ValueError, match=r"validation: .* cannot write any .* it makes '\?' of '{'"):
+        data.check()
 
 
 def test_missing_and_empty_files_are_told(tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 import seqio
 
 from dst_optax.finetuning.inputs import EvalSplit
+from dst_optax.finetuning.tasks.base import digest
 from dst_optax.finetuning.tasks.superglue import metrics, submission, tasks
 from dst_optax.finetuning.tasks.superglue.benchmark import MAIN, spec
 from dst_optax.finetuning.tasks.superglue.sources import Source
@@ -70,26 +71,31 @@ class SuperGlue:
         )
         return f"{tasks.PREFIX}_proportional"
 
-    def check(self, target_length: int | None = None) -> None:
+    def check(self, target_length: int | None = None) -> str:
         """Reads every split, so that bad data is known before any work is done.
 
         Args:
-          target_length: tokens that are decoded at most; None for no bound.
+          target_length: of the targets, with their end; None for no bound.
+
+        Returns:
+          A digest of the examples.
 
         Raises:
-          ValueError: bad, empty or missing data, or a label that is longer than ``target_length``.
+          ValueError: bad, empty or missing data, or a label or option that is longer than ``target_length``.
         """
+        read = {}
         for task in (*self.names, *self.diagnostics):
             decoder_only = not seqio.TaskRegistry.get(self.provider(task)).output_features["inputs"].add_eos
-            examples = [
+            read[task] = [
                 example
                 for split in spec(task).splits
                 for example in tasks.examples(task, split, self.source, decoder_only)
             ]
             if decoder_only:
-                self._check_options(task, examples, target_length)
+                self._check_options(task, read[task], target_length)
             else:
                 tasks.check_labels(task, self.vocabulary, target_length)
+        return digest(read)
 
     def _check_options(
         self, task: str, examples: Sequence[Mapping[str, Any]], target_length: int | None
@@ -98,10 +104,10 @@ class SuperGlue:
             return
         options = {option for example in examples for option in example["options"]}
         size, longest = max((len(self.vocabulary.encode(option)), option) for option in options)
-        if size > target_length:
+        if size >= target_length:
             raise ValueError(
-                f"{task}: the option {longest!r} has {size} tokens, but targets only {target_length}; "
-                f"set the length of the targets to {size + 1} or more."
+                f"{task}: the option {longest!r} has {size} tokens and an end, but targets only "
+                f"{target_length}; set the length of the targets to {size + 1} or more."
             )
 
     def provider(self, task: str) -> str:

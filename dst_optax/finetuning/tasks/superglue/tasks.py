@@ -71,14 +71,14 @@ def check_labels(task: str, vocabulary: seqio.Vocabulary, length: int | None = N
     Args:
       task: name of the task.
       vocabulary: of the targets.
-      length: tokens that are decoded at most; None for no bound.
+      length: of the targets, a label and the end of text; None for no bound.
 
     Raises:
       ValueError: a label is another text after encoding and decoding, or is longer: right answers would
         score as wrong ones.
 
     Example:
-      >>> check_labels("rte", seqio.ByteVocabulary(), length=14)
+      >>> check_labels("rte", seqio.ByteVocabulary(), length=15)
     """
     for label in spec(task).labels:
         ids = list(vocabulary.encode(label))
@@ -88,10 +88,10 @@ def check_labels(task: str, vocabulary: seqio.Vocabulary, length: int | None = N
                 f"{task}: the vocabulary makes {said!r} of the label {label!r}, so that right answers would "
                 "score as wrong ones; give the vocabulary that the model was trained with."
             )
-        if length is not None and len(ids) > length:
+        if length is not None and len(ids) >= length:
             raise ValueError(
-                f"{task}: the label {label!r} has {len(ids)} tokens, but only {length} are decoded; set the "
-                f"length of the targets to {len(ids) + 1} or more."
+                f"{task}: the label {label!r} has {len(ids)} tokens and an end, but targets only {length}; "
+                f"set the length of the targets to {len(ids) + 1} or more."
             )
 
 

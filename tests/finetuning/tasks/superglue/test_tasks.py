@@ -153,9 +153,9 @@ def test_a_vocabulary_that_cannot_spell_the_labels_is_refused(vocabulary, task, 
 
 def test_labels_longer_than_what_is_decoded_are_refused():
     suite = SuperGlue(SOURCE, seqio.ByteVocabulary(), ("rte",))
-    suite.check(target_length=14)
-    with pytest.raises(ValueError, match="'not_entailment' has 14 tokens, but only 13 are decoded"):
-        suite.check(target_length=13)
+    suite.check(target_length=15)
+    with pytest.raises(ValueError, match="'not_entailment' has 14 tokens and an end, but targets only 14"):
+        suite.check(target_length=14)
 
 
 @needs_data
