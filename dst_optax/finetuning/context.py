@@ -1,6 +1,7 @@
 """What the runs of one directory share: data, network, seed model and evaluation."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ class RunContext:
       mesh_shape: likewise.
       reference_seed: likewise.
       config: likewise.
+      methods: what is to be tuned.
 
     Attributes:
       run_dir: the run directory.
@@ -62,6 +64,7 @@ class RunContext:
         mesh_shape: tuple[int, int] | None = None,
         reference_seed: bool = False,
         config: str = "",
+        methods: Iterable[Method] = (),
     ):
         root = require_local(run_dir, "run_dir")
         plain = language_model(model)
@@ -82,10 +85,11 @@ class RunContext:
             remat=recipe.remat,
         )
         self.train_name = data.register(plain.decoder_only)
-        data.check(recipe.lengths["targets"])
+        data_digest = data.check(recipe.lengths["targets"])
         identity = {
             "tasks": list(data.names),
             "source": repr(data.source),
+            "data": data_digest,
             "vocabulary": type(data.vocabulary).__name__,
             "model": repr(plain.config),
             "recipe": json.loads(json.dumps(asdict(recipe))),
@@ -101,11 +105,18 @@ class RunContext:
         self.seed = self.run_dir.seed(partial(self.model.init, jax.random.key(0)), load)
         self.seed_fingerprint = storage.fingerprint(self.seed)
         self.start = self.seed if subset_dir is None else subset.Subset.load(subset_dir).apply(self.seed)
+        for method in methods:
+            jax.eval_shape(partial(self._begin, method), self.seed, self.start)
         self.run_dir.claim(None if reference_seed else self.seed)
         self.evaluator = Evaluator(self.model, data, recipe, self.mesh)
         self._programs: Programs | None = None
         for line in self.evaluator.cuts():
             self.console.print(line, highlight=False)
+
+    def _begin(self, method: Method, seed: Params, start: Params) -> Any:
+        """What a run of the method begins with; raises where it cannot tune this model."""
+        _, tuned = method.split(start, jax.random.key(0), self.model)
+        return method.init(seed, tuned)
 
     @property
     def size(self) -> int:
@@ -120,7 +131,8 @@ class RunContext:
 
     def baselines(self) -> list[dict[str, Any]]:
         """Rows of the most common answer and of the untuned model."""
-        rows = self.run_dir.baselines(self.data, self.evaluator, self.start)
+        name = "seed model" if self.start is self.seed else "with the subset"
+        rows = self.run_dir.baselines(self.data, self.evaluator, self.start, name)
         return [{"method": name, "free_params": 0, "seconds": 0.0, **row} for name, row in rows.items()]
 
     def place_seed_and_start(self) -> tuple[Params, Params]:
@@ -136,12 +148,9 @@ class RunContext:
             return
         if processes.is_primary():
             try:
-                checkpoint = Path(hub.local_path(self._checkpoint))
-                if (checkpoint / "config.json").is_file():
+                if (checkpoint := self._huggingface_dir()) is not None:
                     huggingface.export_subset(directory, checkpoint)
-            except (
-                ValueError
-            ) as e:  # the run is whole; the command `dst-optax subset convert` can do it later
+            except ValueError as e:  # the run is whole; `dst-optax subset convert` can do it later
                 self.console.print(f"No subset for Hugging Face was written: {e}", highlight=False)
         processes.barrier(f"{directory} is written for Hugging Face")
 
@@ -149,4 +158,16 @@ class RunContext:
         """Writes a whole model that ``checkpoint=`` can name."""
         params = processes.on_host(params)
         if processes.is_primary():
-            self.model.save(directory, params)
+            try:
+                source = self._huggingface_dir()
+            except ValueError as e:  # it is gone, and the run keeps a copy of its weights
+                source = None
+                self.console.print(f"The model is saved without the seed's tokenizer: {e}", highlight=False)
+            self.model.save(directory, params, source)
+
+    def _huggingface_dir(self) -> Path | None:
+        """Where the seed's files lie if it came from Hugging Face; a ValueError if they are gone."""
+        if self._checkpoint is None:
+            return None
+        directory = Path(hub.local_path(self._checkpoint))
+        return directory if (directory / "config.json").is_file() else None

@@ -1,12 +1,17 @@
 """Checkpoints by their names on the Hugging Face hub."""
 
 import re
+import shutil
+from pathlib import Path
 
 from dst_optax import paths
+from dst_optax.atomic import atomic_file
 
 NAME = re.compile(r"(?P<model>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
-FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt")
-"""What of a model is wanted: its weights, its configuration and its vocabulary."""
+SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt")
+"""Configuration, vocabulary and chat template."""
+FILES = ("*.safetensors", *SETTINGS)
+"""What of a model is wanted."""
 
 
 def local_path(checkpoint: str) -> str:
@@ -51,3 +56,16 @@ def local_path(checkpoint: str) -> str:
             f"{checkpoint} is no path, and the Hugging Face hub refuses it: {error} Check the name and the "
             "revision; private and gated models need 'hf auth login'."
         ) from error
+
+
+def copy_settings(checkpoint: Path, directory: Path) -> None:
+    """Copies what a checkpoint has beside its weights and ``config.json``, above all its tokenizer.
+
+    Args:
+      checkpoint: where it lies on this machine.
+      directory: to copy into.
+    """
+    for file in sorted(file for pattern in SETTINGS for file in checkpoint.glob(pattern)):
+        if file.name != "config.json" and not file.name.endswith(".index.json"):
+            with atomic_file(directory / file.name) as temporary:
+                shutil.copyfile(file, temporary)

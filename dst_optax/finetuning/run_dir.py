@@ -39,7 +39,9 @@ class RunDir:
                 raise ValueError(f"{self.root} is not empty and no run directory; give another run_dir.")
             return
         owner = json.loads(file.read_text())
-        differ = [name for name in self.identity if owner.get(name) != self.identity[name]]
+        differ = [
+            name for name in self.identity if owner.get(name, self.identity[name]) != self.identity[name]
+        ]
         if differ:
             name = differ[0]
             raise ValueError(
@@ -75,8 +77,10 @@ class RunDir:
             return storage.load_model(self.root / "seed" / "model.safetensors", jax.eval_shape(init))
         return jax.tree.map(np.asarray, jax.jit(init)() if load is None else load())
 
-    def baselines(self, data: TaskSuite, evaluator: Evaluator, params: Params) -> dict[str, Any]:
-        """Scores of the most common answer and of the model before tuning; computed once."""
+    def baselines(
+        self, data: TaskSuite, evaluator: Evaluator, params: Params, name: str = "seed model"
+    ) -> dict[str, Any]:
+        """Scores of the most common answer and of the model before tuning, by that name; computed once."""
         file = self.root / "baseline.json"
         exists = file.exists()
         processes.barrier(f"{file} is looked for")
@@ -84,9 +88,9 @@ class RunDir:
             majority = data.majority()
             rows: dict[str, Any] = {} if majority is None else {"majority": {"score": majority}}
             metrics, score = evaluator.score(params)
-            rows["seed model"] = {"score": score, "metrics": metrics}
+            rows[name] = {"score": score, "metrics": metrics}
             if evaluator.tests:
-                rows["seed model"]["test_score"] = evaluator.score(params, "test")[1]
+                rows[name]["test_score"] = evaluator.score(params, "test")[1]
                 if majority is not None:
                     rows["majority"]["test_score"] = data.majority("test")
             storage.write_text(file, json.dumps(rows, indent=1))

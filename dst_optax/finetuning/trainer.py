@@ -79,6 +79,8 @@ def finetune(
         been overwritten.
       Interrupted: after SIGINT or SIGTERM, with a checkpoint.
     """
+    if isinstance(rng_seeds, int) or not all(isinstance(x, int) for x in rng_seeds):
+        raise ValueError(f"rng_seeds: {rng_seeds!r} is no sequence of integers, such as (0, 1, 2).")
     context = RunContext(
         run_dir,
         data,
@@ -89,6 +91,7 @@ def finetune(
         mesh_shape=mesh_shape,
         reference_seed=reference_seed,
         config=config,
+        methods=methods.values(),
     )
     rows = context.baselines()
     for name, method in methods.items():
@@ -111,6 +114,7 @@ class Progress:
       best_score: its score.
       free_params: parameters that differed from the seed then.
       waited: evaluations since then.
+      evaluated: the last step whose model was evaluated; a stopped run owes that of its last step.
       seconds: spent in training, over all attempts.
     """
 
@@ -118,6 +122,7 @@ class Progress:
     best_score: float | None = None
     free_params: int = 0
     waited: int = 0
+    evaluated: int = 0
     seconds: float = 0.0
 
     def improves(self, score: float) -> bool:
@@ -192,6 +197,8 @@ class Run:
         )
         batch_sharding = placement.batch_sharding(context.mesh)
         key, began = jax.random.key(self.rng_seed), time.perf_counter() - progress.seconds
+        if start and recipe.evaluates_at(start) and progress.evaluated < start:
+            self._evaluate(start, state, progress, log)
         with stop_requests() as stop_requested:
             for step in range(start + 1, recipe.steps + 1):
                 if recipe.patience is not None and progress.waited >= recipe.patience:
@@ -228,6 +235,7 @@ class Run:
             progress.free_params, progress.waited = int(free_params), 0
         else:
             progress.waited += 1
+        progress.evaluated = step
         log.evaluation(step, measured, score)
 
     @property

@@ -113,6 +113,29 @@ def test_a_run_that_keeps_its_seed_needs_the_checkpoint_no_more(tmp_path):
     assert RunContext(*given, checkpoint=str(checkpoint)).seed_fingerprint == before
 
 
+def test_a_whole_model_is_saved_with_its_tokenizer(tmp_path):
+    checkpoint, tuned = tmp_path / "checkpoint", tmp_path / "tuned"
+    decoder.save_hf(cases.weights(CONFIG), CONFIG, checkpoint)
+    given = json.loads((checkpoint / "config.json").read_text()) | {"max_position_embeddings": 77}
+    (checkpoint / "config.json").write_text(json.dumps(given))
+    for name in (
+        "tokenizer.json",
+        "chat_template.jinja",
+        "pytorch_model.bin",
+        "model.safetensors.index.json",
+    ):
+        (checkpoint / name).write_text(name)
+    context = RunContext(str(tmp_path / "run"), DATA, CONFIG, RECIPE, checkpoint=str(checkpoint))
+    context.save_model(tuned, context.seed)
+    assert {file.name for file in tuned.iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja",
+    }  # fmt: skip
+    assert json.loads((tuned / "config.json").read_text())["max_position_embeddings"] == 77
+    checkpoint.rename(tmp_path / "elsewhere")
+    context.save_model(tmp_path / "without", context.seed)
+    assert {file.name for file in (tmp_path / "without").iterdir()} == {"config.json", "model.safetensors"}
+
+
 def test_a_recipe_says_how_layers_are_computed(tmp_path):
     recipe = replace(RECIPE, scan_layers=False, remat=True)
     context = RunContext(str(tmp_path / "run"), DATA, CONFIG, recipe)

@@ -122,6 +122,26 @@ def test_a_killed_sweep_neither_loses_nor_repeats_runs(tmp_path, monkeypatch, ca
     assert (tmp_path / "sweep" / "score_vs_budget_rte.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_sweep_with_other_rates_adds_to_what_there_is(tmp_path, monkeypatch):
+    pretend(monkeypatch, lambda *_: None, lambda run: SCORES)
+    before = sweep(tmp_path, (0,), learning_rates=[1e-2])
+    monkeypatch.setattr(score_vs_budget, "_seconds_a_run", None)  # nothing is left to do
+    assert sweep(tmp_path, (0,), learning_rates=[1e-2]) == before
+    monkeypatch.undo()
+    pretend(monkeypatch, lambda *_: None, lambda run: SCORES)
+    rows = sweep(tmp_path, (0,), learning_rates=[1e-1])
+    assert rows[: len(before)] == before
+    assert [row["learning_rate"] for row in rows[len(before) :]] == [0.1, 0.1]
+
+
+def test_a_directory_of_another_sweep_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(score_vs_budget, "_seconds_a_run", None)
+    (tmp_path / "rte").mkdir()
+    (tmp_path / "rte" / "mine").touch()
+    with pytest.raises(ValueError, match="rte is not empty and no run directory"):
+        sweep(tmp_path)
+
+
 def test_the_rate_is_that_of_the_best_mean_over_the_tuning_seeds(tmp_path, monkeypatch, capsys):
     trained = []
 

@@ -33,9 +33,10 @@ from dst_optax.finetuning.context import RunContext  # noqa: E402
 from dst_optax.finetuning.evaluator import Evaluator  # noqa: E402
 from dst_optax.finetuning.methods.dst import DST  # noqa: E402
 from dst_optax.finetuning.methods.full import Full  # noqa: E402
+from dst_optax.finetuning.methods.lora import LoRA  # noqa: E402
 from dst_optax.finetuning.models import t5  # noqa: E402
 from dst_optax.finetuning.steps import TrainState, make_step  # noqa: E402
-from dst_optax.finetuning.tasks.superglue import tasks  # noqa: E402
+from dst_optax.finetuning.tasks.superglue import sources, tasks  # noqa: E402
 from dst_optax.finetuning.tasks.superglue.sources import JsonlSource  # noqa: E402
 from dst_optax.finetuning.tasks.superglue.suite import SuperGlue  # noqa: E402
 from dst_optax.subset import models  # noqa: E402
@@ -88,6 +89,12 @@ def contents(run):
     for name, x in storage.named_leaves(restored(run)).items():
         out[name] = np.asarray(x).tobytes()
     return out
+
+
+def logged(run, name):
+    """Steps and values of a metric."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line[name]) for line in lines if name in line]
 
 
 def contents_of_subset(directory):
@@ -179,18 +186,21 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_same_bit_for_bit(whole, tmp_pat
 
     def interrupt(batch):
         interrupt.calls += 1
-        if interrupt.calls == 4:
+        if interrupt.calls == 3:  # a step that is evaluated
             os.kill(os.getpid(), signal.SIGINT)
         return spent(batch)
 
     interrupt.calls = 0
     monkeypatch.setattr(trainer.inputs, "count_tokens", interrupt)
-    with pytest.raises(trainer.Interrupted, match="stopped at step 4"):
+    with pytest.raises(trainer.Interrupted, match="stopped at step 3"):
         tune(tmp_path / "run")
     # what Python starts with; a shell's background jobs ignore the signal
     assert signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_IGN)
-    tune(tmp_path / "run")
-    assert contents(tmp_path / "run" / "dst" / "rng_0") == contents(whole[0] / "dst" / "rng_0")
+    row = tune(tmp_path / "run")[-1]
+    assert {**row, "seconds": None} == {**whole[1][-1], "seconds": None}
+    run, other = (directory / "dst" / "rng_0" for directory in (tmp_path / "run", whole[0]))
+    assert contents(run) == contents(other)
+    assert logged(run, "eval/score") == logged(other, "eval/score")
 
 
 KILLED = """
@@ -252,6 +262,9 @@ def test_another_run_is_refused_before_anything_is_written(whole):
         ({"checkpoint": "gs://bucket/seed"}, "checkpoint: gs://bucket/seed lies in an object store"),
         ({"subset_dir": "/absent"}, "/absent"),
         ({"mesh_shape": (3, 5)}, "mesh_shape"),
+        ({"methods": {"full": Full(optax.sgd(1)), "dst": DST(optax.sgd(1), 10.0)}}, "fraction.*10"),
+        ({"methods": {"lora": LoRA(optax.sgd(1), num_free_params=1)}}, "LoRA: 1 free parameters are too few"),
+        ({"rng_seeds": 0}, "rng_seeds: 0 is no sequence"),
     ],
 )
 def test_bad_input_is_refused_before_training(changes, says, tmp_path):
@@ -265,6 +278,24 @@ def test_a_run_directory_in_a_store_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="run_dir: gs://bucket/run lies in an object store"):
         tune("gs://bucket/run")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_notices_that_its_data_has_changed(tmp_path):
+    (tmp_path / "RTE").mkdir()
+
+    def write(label):
+        row = {"premise": "P", "hypothesis": "H", "label": label, "idx": 0}
+        for name in ("train", "val", "test"):
+            (tmp_path / "RTE" / f"{name}.jsonl").write_text(json.dumps(row))
+        sources._read.cache_clear()
+
+    data = SuperGlue(JsonlSource(str(tmp_path)), DATA.vocabulary, ("rte",))
+    write("entailment")
+    RunContext(str(tmp_path / "run"), data, MODEL, RECIPE)
+    RunContext(str(tmp_path / "run"), data, MODEL, RECIPE)
+    write("not_entailment")
+    with pytest.raises(ValueError, match="belongs to another run: data differ"):
+        RunContext(str(tmp_path / "run"), data, MODEL, RECIPE)
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])

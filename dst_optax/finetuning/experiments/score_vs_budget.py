@@ -17,7 +17,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -102,9 +102,9 @@ def score_vs_budget(
     root = require_local(run_dir, "run_dir")
     sheet = Sheet(root / "results.jsonl")
 
-    def context(task: str, where: Path, recipe: Recipe) -> RunContext:
-        task_data = replace(data, names=(task,))
-        return RunContext(str(where), task_data, model, recipe, checkpoint=checkpoint, config=config)
+    def context(task: str, where: Path, recipe: Recipe, methods: Iterable[Method] = ()) -> RunContext:
+        task_data, rest = replace(data, names=(task,)), {"checkpoint": checkpoint, "config": config}
+        return RunContext(str(where), task_data, model, recipe, methods=methods, **rest)
 
     def make(cell: Cell) -> Method:
         budget = {} if cell.budget is None else {"num_free_params": cell.budget}
@@ -131,11 +131,15 @@ def score_vs_budget(
         for name, budget in filter(None, of_each)
     ]
     cells = {(name, budget): _cells(name, budget, grids[name]) for name, budget in groups}
-    first = cells[groups[0]][0]
-    each = _seconds_a_run(lambda *where: context(data.names[0], *where), make(first), recipe)
+    every = [make(cell) for grid in cells.values() for cell in grid]
+    shared = context(data.names[0], root / data.names[0], recipe, every)
     more = len(rng_seeds) - tuning_seeds
     runs = len(data.names) * sum(len(grid) * tuning_seeds + more for grid in cells.values())
-    done = sum(1 for _ in root.glob("*/*/rng_*/result.json"))
+    wanted = itertools.product(data.names, itertools.chain(*cells.values()), rng_seeds)
+    done = sum((root / task / str(cell) / f"rng_{x}" / "result.json").exists() for task, cell, x in wanted)
+    each = 0.0
+    if done < runs:
+        each = _seconds_a_run(lambda *where: context(data.names[0], *where), every[0], recipe)
     rates = "; ".join(
         f"{name} {'all' if budget is None else budget}: {', '.join(f'{x.learning_rate:g}' for x in grid)}"
         for (name, budget), grid in cells.items()
@@ -147,7 +151,8 @@ def score_vs_budget(
         flush=True,
     )
     for task in data.names:
-        shared = context(task, root / task, recipe)
+        if shared.data.names != (task,):
+            shared = context(task, root / task, recipe, every)
         for row in shared.baselines():
             sheet.add({"task": task, **row})
         chosen = []
@@ -178,19 +183,29 @@ class Sheet:
     """Rows that are on disk as soon as they are known, a JSON line each.
 
     Args:
-      path: the file; what an earlier command wrote is replaced.
+      path: the file; what an earlier command wrote stays.
     """
 
     def __init__(self, path: Path):
         self._path = path
-        self.rows: list[Row] = []
+        lines = path.read_text().splitlines() if path.is_file() else []
+        self._rows = {_run_of(row): row for row in map(json.loads, lines)}
+
+    @property
+    def rows(self) -> list[Row]:
+        """One of each run."""
+        return list(self._rows.values())
 
     def add(self, row: Row) -> Row:
-        """Adds a row, and returns it."""
-        self.rows.append(row)
+        """Adds a row, or replaces that of the same run, and returns it."""
+        self._rows[_run_of(row)] = row
         self._path.parent.mkdir(parents=True, exist_ok=True)
         storage.write_text(self._path, "".join(json.dumps(x) + "\n" for x in self.rows))
         return row
+
+
+def _run_of(row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in ("task", "method", "budget", "learning_rate", "rng_seed"))
 
 
 def _seconds_a_run(context: Callable[[Path, Recipe], RunContext], method: Method, recipe: Recipe) -> float:

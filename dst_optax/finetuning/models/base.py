@@ -66,8 +66,14 @@ class LanguageModel(Protocol):
         """
         ...
 
-    def save(self, directory: Path, params: Params) -> None:
-        """Writes a checkpoint that :meth:`load` reads."""
+    def save(self, directory: Path, params: Params, source: Path | None = None) -> None:
+        """Writes a checkpoint that :meth:`load` reads.
+
+        Args:
+          directory: to fill.
+          params: the parameters.
+          source: a Hugging Face checkpoint of the model, whose tokenizer and settings go along.
+        """
         ...
 
     @property

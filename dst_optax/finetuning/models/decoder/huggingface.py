@@ -6,7 +6,6 @@
 import json
 import math
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import safetensors.numpy
 from jax.typing import DTypeLike
 
 from dst_optax.atomic import atomic_file
+from dst_optax.finetuning import hub
 from dst_optax.finetuning.models.base import flatten, unflatten
 from dst_optax.finetuning.models.decoder import config_json, parameters
 from dst_optax.finetuning.models.decoder.config import DecoderConfig
@@ -196,10 +196,7 @@ def save_hf(
     if source is not None:
         settings = json.loads((Path(source) / config_json.CONFIG).read_text())
         config_text = json.dumps(settings | {"torch_dtype": dtype, "dtype": dtype}, indent=2) + "\n"
-        for file in Path(source).iterdir():
-            if file.is_file() and file.name != config_json.CONFIG and ".safetensors" not in file.name:
-                with atomic_file(path / file.name) as temporary:
-                    shutil.copyfile(file, temporary)
+        hub.copy_settings(Path(source), path)
     shards = _shards(tensors(config), flat, shard_bytes)
     for name, rows in shards.items():
         held = {row.name: np.ascontiguousarray(row.take(_on_host(flat[row.path]))) for row in rows}

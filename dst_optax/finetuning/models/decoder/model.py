@@ -60,8 +60,8 @@ class CausalLM:
         self._check_config(checkpoint)
         return huggingface.load(checkpoint, self.config)
 
-    def save(self, directory: Path, params: Params) -> None:  # noqa: D102
-        huggingface.save_hf(params, self.config, directory)
+    def save(self, directory: Path, params: Params, source: Path | None = None) -> None:  # noqa: D102
+        huggingface.save_hf(params, self.config, directory, source)
 
     def shardings(self, params: Params, mesh: Mesh, rules: Rules | None = None) -> Any:  # noqa: D102
         del params
@@ -92,6 +92,11 @@ class CausalLM:
             raise ValueError(
                 f"a decoder-only model needs its own tokenizer, not {type(vocabulary).__name__}: give "
                 "HuggingFaceVocabulary the directory of its checkpoint."
+            )
+        if (text := vocabulary.decode([*vocabulary.encode("a:"), *vocabulary.encode(" b")])) != "a: b":
+            raise ValueError(
+                f"{vocabulary!r} makes {text!r} of 'a:' and ' b': like those of Llama 1 and 2 it begins "
+                "every text anew, so that targets would not continue their inputs. Take another model."
             )
         if vocabulary.vocab_size > self.config.vocab_size:
             raise ValueError(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from dst_optax.finetuning import hub
 from dst_optax.finetuning.models.base import Batch, Params, Rules, replace_given
 from dst_optax.finetuning.models.t5 import parameters
 from dst_optax.finetuning.models.t5.checkpoints import load
@@ -62,8 +63,10 @@ class T5:
     def load(self, checkpoint: str) -> Params:  # noqa: D102
         return load(checkpoint, self.config)
 
-    def save(self, directory: Path, params: Params) -> None:  # noqa: D102
+    def save(self, directory: Path, params: Params, source: Path | None = None) -> None:  # noqa: D102
         save_hf(params, self.config, directory)
+        if source is not None:
+            hub.copy_settings(source, directory)
 
     def shardings(self, params: Params, mesh: Mesh, rules: Rules | None = None) -> Any:  # noqa: D102
         return parameters.shardings(params, mesh, rules or self.axis_rules)
@@ -113,6 +116,9 @@ class T5:
                 f"the vocabulary has {vocabulary.vocab_size} pieces, the model's embedding "
                 f"{self.config.vocab_size} rows; they do not belong together."
             )
+        own = None if checkpoint is None else as_path(checkpoint) / "spiece.model"
+        if file is not None and own is not None and own.exists():
+            _require_same_pieces(file, own)
         if (vocabulary.pad_id, vocabulary.eos_id) != (0, EOS):
             raise ValueError(
                 f"T5 pads with 0 and ends with {EOS}; the vocabulary has {vocabulary.pad_id} and "
@@ -122,3 +128,18 @@ class T5:
     def matrices(self, paths: Iterable[str]) -> list[str]:  # noqa: D102
         paths = list(paths)
         return [path for pattern in MATRICES for path in paths if re.search(pattern, path)]
+
+
+def _require_same_pieces(vocabulary: str, own: Path) -> None:
+    from sentencepiece import SentencePieceProcessor
+
+    ours, theirs = (
+        SentencePieceProcessor(model_proto=as_path(file).read_bytes()) for file in (vocabulary, own)
+    )
+    for i in range(max(len(ours), len(theirs))):
+        pieces = [x.id_to_piece(i) if i < len(x) else None for x in (ours, theirs)]
+        if pieces[0] != pieces[1]:
+            raise ValueError(
+                f"the vocabulary {vocabulary} is not the checkpoint's own, {own}: token {i} is {pieces[0]!r} "
+                f"and there {pieces[1]!r}. Set VOCAB to the checkpoint's."
+            )

@@ -430,3 +430,22 @@ def test_a_run_starts_from_a_t5x_checkpoint(tmp_path):
     assert_same(jax.tree.map(np.asarray, placed), seed)
     tuned = jax.tree.map(lambda x: x + np.float32(1), seed)
     assert_same(subset.from_models(context.seed, tuned).apply(seed), tuned)  # the fingerprints are equal
+
+
+def test_another_vocabulary_than_the_checkpoints_own_is_refused(tmp_path):
+    seqio, sentencepiece = pytest.importorskip("seqio"), pytest.importorskip("sentencepiece")
+
+    def train(name, text):
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([text] * 20), model_prefix=str(tmp_path / name), vocab_size=12,
+            model_type="char", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+        )  # fmt: skip
+        return tmp_path / f"{name}.model"
+
+    one, other = train("one", "abcdefgh"), train("other", "ijklmnop")
+    (tmp_path / "seed").mkdir()
+    (tmp_path / "seed" / "spiece.model").write_bytes(one.read_bytes())
+    model = t5.T5(dataclasses.replace(CONFIG, vocab_size=128))
+    model.check(seqio.SentencePieceVocabulary(str(one), extra_ids=100), str(tmp_path / "seed"))
+    with pytest.raises(ValueError, match=r"other\.model is not the checkpoint's own, .*: token \d+ is 'i"):
+        model.check(seqio.SentencePieceVocabulary(str(other), extra_ids=100), str(tmp_path / "seed"))
