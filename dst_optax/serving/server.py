@@ -135,6 +135,8 @@ class SubsetServer:
             self.default = None if self.default == name else self.default
             self._loaded.discard(name)
             try:
+                async with self._turns.closed():  # a switch to it may have begun; no other can
+                    pass
                 if self._turns.current == name:
                     async with self._turns.turn(self.default):
                         pass

@@ -35,6 +35,7 @@ class Fake:
             rank["now"] = args[0]
         if verb in ("unload", "discard") and args[0] in rank["loaded"]:
             rank["loaded"].remove(args[0])
+            rank["now"] = None if rank["now"] == args[0] else rank["now"]
         if verb == "list":
             return {"result": [(n, 3, 10, n == rank["now"]) for n in rank["loaded"]]}
         return {"result": None}
@@ -48,6 +49,7 @@ class Fake:
         self.paused = False
 
     async def set_version(self, version):
+        await asyncio.sleep(0.001)
         self.version = version
 
     @property
@@ -309,6 +311,28 @@ def test_entries_that_no_process_has_a_place_for_are_refused(tmp_path):
         assert not server.has("lost")
         engine.missed = [{"w": np.packbits(first).tobytes()}, {}]
         await server.load("one", "one")
+
+    run(tmp_path, body)
+
+
+@pytest.mark.parametrize("ticks", range(0, 12))
+def test_unloading_waits_for_a_switch_that_has_begun(tmp_path, ticks):
+    async def body(server, engine):
+        async def request():
+            async with server.turn("a"):
+                return list(engine.now)
+
+        asked = asyncio.ensure_future(request())
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        await server.unload("a")
+        try:
+            assert await asked == ["a", "a"]
+        except UnknownSubsetError:
+            pass
+        assert engine.now == [None, None]
+        await server.load("a", "a")
+        assert await request() == ["a", "a"]
 
     run(tmp_path, body)
 
