@@ -219,10 +219,16 @@ class Layout(Protocol):
         ...
 
 
-def per_platform(method: Callable[..., Any], *args: Any) -> Any:
-    """``method(layout, *args)`` with the layout that suits the platform it is compiled for."""
+def per_platform(method: Callable[..., Any], largest: int, *args: Any) -> Any:
+    """``method(layout, *args)`` with the layout that suits the platform it is compiled for.
+
+    Args:
+      method: traced for each platform.
+      largest: entries of the largest silo; a row has less than 2**31.
+      *args: pytrees of arrays.
+    """
     everywhere = partial(method, Tensors())
-    if jax.device_count() > 1:
+    if jax.device_count() > 1 or largest >= 2**31:
         return everywhere(*args)
     return lax.platform_dependent(*args, cpu=partial(method, Rows()), default=everywhere)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -102,15 +103,34 @@ def sum_by_silo(counts: Counts, silos: Sequence[int], num_silos: int) -> Counts:
 
 
 def sum_of_mask(mask: jax.Array, axes: Sequence[int]) -> Counts:
-    """How many entries are set, along axes that may span more than 2**31 entries."""
+    """How many entries are set, along axes that span less than 2**46 entries, each less than 2**31."""
     total = Counts(jnp.zeros(mask.shape, jnp.int32), mask.astype(jnp.int32))
-    for axis in sorted(axes, reverse=True):
-        # bytes of the low part add up without overflow along any axis below 2**23 entries
-        low_byte = jnp.sum(total.low & 0xFF, axis, dtype=jnp.int32)
-        high_byte = jnp.sum(total.low >> 8, axis, dtype=jnp.int32)
-        high = jnp.sum(total.high, axis, dtype=jnp.int32) + (high_byte >> 8)
-        total = Counts.carried(high, low_byte + ((high_byte & 0xFF) << 8))
-    return total
+    # bytes add up without overflow along axes below 2**23 entries, and bits, which come first, along any
+    for axis in sorted(axes, key=lambda axis: (mask.shape[axis] >= 2**23, axis), reverse=True):
+        add = partial(jnp.sum, axis=axis, dtype=jnp.int32, keepdims=True)
+        low_byte, high_byte = add(total.low & 0xFF), add(total.low >> 8)
+        total = Counts.carried(add(total.high) + (high_byte >> 8), low_byte + ((high_byte & 0xFF) << 8))
+    return jax.tree.map(partial(jnp.squeeze, axis=tuple(axes)), total)
+
+
+def product_words(x: jax.Array, factor: int) -> tuple[jax.Array, jax.Array]:
+    """``x * factor`` as its low and its high 32 bits.
+
+    Args:
+      x: uint32 of any shape.
+      factor: below 2**48.
+
+    Returns:
+      Two uint32 arrays of that shape.
+
+    Example:
+      >>> low, high = product_words(jnp.uint32(3), 2**33 + 1)
+      >>> int(low), int(high)
+      (3, 6)
+    """
+    digits = [jnp.uint32((factor >> (DIGIT * i)) & 0xFFFF) for i in range(3)]
+    product = _multiply([x & 0xFFFF, x >> DIGIT], digits)
+    return product[0] | (product[1] << DIGIT), product[2] | (product[3] << DIGIT)
 
 
 def ceil_of_product(numbers: Sequence[int], factor: jax.Array, shift: jax.Array) -> Counts:

@@ -61,7 +61,8 @@ class SubsetRule:
     def plan(self, params: Any) -> SiloPlan:
         """Silos and budgets for given parameters; no budgets where they are known at run time only."""
         fraction = None if _at_run_time(self.fraction) else self.fraction
-        return silos_lib.make_plan(params, self.silos, fraction, self.num_free_params)
+        plan = silos_lib.make_plan(params, self.silos, fraction, self.num_free_params)
+        return plan.canonical()
 
     def init(self, params: Any) -> DynamicSubsetTuningState:
         """The state of a trainer, without a mask: the parameters themselves show the subset."""

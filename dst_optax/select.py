@@ -20,7 +20,7 @@ from jax.experimental import checkify
 
 from dst_optax import counting, distances
 from dst_optax.counting import Count, Keys, Layout, Query, search
-from dst_optax.counts import Counts
+from dst_optax.counts import Counts, product_words
 from dst_optax.floats import add, bits, force_rounding, in_memory, opaque_zero, promote
 from dst_optax.silos import LeafPlan, SiloPlan
 from dst_optax.state import Diagnostics, Memory, new_memory
@@ -90,7 +90,7 @@ def choose(
     for leaf, proposal in zip(leaves, proposals, strict=True):
         _check_distance(distance, leaf, proposal.dtype)
     method = partial(_choose, leaves, plan.sizes, distance, ties)
-    return counting.per_platform(method, proposals, seeds, budgets, memory)
+    return counting.per_platform(method, max(plan.sizes), proposals, seeds, budgets, memory)
 
 
 @cache
@@ -357,8 +357,14 @@ def _index_digits(
     stride = 1
     for d in reversed(range(len(shape))):
         if d != axis:
-            index = index + lax.broadcasted_iota(jnp.uint32, shape, d) * jnp.uint32(stride)
-            above = above + (index >> INDEX_BITS).astype(jnp.int32)
+            position = lax.broadcasted_iota(jnp.uint32, shape, d)
+            if stride * shape[d] <= 2**32:
+                low, high = position * jnp.uint32(stride), jnp.uint32(0)
+            else:
+                low, high = product_words(position, stride)
+            index = index + (low & jnp.uint32(2**INDEX_BITS - 1))
+            carried = (low >> INDEX_BITS) + (high << (32 - INDEX_BITS)) + (index >> INDEX_BITS)
+            above = above + carried.astype(jnp.int32)
             index = index & jnp.uint32(2**INDEX_BITS - 1)
             stride *= shape[d]
     return _mix(index).astype(jnp.int32), above

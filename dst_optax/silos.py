@@ -8,6 +8,7 @@ numbers that the transform is compiled with.
 import dataclasses
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -168,11 +169,13 @@ class SiloPlan:
 
     def is_free(self, leaf: LeafPlan) -> bool:
         """Whether every entry of the leaf is free at every step, known statically."""
-        return self.budgets is not None and all(self.budgets[i] == self.sizes[i] for i in leaf.silos)
+        full = self.budgets is not None and all(self.budgets[i] == self.sizes[i] for i in leaf.silos)
+        return full and 0 not in leaf.shape
 
     def is_frozen(self, leaf: LeafPlan) -> bool:
         """Whether no entry of the leaf is ever free, known statically."""
-        return self.budgets is not None and all(self.budgets[i] == 0 for i in leaf.silos)
+        none = self.budgets is not None and all(self.budgets[i] == 0 for i in leaf.silos)
+        return none or 0 in leaf.shape
 
     @property
     def ranked(self) -> tuple[int, ...]:
@@ -180,6 +183,12 @@ class SiloPlan:
         return tuple(
             i for i, leaf in enumerate(self.leaves) if not self.is_free(leaf) and not self.is_frozen(leaf)
         )
+
+    def canonical(self) -> "SiloPlan":
+        """The same plan with the dtypes that JAX gives to such tensors: float32 for float64 by default."""
+        dtypes = [jax.dtypes.canonicalize_dtype(leaf.dtype).name for leaf in self.leaves]
+        leaves = map(lambda leaf, dtype: dataclasses.replace(leaf, dtype=dtype), self.leaves, dtypes)
+        return dataclasses.replace(self, leaves=tuple(leaves))
 
     def part(self, leaves: Sequence[int]) -> "SiloPlan":
         """The plan of one group of :func:`groups_that_share_silos`.
@@ -299,13 +308,17 @@ def make_plan(
     named = named_leaves(params, is_leaf=lambda x: False)
     for path, leaf in named:
         _check_leaf(path, leaf)
+    paths = [path for path, _ in named]
+    path, times = next(iter(Counter(paths).most_common(1)), ("", 1))
+    if times > 1:
+        raise ValueError(f"{times} parameters have the path {path!r}; rename them.")
     fractions = fraction_of_free_params
     if num_free_params is not None:
         fractions = None
     patterns = list(rule.patterns)
     if are_rules(fractions):
         patterns += [p for p, _ in fractions or ()]
-    _check_patterns(patterns, [path for path, _ in named])
+    _check_patterns(patterns, paths)
 
     indices: dict[str, int] = {}
     sizes: list[int] = []
@@ -370,6 +383,15 @@ def _check_leaf(path: str, leaf: Any) -> None:
         raise TypeError(
             f"parameter {path!r}: expected a floating-point array, got dtype {dtype}; a subset of such "
             "entries has no distance. Take it out of the parameters or mask it (optax.masked)."
+        )
+    if np.dtype(dtype).itemsize == 1:
+        raise TypeError(
+            f"parameter {path!r}: got dtype {dtype}, which is too coarse to tune single entries. Keep it in "
+            "bfloat16, or mask it (optax.masked)."
+        )
+    if any(n >= 2**31 for n in leaf.shape):
+        raise ValueError(
+            f"parameter {path!r} of shape {tuple(leaf.shape)} has an axis of 2**31 entries or more; split it."
         )
 
 

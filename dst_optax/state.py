@@ -232,13 +232,7 @@ def map_leaf_states(change: Callable[[str, Any, LeafState | None], Any], params:
     Raises:
       ValueError: a parameter is missing, or not of its seed's shape and dtype.
     """
-    by_path = leaf_states(state)
-    missing = sorted(set(by_path) - set(paths(params)))
-    if missing:
-        raise ValueError(
-            f"the state knows of {missing[0]!r}, which the parameters lack; pass the parameters "
-            "that the state was made for."
-        )
+    by_path = _leaf_states_of(params, state)
 
     def visit(path: str, p: Any) -> Any:
         leaf = by_path.get(path)
@@ -260,9 +254,9 @@ def seed_leaves(params: Any, state: Any) -> list[tuple[str, Any]]:
       Pairs of path and seed; None where none is kept, as for a leaf that is free at every step.
 
     Raises:
-      ValueError: the seed is not captured yet.
+      ValueError: a parameter is missing, or the seed is not captured yet.
     """
-    by_path = leaf_states(state)
+    by_path = _leaf_states_of(params, state)
     for leaf in by_path.values():
         if not bool(leaf.captured):
             raise ValueError(
@@ -277,6 +271,17 @@ def seed_leaves(params: Any, state: Any) -> list[tuple[str, Any]]:
         return p if isinstance(leaf.seed, Frozen) else leaf.seed
 
     return [(path, seed(path, p)) for path, p in named_leaves(params, is_leaf=lambda x: False)]
+
+
+def _leaf_states_of(params: Any, state: Any) -> dict[str, LeafState]:
+    by_path = leaf_states(state)
+    missing = sorted(set(by_path) - set(paths(params)))
+    if missing:
+        raise ValueError(
+            f"the state knows of {missing[0]!r}, which the parameters lack; pass the parameters "
+            "that the state was made for."
+        )
+    return by_path
 
 
 def check_structure(plan: SiloPlan, updates: Any, state: DynamicSubsetTuningState, params: Any) -> None:

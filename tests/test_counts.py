@@ -1,5 +1,6 @@
 """Counts beyond 2**31 against Python's integers."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +16,17 @@ NUMBERS = st.lists(st.integers(0, 2**45), min_size=2, max_size=2)
 
 def integers(x):
     return (np.asarray(x.high, np.int64) * 2**16 + np.asarray(x.low, np.int64)).tolist()
+
+
+def test_a_long_axis_is_summed_before_its_counts_are_large():
+    sum_ = jax.jit(lambda one: counts.sum_of_mask(jnp.broadcast_to(one, (2**24, 200)), (0, 1)))
+    assert integers(sum_(jnp.ones((1, 1), bool))) == 200 * 2**24
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 2**31))
+def test_products_have_two_words(x, factor):
+    low, high = counts.product_words(jnp.uint32(x), factor)
+    assert int(low) + (int(high) << 32) == x * factor
 
 
 @given(NUMBERS)

@@ -161,8 +161,21 @@ def test_a_layer_pattern_needs_a_group():
 
 @pytest.mark.parametrize(
     ("leaf", "says"),
-    [(jnp.arange(3), "int32"), (np.ones(3, bool), "bool"), (jax.random.key(0), "key"), (1.0, "float")],
+    [
+        (jnp.arange(3), "int32"),
+        (np.ones(3, bool), "bool"),
+        (jax.random.key(0), "key"),
+        (1.0, "float"),
+        (jnp.ones(2, jnp.float8_e5m2), "float8"),
+    ],
 )
 def test_leaves_without_a_distance_are_refused(leaf, says):
     with pytest.raises(TypeError, match=f"'a/b'.*{says}"):
         silos.make_plan({"a": {"b": leaf}})
+
+
+def test_leaves_that_could_not_be_ranked_or_named_are_refused():
+    with pytest.raises(ValueError, match=r"'w' of shape \(2147483648,\) has an axis of 2\*\*31"):
+        silos.make_plan({"w": jax.ShapeDtypeStruct((2**31,), jnp.float32)})
+    with pytest.raises(ValueError, match="2 parameters have the path 'a/b'"):
+        silos.make_plan({"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}})

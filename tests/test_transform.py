@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from precision import x64
 
 import dst_optax
-from dst_optax import counting, distances, select, silos
+from dst_optax import counting, distances, select, silos, subset
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -361,6 +361,52 @@ def test_fill_orders_silos_whose_indices_need_two_digits(monkeypatch):
     spread = np.flatnonzero(np.asarray(after["tied"]) != 0)
     assert spread.max() > 23 * 29 * 3 // 4
     assert spread.min() < 23 * 29 // 4
+
+
+@pytest.mark.parametrize(
+    ("shape", "offset"), [((16, 2**30), 5), ((3, 2**17, 2**17), 2**31 + 5), ((2**25, 99), 0)]
+)
+def test_indices_beyond_32_bits_are_told_apart(shape, offset):
+    """Only a corner of the tensor is computed."""
+    corner = tuple(slice(max(n - 3, 0), n) for n in shape)
+
+    @jax.jit
+    def digits():
+        return [x[corner] for x in select._index_digits(shape, None, (offset,))]
+
+    strides = [int(np.prod(shape[d + 1 :], dtype=object)) for d in range(len(shape))]
+    positions = np.meshgrid(*[np.arange(s.start, s.stop) for s in corner], indexing="ij")
+    index = offset + sum(x.astype(np.int64) * n for x, n in zip(positions, strides, strict=True))
+    mixed, above = digits()
+    np.testing.assert_array_equal(above, index >> 31)
+    expected = select._mix(jnp.asarray(index & (2**31 - 1), jnp.uint32))
+    np.testing.assert_array_equal(mixed, expected.astype(jnp.int32))
+
+
+@pytest.mark.parametrize("fraction", [0.5, optax.constant_schedule(0.5), [("e", 0), ("", 0.5)]])
+def test_empty_leaves_take_no_part(fraction):
+    params = {"w": jnp.zeros(5), "e": jnp.zeros((0, 3))}
+    tx = dst_optax.wrap(given_updates(), fraction)
+    state = tx.init(params)
+    updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+    params = dst_optax.apply_updates(params, updates, state)
+    assert {path: e.positions.size for path, e in subset.extract(params, state).items()}["e"] == 0
+
+
+def test_silos_too_large_for_a_row_are_traced():
+    params = {name: jax.ShapeDtypeStruct((40_000, 40_000), jnp.bfloat16) for name in "abcd"}
+    tx = dst_optax.wrap(given_updates(), 0.5, silos=silos.whole_model())
+    jax.eval_shape(tx.update, params, jax.eval_shape(tx.init, params), params)
+
+
+def test_numpys_float64_becomes_float32():
+    params = {"w": np.zeros(4)}
+    tx = dst_optax.wrap(given_updates(), 0.5)
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = jax.jit(tx.update)({"w": jnp.ones(4)}, state, params)
+        params = dst_optax.apply_updates(params, updates, state)
+    assert params["w"].dtype == jnp.float32
 
 
 @pytest.mark.parametrize(("ties", "distinct"), [("strict", True), ("fill", True), ("fill", False)])
