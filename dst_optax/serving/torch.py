@@ -97,7 +97,6 @@ class SubsetStore(InPlaceStore):
 
     def _place(self, subset: Subset) -> Loaded[dict[str, Piece]]:
         subset = self._renamed(subset)
-        subset.check_fingerprints({name: self._fingerprints[name] for name in subset})
         pieces = {}
         for name, e in subset.items():
             if len(e):
@@ -109,7 +108,7 @@ class SubsetStore(InPlaceStore):
         return in_place.loaded(subset, pieces)
 
     def _renamed(self, subset: Subset) -> Subset:
-        """The subset with tied tensors under their first names, once, after its structure is checked."""
+        """The subset with tied tensors under their first names, once, if it is of this seed."""
         covered = {self._primary[name] for name in subset if name in self._primary}
         needed = [
             n for n, s in self._slots.items() if s.attribute in s.owner._parameters and n not in covered
@@ -119,6 +118,7 @@ class SubsetStore(InPlaceStore):
             for name in [*(n for n in subset if n in self._primary), *needed]
         }
         subset.check_structure(structure)
+        subset.check_fingerprints({name: self._fingerprints[self._primary[name]] for name in subset})
         leaves = {}
         for name, e in subset.items():
             other = leaves.setdefault(self._primary[name], e)

@@ -101,7 +101,8 @@ def to_hf(subset: Subset, table: Sequence[Tensor], seed: Mapping[str, Any]) -> S
     for row in table:
         leaves |= {copy: leaves[row.name] for copy in row.copies if copy in both.named}
     if both.is_hf:
-        leaves |= {name: _untouched(x) for name, x in both.named.items() if name not in leaves}
+        rest = {name: x for name, x in both.named.items() if name not in leaves}
+        leaves |= {name: _untouched(x, subset.has_seed_values) for name, x in rest.items()}
     return Subset(leaves, subset.metadata | {KEY: HUGGING_FACE})
 
 
@@ -169,7 +170,12 @@ class _Seed:
             )
 
     def tensor(self, row: Tensor) -> np.ndarray:
-        return np.asarray(self.named[row.name]) if self.is_hf else row.take(np.asarray(self.named[row.path]))
+        if not self.is_hf:
+            return row.take(np.asarray(self.named[row.path]))
+        x = np.asarray(self.named[row.name])
+        if x.shape != row.shape:
+            raise SubsetError(f"{row.name!r} is {list(x.shape)} in the seed, {list(row.shape)} in the model.")
+        return x
 
     def parameter(self, path: str, shape: tuple[int, ...]) -> np.ndarray:
         if not self.is_hf:
@@ -253,13 +259,14 @@ def _ordered(
     return Entries(shape, positions[order], values[order], None if seeds is None else seeds[order])
 
 
-def _untouched(x: Any) -> Entries:
+def _untouched(x: Any, with_seed_values: bool) -> Entries:
     """No entries of a tensor of the seed."""
+    none = np.empty(0, np.dtype(x.dtype))
     return Entries(
         tuple(x.shape),
         np.empty(0, np.int64),
-        np.empty(0, np.dtype(x.dtype)),
-        None,
+        none,
+        none if with_seed_values else None,
         fingerprint(np.asarray(x)),
     )
 

@@ -448,17 +448,16 @@ def _converted(path: str, e: Entries, dtype: np.dtype) -> Entries:
 def _check_same_seed(subsets: Sequence[Subset]) -> None:
     if not subsets:
         raise SubsetError("no subset was given.")
-    first = subsets[0]
-    structure = {p: (e.shape, e.dtype) for p, e in first.items()}
+    structure = {p: (e.shape, e.dtype) for p, e in subsets[0].items()}
     for other in subsets[1:]:
         other.check_structure(structure)
-        for path, e in other.items():
-            actual, expected = e.seed_fingerprint, first[path].seed_fingerprint
-            if None not in (actual, expected) and actual != expected:
-                raise SubsetError(
-                    f"the subsets are of different seeds: {path!r} has the fingerprints {expected} "
-                    f"and {actual}."
-                )
+    for path in structure:
+        known = [x[path].seed_fingerprint for x in subsets]
+        prints = sorted({x for x in known if x is not None})
+        if len(prints) > 1:
+            raise SubsetError(
+                f"the subsets are of different seeds: {path!r} has the fingerprints {', '.join(prints)}."
+            )
 
 
 def _written(x: Any, positions: np.ndarray, values: np.ndarray | None) -> Any:

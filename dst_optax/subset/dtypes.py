@@ -54,8 +54,8 @@ def checked(dtype: Any, path: str) -> np.dtype:
         dtype = np.dtype(dtype)
     except TypeError as e:
         raise SubsetError(
-            f"{path!r} has the dtype {dtype} and is no parameter: leave random keys out, with nnx for one by "
-            "nnx.state(model, nnx.Param)."
+            f"{path!r} has the dtype {dtype}, which numpy does not have: convert tensors of other libraries "
+            "to arrays, and leave random keys out, with nnx for one by nnx.state(model, nnx.Param)."
         ) from e
     if dtype.name not in BY_NAME:
         raise SubsetError(

@@ -13,7 +13,8 @@ import numpy as np
 
 from dst_optax import distances
 from dst_optax.project import project
-from dst_optax.silos import SiloPlan, Silos, groups_that_share_silos, make_plan
+from dst_optax.rule import SubsetRule
+from dst_optax.silos import SiloPlan, Silos, groups_that_share_silos
 from dst_optax.state import Free, leaf_states, seed_leaves
 from dst_optax.subset import trees
 from dst_optax.subset.core import Entries, Subset
@@ -125,7 +126,12 @@ def from_models(
         floats = {
             path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in tuneds.items() if is_float(x.dtype)
         }
-        plan = make_plan(floats, silos, fraction_of_free_params, num_free_params)
+        plan = SubsetRule(fraction_of_free_params, num_free_params, silos, distance).plan(floats)
+        if plan.budgets is None:
+            raise SubsetError(
+                f"fraction_of_free_params: got {fraction_of_free_params!r}; a model that is tuned already "
+                "is at no step, so give a number."
+            )
     parts = _differences(seeds, tuneds, plan, distance)
     return _subset(seeds, tuneds, parts, with_seed_values, metadata)
 

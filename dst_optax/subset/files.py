@@ -78,10 +78,14 @@ def save(subset: Subset, directory: str | os.PathLike[str], encoding: str = "gap
         "metadata": subset.metadata,
     }
     try:
+        # as it will be read: keys are texts there
+        config = json.loads(json.dumps(config, allow_nan=False), object_pairs_hook=_no_duplicates)
         config["sha256"] = {TENSORS: hashlib.sha256(content).hexdigest(), CONFIG: _digest(config)}
         text = json.dumps(config, indent=1, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as e:
         raise SubsetError(f"metadata must be values that JSON can express: {e}.") from e
+    if len(text.encode()) > MAX_CONFIG:
+        raise SubsetError(f"{CONFIG} would have {len(text.encode())} bytes, at most {MAX_CONFIG} are read.")
     target = as_path(directory)
     target.mkdir(parents=True, exist_ok=True)
     readme = card(subset, len(content))

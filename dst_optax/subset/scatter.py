@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dst_optax.subset import trees
+from dst_optax.subset.errors import SubsetError
 
 
 class Piece(NamedTuple):
@@ -55,6 +56,8 @@ def _padded_piece(shape: tuple[int, ...], local: np.ndarray, values: np.ndarray)
     extra, size = padded(len(local)) - len(local), math.prod(shape)
     if size + extra < 2**31:
         where = (np.concatenate([local, np.arange(size, size + extra)], dtype=np.int32),)
+    elif shape[0] + extra >= 2**31:
+        raise SubsetError(f"a tensor of shape {shape} is too long for one device; shard or split it.")
     else:
         behind = [shape[0] + np.arange(extra), *[np.zeros(extra, int)] * (len(shape) - 1)]
         parts = zip(np.unravel_index(local, shape), behind, strict=True)

@@ -148,6 +148,15 @@ def test_tied_weights_with_two_values_are_refused():
             store.add("x", subset.from_models(seed, seed | tuned))
 
 
+def test_both_names_of_a_tied_tensor_must_be_of_this_seed():
+    model = Tied()
+    before = model.embed.weight.detach().numpy().copy()
+    seed = {"embed.weight": before, "head.weight": before + 1}
+    tuned = {name: changed(x, 5, 9.0) for name, x in seed.items()}
+    with pytest.raises(SubsetError, match=r"head\.weight"):
+        SubsetStore(model).add("x", subset.from_models(seed, tuned))
+
+
 def test_buffers_of_the_checkpoint_may_be_in_a_subset():
     model = Tied()
     seed = {"embed.weight": model.embed.weight.detach().numpy(), "scale": np.ones(3, np.float32)}

@@ -120,6 +120,20 @@ def test_another_models_table_is_refused(tmp_path):
             ours.to_hf(decoder.tensors(config), hf_seed)
 
 
+def test_a_checkpoint_with_more_tensors_keeps_the_seed_values(tmp_path):
+    table, seed, tuned, hf_seed, hf_tuned = case("llama", tmp_path)
+    more = {"rotary_emb.inv_freq": np.ones(3, np.float32)}
+    theirs = subset.from_models(seed, tuned, with_seed_values=True).to_hf(table, hf_seed | more)
+    assert same(theirs.revert(hf_tuned | more), hf_seed | more)
+
+
+def test_a_seed_of_another_shape_is_refused(tmp_path):
+    table, seed, tuned, hf_seed, _ = case("llama", tmp_path)
+    name = next(row.name for row in table if row.transposed)
+    with pytest.raises(SubsetError, match=f"{name!r} is .* in the seed, .* in the model"):
+        subset.from_models(seed, tuned).to_hf(table, hf_seed | {name: hf_seed[name][:-1]})
+
+
 def test_what_only_the_checkpoint_has_stays(tmp_path):
     table, seed, tuned, hf_seed, hf_tuned = case("t5", tmp_path)
     extra = {

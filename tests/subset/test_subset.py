@@ -1,6 +1,7 @@
 """Subsets in memory against numpy oracles: extract, from_models, apply, revert, algebra."""
 
 import collections
+import dataclasses
 import re
 
 import jax
@@ -267,6 +268,39 @@ def test_algebra_is_that_of_sets(x, y, z):
             subset.compose([a, b, c])
     else:
         assert subset.compose([a, b, c]).count == len(x | y | z)
+
+
+def test_subsets_of_unknown_seeds_do_not_hide_that_others_differ():
+    seed = {"w": np.zeros(3, np.float32)}
+    others = [subset.from_models({"w": x}, {"w": x}) for x in (seed["w"], seed["w"] + 1)]
+    unknown = Subset({"w": dataclasses.replace(others[0]["w"], seed_fingerprint=None)})
+    with pytest.raises(SubsetError, match="different seeds: 'w'"):
+        subset.compose([unknown, *others])
+
+
+@pytest.mark.parametrize(
+    ("budget", "says"),
+    [
+        ({"fraction_of_free_params": 0.5, "num_free_params": 1}, "give one of them"),
+        ({"num_free_params": -1}, "got -1; it must be 0 or more"),
+        ({"num_free_params": True}, "expected an int, got True"),
+        ({"num_free_params": 1.5}, "expected an int, got 1.5"),
+        ({"fraction_of_free_params": lambda step: 0.1}, "is at no step, so give a number"),
+        ({"fraction_of_free_params": jnp.float32(0.1)}, "is at no step, so give a number"),
+    ],
+)
+def test_budgets_of_tuned_models_are_those_of_the_transform(budget, says):
+    seed = {"w": np.zeros(3, np.float32)}
+    with pytest.raises((TypeError, ValueError), match=says):
+        subset.from_models(seed, seed, **budget)
+
+
+def test_parameters_that_lack_what_the_state_knows_are_refused():
+    params = {"w": jnp.zeros(3), "v": jnp.zeros(3)}
+    tx = dst_optax.wrap(optax.sgd(1.0), 0.5)
+    _, state = tx.update(params, tx.init(params), params)
+    with pytest.raises(ValueError, match="the state knows of 'v', which the parameters lack"):
+        subset.extract({"w": params["w"]}, state)
 
 
 def test_composed_subsets_revert():

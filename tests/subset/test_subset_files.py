@@ -236,6 +236,22 @@ def test_every_damaged_byte_is_found(tmp_path):
             Subset.load(tmp_path)
 
 
+def test_metadata_is_kept_as_json_has_it(tmp_path):
+    found = example(np.random.default_rng(0), False)[2]
+    Subset(found.leaves, {"score by step": {50: 0.1, 100: (0.2, None)}}).save(tmp_path)
+    assert Subset.load(tmp_path).metadata == {"score by step": {"50": 0.1, "100": [0.2, None]}}
+
+
+def test_metadata_that_could_not_be_read_is_refused(tmp_path, monkeypatch):
+    found = example(np.random.default_rng(0), False)[2]
+    with pytest.raises(SubsetError, match="has a key twice"):
+        Subset(found.leaves, {"x": {1: 1, "1": 2}}).save(tmp_path / "no")
+    monkeypatch.setattr(files, "MAX_CONFIG", 1000)
+    with pytest.raises(SubsetError, match="at most 1000 are read"):
+        Subset(found.leaves, {"x": "y" * 1000}).save(tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
 def test_bad_metadata_and_dtypes_are_refused_before_writing(tmp_path):
     found = example(np.random.default_rng(0), False)[2]
     for value in (float("nan"), object(), {1, 2}):
