@@ -121,7 +121,7 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
             )
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-        """A conversation in the words of the model's chat template; needs ``jinja2``.
+        """A conversation in the words of the model's chat template.
 
         Args:
           messages: ``{"role": ..., "content": ...}``, the last of them to be learned.
