@@ -220,7 +220,7 @@ def plan(
     mesh: Annotated[str | None, typer.Option(help="Data x model, for example 32x8.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Compiles a training step for a TPU that you need not have, and reports its memory; 1 if it does not fit."""
+    """Compiles a training step for a TPU without having one, and reports its memory; 1 if it does not fit."""
     from dst_optax.finetuning import tpu_plan
 
     shape = None if mesh is None else tpu_plan.parse_mesh(mesh)

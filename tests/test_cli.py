@@ -70,7 +70,7 @@ def test_one_task_may_be_a_name(called):
         (["--gin.TASKS=[rte]"], "Strings need quotes"),
         (["--gin.FRACTION='0.1'"], "FRACTION is '0.1' here and 0.01 in the gin files; leave out the quotes"),
         (["--gin.TIES=1"], "put it in quotes"),
-        (["--gin.trainer.Recipe.steps='5'"], "steps is '5', it must be an integer"),
+        (["--gin.trainer.Recipe.steps='5'"], "steps is '5'; it must be an integer"),
         (["--gin.dst.DTS.ties='fill'"], "dst.DTS"),
         (["--gin_file=absent.gin"], "absent.gin"),
         (["--gin.ACCUMULATE=3"], "no multiple of accumulate 3"),
