@@ -19,14 +19,14 @@ half=$((($(getconf _NPROCESSORS_ONLN) + 1) / 2)) # the library's tests and the a
 
 library() {
   "$python" -m pyright &&
+    "$python" -m pytest -q -n "$half" --doctest-modules dst_optax -p no:cacheprovider &&
     XLA_FLAGS="$fast" "$python" -m pytest -q -n "$half" --dist loadgroup tests \
       --ignore tests/finetuning --ignore tests/test_contract.py "$@" &&
     XLA_FLAGS="$fast" "$python" scripts/optax_tests.py
 }
 
 application() {
-  "$python" -m pytest -q -n "$half" --doctest-modules dst_optax -p no:cacheprovider &&
-    "$python" -m pytest -q -n "$half" tests/test_contract.py "$@" &&
+  "$python" -m pytest -q -n "$half" tests/test_contract.py "$@" &&
     XLA_FLAGS="$slim" "$python" -m pytest -q -n "$half" --dist loadgroup tests/finetuning "$@"
 }
 
