@@ -57,8 +57,8 @@ def number(answer: str) -> str:
       '1200'
     """
     _, mark, rest = answer.rpartition(MARK)
-    words = rest.split()
-    return words[0].replace(",", "").strip("$.") if mark and words else ""
+    words = rest.replace("$", " ").replace(",", "").split()
+    return words[0].strip(".") if mark and words else ""
 
 
 def _pair(row: dict[str, Any]) -> Pair:

@@ -134,6 +134,7 @@ def test_gsm8k_splits_its_training_file(tmp_path):
     [
         ("... #### 1,200", True),
         ("#### $1200.", True),
+        ("#### $ 1200", True),
         ("#### 3 #### 1200", True),
         ("1200", False),
         ("#### 12", False),
