@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dst_optax import distances
@@ -107,7 +108,7 @@ class SubsetRule:
         projected, masks, memory = project_updates(
             plan,
             proposed,
-            jax.tree.leaves(params),
+            [jnp.asarray(p) for p in jax.tree.leaves(params)],  # numpy's float64 may be float32 here
             jax.tree.leaves(state.seed),
             plan.budgets_at(state.step, self.fraction),
             state.memory,

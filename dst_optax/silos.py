@@ -350,7 +350,14 @@ def make_plan(
         budgets = tuple(budget.rank(per_silo[i][0], n) for i, n in enumerate(sizes))
     else:
         budgets = None
-    return SiloPlan(tuple(leaves), tuple(indices), tuple(sizes), budgets)
+    plan = SiloPlan(tuple(leaves), tuple(indices), tuple(sizes), budgets)
+    for leaf in (plan.leaves[i] for i in plan.ranked):
+        if np.dtype(leaf.dtype).itemsize == 1:
+            raise TypeError(
+                f"parameter {leaf.path!r}: got dtype {leaf.dtype}, which is too coarse to tune single "
+                "entries. Keep it in bfloat16, or give it the fraction 0."
+            )
+    return plan
 
 
 def _label(rule: Silos, path: str, index: int | None) -> Any:
@@ -383,11 +390,6 @@ def _check_leaf(path: str, leaf: Any) -> None:
         raise TypeError(
             f"parameter {path!r}: expected a floating-point array, got dtype {dtype}; a subset of such "
             "entries has no distance. Take it out of the parameters or mask it (optax.masked)."
-        )
-    if np.dtype(dtype).itemsize == 1:
-        raise TypeError(
-            f"parameter {path!r}: got dtype {dtype}, which is too coarse to tune single entries. Keep it in "
-            "bfloat16, or mask it (optax.masked)."
         )
     if any(n >= 2**31 for n in leaf.shape):
         raise ValueError(

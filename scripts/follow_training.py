@@ -55,7 +55,7 @@ def changes(snapshots: Path, checkpoint: str, steps: Path) -> Iterator[str]:
     """The trainer's side: writes a step for each snapshot, the first of them from the seed."""
     seed = models.open_model(checkpoint)
     before = unchanged(seed)
-    for snapshot in sorted(snapshots.iterdir()):
+    for snapshot in sorted(p for p in snapshots.iterdir() if p.name.isdigit()):
         huggingface.export_subset(snapshot, Path(checkpoint))
         after = with_seed_values(Subset.load(snapshot / "subset_hf"), seed)
         step = versions.between(before, after)

@@ -62,6 +62,9 @@ case "$command" in
     ;;
 esac
 out=${out:-runs/$name}
+case "$command" in
+  fetch | all) [ ! -e "$out" ] || fail "$out exists, and would get the subset inside; give another --out." ;;
+esac
 
 run() {
   if $dry_run; then
@@ -90,7 +93,8 @@ install() {
   local archive=dst-optax.tar.gz
   run git archive --format=tar.gz --output="/tmp/$archive" HEAD
   tpu scp "/tmp/$archive" "$name:$archive" --worker=all
-  on all "rm -rf dst-optax && mkdir dst-optax && tar -xzf $archive -C dst-optax && cd dst-optax && \
+  on all "{ python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+{ echo 'Python 3.11 or newer is needed; give another --version.'; exit 1; }; } && rm -rf dst-optax && mkdir dst-optax && tar -xzf $archive -C dst-optax && cd dst-optax && \
 python3 -m venv .venv && .venv/bin/pip install -q -r configs/t5x/requirements.txt 'jax[tpu]==0.10.2' && \
 .venv/bin/pip install -q --no-deps $T5X && .venv/bin/pip install -q -e '.[finetuning]'"
 }
@@ -116,8 +120,10 @@ train() {
 }
 
 fetch() {
+  local quoted
+  printf -v quoted '%q' "$model_dir"
   on 0 "cd dst-optax && rm -rf subset && \
-JAX_PLATFORMS=cpu .venv/bin/python -m t5x_integration.export $model_dir subset"
+JAX_PLATFORMS=cpu .venv/bin/python -m t5x_integration.export $quoted subset"
   run mkdir -p "$(dirname "$out")"
   tpu scp "$name:dst-optax/subset" "$out" --recurse --worker=0
 }

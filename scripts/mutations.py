@@ -123,7 +123,7 @@ MUTATIONS = [
         "return jnp.zeros(x.shape, bool)", "tests/test_sharding.py -k keep_their_shardings",
     ),
     Mutation(
-        "sharding: only counts cross devices", "counting.py", "if jax.device_count() > 1:", "if False:",
+        "sharding: only counts cross devices", "counting.py", "if jax.device_count() > 1 or", "if False or",
         "tests/test_sharding.py -k 'only_counts or equal_one'",
     ),
     Mutation(

@@ -125,10 +125,7 @@ def train(
         adam.step()
         if step % 10 == 0 or step == 1:
             print(f"{given.method} {peak:g} step {step}/{given.steps}  loss {loss.item():.4f}", flush=True)
-    return {
-        "task": given.task,
-        "method": f"PEFT {given.method}",
-        "budget": given.budget,
+    return settings(given) | {
         "learning_rate": peak,
         "rng_seed": rng_seed,
         "free_params": sum(p.numel() for p in tuned),
@@ -136,6 +133,22 @@ def train(
         "score": score(model, data, given.task, "validation", lengths),
         "test_score": score(model, data, given.task, "test", lengths),
     }
+
+
+def settings(given: argparse.Namespace) -> dict[str, Any]:
+    """What tells runs apart, beside learning rate and random seed."""
+    names = (
+        "task",
+        "budget",
+        "held_out",
+        "held_out_seed",
+        "inputs",
+        "targets",
+        "steps",
+        "warmup",
+        "batch_size",
+    )
+    return {"method": f"PEFT {given.method}"} | {name: getattr(given, name) for name in names}
 
 
 def main() -> None:
@@ -149,25 +162,26 @@ def main() -> None:
     parser.add_argument("--rng-seeds", default=[0], type=int, nargs="+")
     parser.add_argument("--task", default="cb")
     parser.add_argument("--held-out", type=int, default=50, help="training rows to choose rates on")
-    parser.add_argument("--held-out-seed", type=int, help="draws them; without it they are the last ones")
+    parser.add_argument("--held-out-seed", type=int, default=0, help="draws them; -1 takes the last ones")
     parser.add_argument("--inputs", type=int, default=64)
     parser.add_argument("--targets", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--warmup", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--out", required=True, type=Path, help="a file of JSON lines")
     given = parser.parse_args()
 
-    source = HeldOut(JsonlSource(given.data), given.held_out, given.held_out_seed)
+    drawn = None if given.held_out_seed < 0 else given.held_out_seed
+    source = HeldOut(JsonlSource(given.data), given.held_out, drawn)
     vocabulary = HuggingFaceVocabulary(given.checkpoint)
     data = SuperGlue(source, vocabulary, (given.task,), evaluation="options")
     mixture = data.register(True)
-    names = ("task", "method", "budget", "learning_rate", "rng_seed")
     lines = given.out.read_text().splitlines() if given.out.exists() else []
-    done = {tuple(json.loads(line)[name] for name in names) for line in lines}
+    done = [json.loads(line) for line in lines]
     for rng_seed in given.rng_seeds:
         for peak in given.learning_rates:
-            if (given.task, f"PEFT {given.method}", given.budget, peak, rng_seed) not in done:
+            run = settings(given) | {"learning_rate": peak, "rng_seed": rng_seed}
+            if not any(row.items() >= run.items() for row in done):
                 row = train(given, data, mixture, peak, rng_seed)
                 with open(given.out, "a") as file:
                     file.write(json.dumps(row) + "\n")

@@ -54,9 +54,14 @@ def complete(rows: list[Row]) -> list[Row]:
 
     def is_whole(row: Row) -> bool:
         tried = seeds[tuple(row.get(name) for name in KEY[:3])]
-        return len(tried[row.get("learning_rate")]) == max(map(len, tried.values()))
+        return tried[row.get("learning_rate")] == max(tried.values(), key=len)
 
     return [row for row in rows if is_whole(row)]
+
+
+def reported(row: Row) -> float:
+    """The score on the split that chose nothing, where there is one."""
+    return row["score"] if row.get("test_score") is None else row["test_score"]
 
 
 def table(rows: list[Row], every_rate: bool) -> Iterator[str]:
@@ -72,9 +77,8 @@ def table(rows: list[Row], every_rate: bool) -> Iterator[str]:
             if rate != best and not every_rate:
                 continue
             same = [row for row in group if row.get("learning_rate") == rate]
-            free, held_out, test_scores = (
-                [row[name] for row in same] for name in ("free_params", "score", "test_score")
-            )
+            free, held_out = ([row[name] for row in same] for name in ("free_params", "score"))
+            test_scores = [reported(row) for row in same]
             chosen_on = f"{np.mean(held_out):.1f}"
             if "rng_seed" not in same[0]:  # a baseline: one model, perhaps several choices of held-out rows
                 chosen_on, test_scores = ", ".join(f"{x:.1f}" for x in held_out), test_scores[:1]
@@ -90,12 +94,14 @@ def table(rows: list[Row], every_rate: bool) -> Iterator[str]:
 
 def pair(rows: list[Row], one: str, other: str) -> str:
     """One method against another at the same budget, learning rate and random seed, with a sign test."""
-    scores = {tuple(row.get(name) for name in KEY[1:]): row["test_score"] for row in rows}
+    scores = {tuple(row.get(name) for name in KEY[1:]): reported(row) for row in rows}
     differences = [
         score - scores[other, *rest]
         for (method, *rest), score in scores.items()
         if method == one and (other, *rest) in scores
     ]
+    if not differences:
+        raise ValueError(f"no runs of {one!r} and {other!r} have budget, learning rate and seed in common.")
     wins, losses = sum(x > 0 for x in differences), sum(x < 0 for x in differences)
     n = wins + losses
     tail = sum(math.comb(n, i) for i in range(max(wins, losses), n + 1)) / 2**n

@@ -70,6 +70,7 @@ def test_gin_flags_reach_the_workers_unchanged():
         ([*LAUNCH, "all", "--model_dir=gs://b"], "no gin flags"),
         ([*LAUNCH, "all", "--model_dir=gs://b", "--", "--gin_file=t5_1_1_xxl.gin"], "dst.gin"),
         (["launch_tpu.sh", "--nmae=a"], "--nmae"),
+        ([*LAUNCH, "fetch", "--model_dir=gs://b", "--out=scripts"], "scripts exists"),
         (["sweep_superglue.sh", "--dry-run", "--model=t6", "--out=o"], "t6"),
         (["sweep_superglue.sh", "--dry-run", "--model=t5_1_1_small"], "--out"),
     ],
@@ -115,6 +116,27 @@ def test_sweeps_with_other_held_out_rows_are_joined(tmp_path):
     files[1].write_text(json.dumps({**run, "rng_seed": 0, "score": 51.0}) + "\n")
     with pytest.raises(ValueError, match=r"b\.jsonl: another score of the run .*'learning_rate': 0\.1"):
         sweep_figure.joined(files)
+
+
+def test_sweeps_without_a_test_split_are_compared(tmp_path):
+    pytest.importorskip("tensorflow")
+    import sweep_figure
+
+    base = {"task": "cb", "budget": 9, "learning_rate": 0.1, "free_params": 9, "test_score": None}
+    rows = [
+        {**base, "method": m, "rng_seed": s, "score": 50.0 + s + len(m)}
+        for m in ("dst", "fixed")
+        for s in (0, 1)
+    ]
+    assert (
+        list(sweep_figure.table(rows, every_rate=False))[2]
+        == "| dst | 9 | 0.1 | 53.5 | 53.0, 54.0 | 53.5 ± 0.7 |"
+    )
+    assert sweep_figure.pair(rows, "fixed", "dst").startswith("fixed - dst: +2.00 in the mean of 2 pairs")
+    with pytest.raises(ValueError, match="no runs of 'dst' and 'fxied' have"):
+        sweep_figure.pair(rows, "dst", "fxied")
+    other = [{**rows[0], "rng_seed": 2, "learning_rate": 0.3}, *rows[:2]]
+    assert sweep_figure.complete(other) == rows[:2]
 
 
 def test_every_mutation_still_finds_its_line():

@@ -383,10 +383,11 @@ def test_indices_beyond_32_bits_are_told_apart(shape, offset):
     np.testing.assert_array_equal(mixed, expected.astype(jnp.int32))
 
 
+@pytest.mark.parametrize("rule", [silos.per_tensor(), silos.per_tensor([("e", 0)])])
 @pytest.mark.parametrize("fraction", [0.5, optax.constant_schedule(0.5), [("e", 0), ("", 0.5)]])
-def test_empty_leaves_take_no_part(fraction):
+def test_empty_leaves_take_no_part(fraction, rule):
     params = {"w": jnp.zeros(5), "e": jnp.zeros((0, 3))}
-    tx = dst_optax.wrap(given_updates(), fraction)
+    tx = dst_optax.wrap(given_updates(), fraction, silos=rule)
     state = tx.init(params)
     updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
     params = dst_optax.apply_updates(params, updates, state)
@@ -404,7 +405,7 @@ def test_numpys_float64_becomes_float32():
     tx = dst_optax.wrap(given_updates(), 0.5)
     state = tx.init(params)
     for _ in range(2):
-        updates, state = jax.jit(tx.update)({"w": jnp.ones(4)}, state, params)
+        updates, state = tx.update({"w": jnp.ones(4)}, state, params)
         params = dst_optax.apply_updates(params, updates, state)
     assert params["w"].dtype == jnp.float32
 

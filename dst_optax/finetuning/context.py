@@ -1,7 +1,7 @@
 """What the runs of one directory share: data, network, seed model and evaluation."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -89,7 +89,7 @@ class RunContext:
         identity = {
             "tasks": list(data.names),
             "source": repr(data.source),
-            "data": data_digest,
+            "data_sha256": data_digest,
             "vocabulary": type(data.vocabulary).__name__,
             "model": repr(plain.config),
             "recipe": json.loads(json.dumps(asdict(recipe))),
@@ -148,7 +148,7 @@ class RunContext:
             return
         if processes.is_primary():
             try:
-                if (checkpoint := self._huggingface_dir()) is not None:
+                if (checkpoint := self._huggingface_dir(hub.FILES)) is not None:
                     huggingface.export_subset(directory, checkpoint)
             except ValueError as e:  # the run is whole; `dst-optax subset convert` can do it later
                 self.console.print(f"No subset for Hugging Face was written: {e}", highlight=False)
@@ -159,15 +159,17 @@ class RunContext:
         params = processes.on_host(params)
         if processes.is_primary():
             try:
-                source = self._huggingface_dir()
+                source = self._huggingface_dir(hub.SETTINGS)
             except ValueError as e:  # it is gone, and the run keeps a copy of its weights
                 source = None
                 self.console.print(f"The model is saved without the seed's tokenizer: {e}", highlight=False)
             self.model.save(directory, params, source)
 
-    def _huggingface_dir(self) -> Path | None:
+    def _huggingface_dir(self, files: Sequence[str]) -> Path | None:
         """Where the seed's files lie if it came from Hugging Face; a ValueError if they are gone."""
         if self._checkpoint is None:
             return None
-        directory = Path(hub.local_path(self._checkpoint))
+        directory = Path(hub.local_path(self._checkpoint, files))
+        if not directory.exists():
+            raise ValueError(f"{directory} does not exist any more.")
         return directory if (directory / "config.json").is_file() else None

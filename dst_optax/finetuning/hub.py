@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from dst_optax import paths
@@ -14,12 +15,13 @@ FILES = ("*.safetensors", *SETTINGS)
 """What of a model is wanted."""
 
 
-def local_path(checkpoint: str) -> str:
+def local_path(checkpoint: str, files: Sequence[str] = FILES) -> str:
     """Where a checkpoint lies on this machine.
 
     Args:
       checkpoint: a path, or the name of a model on the hub, ``owner/model`` or ``owner/model@revision``. What
         exists as a path is a path. A model that is not in the hub's cache is downloaded.
+      files: patterns of what is wanted of it.
 
     Returns:
       The path; of a model on the hub, its directory in the cache.
@@ -44,7 +46,7 @@ def local_path(checkpoint: str) -> str:
         ) from error
     model, revision = name["model"], name["revision"]
     try:
-        return huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=list(FILES))
+        return huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=list(files))
     except errors.LocalEntryNotFoundError as error:
         raise ValueError(
             f"{checkpoint} is neither a path nor in the Hugging Face cache, and the hub cannot be reached. "

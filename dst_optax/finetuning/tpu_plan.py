@@ -28,7 +28,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import dst_optax
 from dst_optax.finetuning import compiled_program
-from dst_optax.finetuning.models.base import LanguageModel, language_model
+from dst_optax.finetuning.models.base import LanguageModel, dividing, language_model
 from dst_optax.tree import map_named, named_leaves
 
 GIB = 2**30
@@ -284,13 +284,7 @@ def compile_program(job: Job, program: str) -> dict[str, Any]:
 
 
 def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    """On the mesh, but whole along axes that the mesh does not divide."""
-    spec = (*sharding.spec, *[None] * (len(x.shape) - len(sharding.spec)))
-    sizes = sharding.mesh.shape
-    fitting = [a if a is not None and n % sizes[a] == 0 else None for a, n in zip(spec, x.shape, strict=True)]
-    return jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=NamedSharding(sharding.mesh, PartitionSpec(*fitting))
-    )
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=dividing(sharding, x.shape))
 
 
 def _state(transform: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:

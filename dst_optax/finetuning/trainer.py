@@ -161,7 +161,8 @@ class Run:
         progress, state = Progress(), self.start()
         last = max(checkpoints.steps(), default=0)
         if last:
-            progress = Progress(**checkpoints.progress(last))
+            # what version 0.1 wrote owes nothing
+            progress = Progress(**{"evaluated": last} | checkpoints.progress(last))
             state = self._restore(checkpoints.path(last), state)
         with Log(self.directory, f"{self.name} rng {self.rng_seed}", last, self.context.recipe.steps) as log:
             state, last = self._train(state, last, progress, checkpoints, log)
@@ -197,12 +198,13 @@ class Run:
         )
         batch_sharding = placement.batch_sharding(context.mesh)
         key, began = jax.random.key(self.rng_seed), time.perf_counter() - progress.seconds
+        last = start
         if start and recipe.evaluates_at(start) and progress.evaluated < start:
             self._evaluate(start, state, progress, log)
         with stop_requests() as stop_requested:
             for step in range(start + 1, recipe.steps + 1):
                 if recipe.patience is not None and progress.waited >= recipe.patience:
-                    return state, step - 1
+                    break
                 batch = next(batches)
                 log.count(inputs.count_tokens(batch))
                 before = programs.mark(state.tuned, state.slots) if recipe.logs_at(step) else None
@@ -210,7 +212,7 @@ class Run:
                 state, measured = programs.step(state, batch, jax.random.fold_in(key, step))
                 if recipe.logs_at(step):
                     log.training(step, {**measured, **programs.measure(state.tuned, state.slots, before)})
-                stopping = step < recipe.steps and processes.any_process(stop_requested())
+                stopping = processes.any_process(stop_requested())
                 if recipe.evaluates_at(step) and not stopping:
                     self._evaluate(step, state, progress, log)
                 if recipe.snapshots_at(step):
@@ -223,7 +225,10 @@ class Run:
                         f"stopped at step {step}; the checkpoint is in {checkpoints.path(step)}. Rerun the "
                         "command to resume."
                     )
-        return state, recipe.steps
+                last = step
+            if processes.any_process(stop_requested()):  # during the last evaluation
+                raise Interrupted(f"stopped after step {last}, the last one. Rerun the command to resume.")
+        return state, last
 
     def _evaluate(self, step: int, state: TrainState, progress: Progress, log: Log) -> None:
         jax.block_until_ready(state.tuned)

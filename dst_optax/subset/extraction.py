@@ -14,7 +14,7 @@ import numpy as np
 from dst_optax import distances
 from dst_optax.project import project
 from dst_optax.rule import SubsetRule
-from dst_optax.silos import SiloPlan, Silos, groups_that_share_silos
+from dst_optax.silos import SiloPlan, Silos, groups_that_share_silos, make_plan
 from dst_optax.state import Free, leaf_states, seed_leaves
 from dst_optax.subset import trees
 from dst_optax.subset.core import Entries, Subset
@@ -126,12 +126,13 @@ def from_models(
         floats = {
             path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in tuneds.items() if is_float(x.dtype)
         }
-        plan = SubsetRule(fraction_of_free_params, num_free_params, silos, distance).plan(floats)
-        if plan.budgets is None:
+        rule = SubsetRule(fraction_of_free_params, num_free_params, silos, distance)
+        if callable(rule.fraction) or isinstance(rule.fraction, jax.Array):
             raise SubsetError(
                 f"fraction_of_free_params: got {fraction_of_free_params!r}; a model that is tuned already "
                 "is at no step, so give a number."
             )
+        plan = make_plan(floats, rule.silos, rule.fraction, rule.num_free_params)
     parts = _differences(seeds, tuneds, plan, distance)
     return _subset(seeds, tuneds, parts, with_seed_values, metadata)
 

@@ -113,7 +113,7 @@ def test_a_run_that_keeps_its_seed_needs_the_checkpoint_no_more(tmp_path):
     assert RunContext(*given, checkpoint=str(checkpoint)).seed_fingerprint == before
 
 
-def test_a_whole_model_is_saved_with_its_tokenizer(tmp_path):
+def test_a_whole_model_is_saved_with_its_tokenizer(tmp_path, capsys):
     checkpoint, tuned = tmp_path / "checkpoint", tmp_path / "tuned"
     decoder.save_hf(cases.weights(CONFIG), CONFIG, checkpoint)
     given = json.loads((checkpoint / "config.json").read_text()) | {"max_position_embeddings": 77}
@@ -134,6 +134,7 @@ def test_a_whole_model_is_saved_with_its_tokenizer(tmp_path):
     checkpoint.rename(tmp_path / "elsewhere")
     context.save_model(tmp_path / "without", context.seed)
     assert {file.name for file in (tmp_path / "without").iterdir()} == {"config.json", "model.safetensors"}
+    assert "saved without the seed's tokenizer" in capsys.readouterr().out
 
 
 def test_a_recipe_says_how_layers_are_computed(tmp_path):

@@ -129,9 +129,10 @@ def test_a_sweep_with_other_rates_adds_to_what_there_is(tmp_path, monkeypatch):
     assert sweep(tmp_path, (0,), learning_rates=[1e-2]) == before
     monkeypatch.undo()
     pretend(monkeypatch, lambda *_: None, lambda run: SCORES)
-    rows = sweep(tmp_path, (0,), learning_rates=[1e-1])
-    assert rows[: len(before)] == before
-    assert [row["learning_rate"] for row in rows[len(before) :]] == [0.1, 0.1]
+    after = sweep(tmp_path, (1,), learning_rates=[1e-1])
+    assert [row.get("learning_rate") for row in after] == [None, None, 0.1, 0.1]
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [*before, *after[2:]]
 
 
 def test_a_directory_of_another_sweep_is_refused_at_once(tmp_path, monkeypatch):
@@ -247,6 +248,16 @@ def test_a_method_works_where_it_goes_half_the_way():
     assert summary.operational_ranges(found, "rte") == {"dst": (64, 256)}  # from 50 to 78: 64
     assert summary.operational_ranges(found[1:], "rte") == {}
     assert "| dst | 64 | 256 |" in summary.markdown(ROWS).splitlines()
+
+
+def test_a_variant_with_a_budget_of_its_own_is_no_full_fine_tuning():
+    rows = [ROWS[0], row("half free", None, 0.1, 0, 80.0, 78.0) | {"free_params": 300}, *ROWS[2:]]
+    assert summary.operational_ranges(summary.summarise(rows), "rte") == {}
+
+
+def test_rates_without_a_common_seed_are_not_compared():
+    with pytest.raises(ValueError, match=r"no random seed .* 0.1 with \[0\]; 1.0 with \[1\]"):
+        summary.best_rate([ROWS[2], ROWS[4]])
 
 
 def test_tables_mark_the_best_of_a_budget():

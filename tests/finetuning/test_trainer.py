@@ -203,6 +203,26 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_same_bit_for_bit(whole, tmp_pat
     assert logged(run, "eval/score") == logged(other, "eval/score")
 
 
+def test_a_stop_in_the_last_evaluation_ends_the_command(tmp_path, monkeypatch):
+    methods, recipe = {"dst": dst(), "full": Full(optax.sgd(1e-2))}, replace(RECIPE, steps=1)
+    score = Evaluator.score
+
+    def interrupt(self, *given):
+        if (tmp_path / "run" / "dst").exists() and not (tmp_path / "run" / "full").exists():
+            os.kill(os.getpid(), signal.SIGINT)
+        return score(self, *given)
+
+    monkeypatch.setattr(Evaluator, "score", interrupt)
+    with pytest.raises(trainer.Interrupted, match="stopped after step 1, the last one"):
+        tune(tmp_path / "run", methods=methods, recipe=recipe)
+    monkeypatch.setattr(Evaluator, "score", score)
+    assert not (tmp_path / "run" / "full").exists()
+    assert [row["method"] for row in tune(tmp_path / "run", methods=methods, recipe=recipe)][2:] == [
+        "dst",
+        "full",
+    ]
+
+
 KILLED = """
 import sys, time
 sys.path[:0] = {tests!r}
@@ -294,7 +314,7 @@ def test_a_run_notices_that_its_data_has_changed(tmp_path):
     RunContext(str(tmp_path / "run"), data, MODEL, RECIPE)
     RunContext(str(tmp_path / "run"), data, MODEL, RECIPE)
     write("not_entailment")
-    with pytest.raises(ValueError, match="belongs to another run: data differ"):
+    with pytest.raises(ValueError, match="belongs to another run: data_sha256 differ"):
         RunContext(str(tmp_path / "run"), data, MODEL, RECIPE)
 
 

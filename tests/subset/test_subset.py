@@ -295,6 +295,12 @@ def test_budgets_of_tuned_models_are_those_of_the_transform(budget, says):
         subset.from_models(seed, seed, **budget)
 
 
+def test_differences_below_float32_are_ranked():
+    seed = {"w": np.ones(5)}
+    tuned = {"w": np.array([1, 1 + 1e-12, 1, 1 - 3e-12, 1 + 2e-12])}
+    assert subset.from_models(seed, tuned, num_free_params=2)["w"].positions.tolist() == [3, 4]
+
+
 def test_parameters_that_lack_what_the_state_knows_are_refused():
     params = {"w": jnp.zeros(3), "v": jnp.zeros(3)}
     tx = dst_optax.wrap(optax.sgd(1.0), 0.5)

@@ -50,7 +50,7 @@ def scores(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
     """
     figure = blank(size=(6.4, 4.0))
     (axes,) = figure.axes
-    styles = iter(("dotted", "dashed", "dashdot"))
+    styles = cycle(("dotted", "dashed", "dashdot"))
     for method in dict.fromkeys(row["method"] for row in rows):
         same = [row["score"] for row in rows if row["method"] == method]
         mean, free = float(np.mean(same)), _mean(rows, method, "free_params")

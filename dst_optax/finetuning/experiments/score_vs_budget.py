@@ -1,7 +1,7 @@
 """Score against free parameters: methods, budgets, tasks and random seeds.
 
 For each task, method and budget the learning rate with the best score on the validation split is chosen
-from the method's grid, with the first random seed; the runs of all seeds with that learning rate make
+from the method's grid, with the first random seeds; the runs of all seeds with that learning rate make
 the figure. Scores are reported on the test split where it has labels, as ``sources.HeldOut`` gives it.
 Rerun the command to resume a sweep:
 
@@ -183,24 +183,24 @@ class Sheet:
     """Rows that are on disk as soon as they are known, a JSON line each.
 
     Args:
-      path: the file; what an earlier command wrote stays.
+      path: the file; rows of other runs that an earlier command wrote stay there.
+
+    Attributes:
+      rows: what was added.
     """
 
     def __init__(self, path: Path):
         self._path = path
         lines = path.read_text().splitlines() if path.is_file() else []
-        self._rows = {_run_of(row): row for row in map(json.loads, lines)}
-
-    @property
-    def rows(self) -> list[Row]:
-        """One of each run."""
-        return list(self._rows.values())
+        self._on_disk = {_run_of(row): row for row in map(json.loads, lines)}
+        self.rows: list[Row] = []
 
     def add(self, row: Row) -> Row:
-        """Adds a row, or replaces that of the same run, and returns it."""
-        self._rows[_run_of(row)] = row
+        """Adds a row, and returns it."""
+        self.rows.append(row)
+        self._on_disk[_run_of(row)] = row
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        storage.write_text(self._path, "".join(json.dumps(x) + "\n" for x in self.rows))
+        storage.write_text(self._path, "".join(json.dumps(x) + "\n" for x in self._on_disk.values()))
         return row
 
 

@@ -70,7 +70,8 @@ def subset_convergence(run_dir: str, *, panels: int = 4) -> dict[str, Any]:
 
 
 def _snapshots(directory: Path) -> dict[int, subset.Subset]:
-    return {int(p.name): subset.Subset.load(p / "subset") for p in sorted(directory.iterdir())}
+    whole = sorted(p for p in directory.iterdir() if p.name.isdigit())  # a killed run leaves others
+    return {int(p.name): subset.Subset.load(p / "subset") for p in whole}
 
 
 def _curves(run: Path, taken: Mapping[int, subset.Subset]) -> dict[str, Any]:

@@ -17,6 +17,9 @@ def best_rate(rows: Sequence[Row]) -> Any:
     Returns:
       The rate; None for a baseline.
 
+    Raises:
+      ValueError: no seed was tried with all rates, so that they cannot be compared.
+
     Example:
       >>> runs = [(1e-3, 0, 50.0), (1e-3, 1, 90.0), (1e-2, 0, 60.0), (1e-2, 1, 65.0), (1e-2, 2, 99.0)]
       >>> names = "learning_rate", "rng_seed", "score"
@@ -27,6 +30,9 @@ def best_rate(rows: Sequence[Row]) -> Any:
     for row in rows:
         scores.setdefault(row.get("learning_rate"), {})[row.get("rng_seed")] = row["score"]
     common = set.intersection(*map(set, scores.values()))
+    if not common:
+        tried = "; ".join(f"{rate} with {sorted(of_seed)}" for rate, of_seed in scores.items())
+        raise ValueError(f"learning rates: no random seed was tried with all of them: {tried}.")
     return max(scores, key=lambda rate: sum(scores[rate][seed] for seed in common))
 
 
@@ -84,7 +90,10 @@ def operational_ranges(summary: Sequence[Row], task: str) -> dict[str, tuple[flo
     """
     same = [s for s in summary if s["task"] == task]
     baselines = [s["mean"] for s in same if s["learning_rate"] is None]
-    whole = [s["mean"] for s in same if s["budget"] is None and s["learning_rate"] is not None]
+    tuned = [s for s in same if s["learning_rate"] is not None]
+    most = max((s["free_params"] for s in tuned if s["budget"] is not None), default=0)
+    # methods without a budget are full fine-tuning, or spend about as much as others
+    whole = [s["mean"] for s in tuned if s["budget"] is None and s["free_params"] > 2 * most]
     ranges: dict[str, tuple[float, float]] = {}
     if baselines and whole:
         halfway = (max(baselines) + max(whole)) / 2

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 from flax import traverse_util
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 if TYPE_CHECKING:
     import seqio
@@ -209,3 +209,18 @@ def flatten(params: Params) -> dict[str, Any]:
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of :func:`flatten`."""
     return traverse_util.unflatten_dict(dict(flat), sep="/")
+
+
+def dividing(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
+    """The same sharding, but whole along axes of an array that the mesh does not divide evenly.
+
+    Example:
+      >>> from jax.sharding import AbstractMesh, PartitionSpec
+      >>> mesh = AbstractMesh((2, 4), ("data", "model"))
+      >>> tuple(dividing(NamedSharding(mesh, PartitionSpec("model", "data")), (6, 8)).spec)
+      (None, 'data')
+    """
+    spec = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
+    sizes = sharding.mesh.shape
+    kept = [axis if axis and n % sizes[axis] == 0 else None for axis, n in zip(spec, shape, strict=True)]
+    return NamedSharding(sharding.mesh, PartitionSpec(*kept))

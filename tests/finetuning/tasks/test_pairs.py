@@ -71,10 +71,10 @@ def test_completions_that_the_vocabulary_cannot_write_are_told(tmp_path, capsys)
     good, bad = {"prompt": "a", "completion": " b"}, {"prompt": "a", "completion": "{"}
     data = Jsonl(written(tmp_path, train=[good, bad], validation=[good]), WithoutBraces())
     data.check()
-    assert "cannot write 1 of 2 completions" in capsys.readouterr().out
-    data = Jsonl(written(tmp_path, train=[good], validation=[bad]), WithoutBraces())
-    with pytest.raises(ValueError, match=r"validation: .* cannot write any .* it makes '\?' of '{'"):
-        data.check()
+    told = capsys.readouterr().out
+    assert "train: 1 of 2 completions" in told
+    assert "'{' becomes '?'" in told
+    assert "validation" not in told
 
 
 def test_missing_and_empty_files_are_told(tmp_path):

@@ -93,11 +93,14 @@ class CausalLM:
                 f"a decoder-only model needs its own tokenizer, not {type(vocabulary).__name__}: give "
                 "HuggingFaceVocabulary the directory of its checkpoint."
             )
-        if (text := vocabulary.decode([*vocabulary.encode("a:"), *vocabulary.encode(" b")])) != "a: b":
-            raise ValueError(
-                f"{vocabulary!r} makes {text!r} of 'a:' and ' b': like those of Llama 1 and 2 it begins "
-                "every text anew, so that targets would not continue their inputs. Take another model."
-            )
+        for more in (" b", "b"):
+            text = vocabulary.decode([*vocabulary.encode("a:"), *vocabulary.encode(more)])
+            if text != "a:" + more:
+                raise ValueError(
+                    f"{vocabulary!r} makes {text!r} of 'a:' and {more!r}: like those of Llama 1 and 2 it "
+                    "begins every text anew, so that targets would not continue their inputs. Take another "
+                    "model."
+                )
         if vocabulary.vocab_size > self.config.vocab_size:
             raise ValueError(
                 f"the vocabulary has {vocabulary.vocab_size} pieces, the model's embedding only "

@@ -138,8 +138,9 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
         if not messages or not whole.startswith(given):
             raise ValueError("the chat template words earlier messages anew when an answer is added.")
         answer = whole[len(given) :]
-        for end in self.eos_ids:
-            answer = answer.rstrip().removesuffix(self._tokenizer.id_to_token(end))
+        special = [x.content for x in self._tokenizer.get_added_tokens_decoder().values() if x.special]
+        while ends := [x for x in special if answer.rstrip().endswith(x)]:
+            answer = answer.rstrip().removesuffix(ends[0])
         return given, answer
 
     @cached_property

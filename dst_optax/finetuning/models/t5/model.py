@@ -136,10 +136,10 @@ def _require_same_pieces(vocabulary: str, own: Path) -> None:
     ours, theirs = (
         SentencePieceProcessor(model_proto=as_path(file).read_bytes()) for file in (vocabulary, own)
     )
-    for i in range(max(len(ours), len(theirs))):
-        pieces = [x.id_to_piece(i) if i < len(x) else None for x in (ours, theirs)]
-        if pieces[0] != pieces[1]:
+    for i in range(min(len(ours), len(theirs))):  # one of them may spell out the sentinels
+        piece, other = ours.id_to_piece(i), theirs.id_to_piece(i)
+        if piece != other:
             raise ValueError(
-                f"the vocabulary {vocabulary} is not the checkpoint's own, {own}: token {i} is {pieces[0]!r} "
-                f"and there {pieces[1]!r}. Set VOCAB to the checkpoint's."
+                f"the vocabulary {vocabulary} is not the checkpoint's own, {own}: token {i} is {piece!r} and "
+                f"there {other!r}. Set VOCAB to the checkpoint's."
             )

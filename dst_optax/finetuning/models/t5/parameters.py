@@ -12,7 +12,7 @@ import numpy as np
 from flax.linen import spmd
 from jax.sharding import Mesh, PartitionSpec
 
-from dst_optax.finetuning.models.base import flatten, unflatten
+from dst_optax.finetuning.models.base import dividing, flatten, unflatten
 from dst_optax.finetuning.models.t5.config import T5Config
 from dst_optax.finetuning.models.t5.network import Transformer
 
@@ -165,7 +165,8 @@ def shardings(params: Any, mesh: Mesh, rules: Sequence[tuple[str, Any]] = AXIS_R
     Args:
       params: parameters, or their shapes, stacked or not.
       mesh: a mesh with the axes that the rules name.
-      rules: ``(logical axis, mesh axis or None)`` pairs.
+      rules: ``(logical axis, mesh axis or None)`` pairs. An axis that the mesh does not divide evenly
+        stays whole.
 
     Returns:
       A tree of ``NamedSharding``, for ``jax.device_put`` or ``jax.jit``.
@@ -178,7 +179,8 @@ def shardings(params: Any, mesh: Mesh, rules: Sequence[tuple[str, Any]] = AXIS_R
       >>> tuple(placed["token_embedder"]["embedding"].spec)
       ('model', None)
     """
-    return spmd.logical_to_mesh_sharding(logical_axes(params), mesh, rules)
+    wanted = spmd.logical_to_mesh_sharding(logical_axes(params), mesh, rules)
+    return jax.tree.map(lambda x, sharding: dividing(sharding, x.shape), params, wanted)
 
 
 @dataclasses.dataclass(frozen=True)

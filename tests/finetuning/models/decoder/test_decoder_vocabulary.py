@@ -148,14 +148,16 @@ def test_a_template_of_its_own_goes_first(directory, tmp_path):
     assert vocabulary.chat(MESSAGES) == ("Hi", "Ho")
 
 
-def test_a_tokenizer_that_begins_every_text_anew_is_refused(directory, tmp_path):
-    from tokenizers import Tokenizer, normalizers
+@pytest.mark.parametrize("part", ["normalizer", "pre_tokenizer"])
+def test_a_tokenizer_that_begins_every_text_anew_is_refused(directory, tmp_path, part):
+    from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
+    anew = {"normalizer": normalizers.Prepend(" "), "pre_tokenizer": pre_tokenizers.ByteLevel(True)}
     shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    tokenizer.normalizer = normalizers.Prepend(" ")
+    setattr(tokenizer, part, anew[part])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="makes ' a:  b' of 'a:' and ' b'"):
+    with pytest.raises(ValueError, match=r"makes ' a: +b' of 'a:' and ' ?b'"):
         MODEL.check(vocabulary_of(tmp_path))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import pathlib
 
 import jax
@@ -269,6 +270,18 @@ def test_shardings_follow_the_rules():
                 assert halved == [0], path
             else:
                 assert halved == [len(shape) - 1], path
+
+
+def test_axes_that_the_mesh_does_not_divide_stay_whole():
+    config = dataclasses.replace(V1_1, num_heads=6)
+    mesh = jax.sharding.AbstractMesh((2, 4), ("data", "model"))
+    placed = t5.parameters.flatten(t5.shardings(cases.weights(config), mesh))
+    for path, shape in t5.shapes(config).items():
+        assert math.prod(placed[path].shard_shape(shape)) * (1 if "rel_embedding" in path else 4) in (
+            math.prod(shape), 4 * math.prod(shape),
+        ), path  # fmt: skip
+    (bias,) = {placed[path].spec for path in placed if "rel_embedding" in path}
+    assert not any(bias)
 
 
 MESH = """
