@@ -31,7 +31,7 @@ from dst_optax.finetuning.methods.fixed_subset import FixedSubset
 from dst_optax.finetuning.methods.full import Full
 from dst_optax.finetuning.methods.lora import LoRA
 from dst_optax.finetuning.methods.prompt import Prompt
-from dst_optax.finetuning.models.base import language_model
+from dst_optax.finetuning.models.named import language_model
 from dst_optax.finetuning.steps import TrainState, make_step
 
 RATE = 1e-3

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from dst_optax.finetuning.models.base import language_model
 from dst_optax.finetuning.models.decoder.vocabulary import HuggingFaceVocabulary
+from dst_optax.finetuning.models.named import language_model
 
 
 class Distances(NamedTuple):

@@ -21,8 +21,9 @@ import numpy as np
 from dst_optax import subset
 from dst_optax.finetuning import inputs
 from dst_optax.finetuning.evaluator import target_scores
-from dst_optax.finetuning.models.base import LanguageModel, language_model
+from dst_optax.finetuning.models.base import LanguageModel
 from dst_optax.finetuning.models.decoder.vocabulary import HuggingFaceVocabulary
+from dst_optax.finetuning.models.named import language_model
 from dst_optax.finetuning.tasks.superglue.sources import JsonlSource
 from dst_optax.finetuning.tasks.superglue.suite import SuperGlue
 

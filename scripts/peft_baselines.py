@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM
 
 from dst_optax.finetuning import inputs
 from dst_optax.finetuning.methods.lora import ranks
-from dst_optax.finetuning.models.base import language_model
 from dst_optax.finetuning.models.decoder.vocabulary import HuggingFaceVocabulary
+from dst_optax.finetuning.models.named import language_model
 from dst_optax.finetuning.tasks.superglue.sources import HeldOut, JsonlSource
 from dst_optax.finetuning.tasks.superglue.suite import SuperGlue
 

@@ -15,7 +15,7 @@ from dst_optax.finetuning.display import make_console
 from dst_optax.finetuning.evaluator import Evaluator
 from dst_optax.finetuning.methods import Method, Params
 from dst_optax.finetuning.models import huggingface
-from dst_optax.finetuning.models.base import language_model
+from dst_optax.finetuning.models.named import language_model
 from dst_optax.finetuning.recipe import Recipe
 from dst_optax.finetuning.run_dir import RunDir
 from dst_optax.finetuning.steps import Programs

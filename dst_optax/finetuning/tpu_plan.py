@@ -28,7 +28,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import dst_optax
 from dst_optax.finetuning import compiled_program
-from dst_optax.finetuning.models.base import LanguageModel, dividing, language_model
+from dst_optax.finetuning.models.base import LanguageModel, dividing
+from dst_optax.finetuning.models.named import language_model
 from dst_optax.tree import map_named, named_leaves
 
 GIB = 2**30
@@ -53,7 +54,7 @@ class Job:
     """What to compile for.
 
     Attributes:
-      model: what :func:`~dst_optax.finetuning.models.base.language_model` takes by name.
+      model: what :func:`~dst_optax.finetuning.models.named.language_model` takes by name.
       topology: generation and shape, for example "v5e:16x16".
       fraction: of the parameters that may differ from the seed.
       optimizer: "adafactor" or "adamw".

@@ -29,7 +29,8 @@ from dst_optax.finetuning.experiments import (  # noqa: E402
 from dst_optax.finetuning.methods.dst import DST  # noqa: E402
 from dst_optax.finetuning.methods.full import Full  # noqa: E402
 from dst_optax.finetuning.models import decoder, t5  # noqa: E402
-from dst_optax.finetuning.models.base import language_model, unflatten  # noqa: E402
+from dst_optax.finetuning.models.base import unflatten  # noqa: E402
+from dst_optax.finetuning.models.named import language_model  # noqa: E402
 from dst_optax.finetuning.tasks.superglue.suite import SuperGlue  # noqa: E402
 
 MODEL = t5.T5Config(

@@ -22,7 +22,8 @@ from dst_optax import serving, subset
 from dst_optax.finetuning import inputs, storage
 from dst_optax.finetuning.experiments import figures
 from dst_optax.finetuning.methods.lora import LoRA
-from dst_optax.finetuning.models.base import LanguageModel, flatten, language_model, unflatten
+from dst_optax.finetuning.models.base import LanguageModel, flatten, unflatten
+from dst_optax.finetuning.models.named import language_model
 from dst_optax.paths import require_local
 
 Row = dict[str, Any]
@@ -42,7 +43,7 @@ def serving_latency(
 
     Args:
       run_dir: where the results and scratch files go.
-      models: by name, what :func:`~dst_optax.finetuning.models.base.language_model` takes.
+      models: by name, what :func:`~dst_optax.finetuning.models.named.language_model` takes.
       fractions: shares of free parameters.
       requests: timed ones of each kind.
       input_length: tokens of a request's one input.

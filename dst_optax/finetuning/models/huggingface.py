@@ -7,7 +7,7 @@ from collections.abc import Container
 from pathlib import Path
 
 from dst_optax.finetuning.models import decoder, t5
-from dst_optax.finetuning.models.base import read_config
+from dst_optax.finetuning.models.named import read_config
 from dst_optax.finetuning.models.t5.huggingface import tensors as t5_tensors
 from dst_optax.subset import Subset, models
 from dst_optax.subset.coordinates import Tensor

@@ -20,7 +20,7 @@ import tensorstore as ts
 from flax import serialization
 
 from dst_optax.finetuning.models import t5
-from dst_optax.finetuning.models.base import language_model
+from dst_optax.finetuning.models.named import language_model
 from dst_optax.finetuning.models.t5 import huggingface
 
 CONFIG = cases.CONFIGS["v1_1"]

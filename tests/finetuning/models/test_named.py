@@ -3,7 +3,7 @@
 import pytest
 
 from dst_optax.finetuning.models import decoder, t5
-from dst_optax.finetuning.models.base import language_model
+from dst_optax.finetuning.models.named import language_model
 
 CONFIG = decoder.DecoderConfig("qwen3", 264, 16, 2, 4, 2, 4, 24, tie_embeddings=True)
 
