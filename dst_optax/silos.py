@@ -355,7 +355,7 @@ def make_plan(
         if np.dtype(leaf.dtype).itemsize == 1:
             raise TypeError(
                 f"parameter {leaf.path!r}: got dtype {leaf.dtype}, which is too coarse to tune single "
-                "entries. Keep it in bfloat16, or give it the fraction 0."
+                "entries. Keep it in bfloat16, mask it (optax.masked), or give it the fraction 0."
             )
     return plan
 

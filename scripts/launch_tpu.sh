@@ -63,7 +63,7 @@ case "$command" in
 esac
 out=${out:-runs/$name}
 case "$command" in
-  fetch | all) [ ! -e "$out" ] || fail "$out exists, and would get the subset inside; give another --out." ;;
+  fetch | all) [ ! -e "$out" ] || fail "$out exists, so the subset would land inside it; give another --out." ;;
 esac
 
 run() {
@@ -94,7 +94,8 @@ install() {
   run git archive --format=tar.gz --output="/tmp/$archive" HEAD
   tpu scp "/tmp/$archive" "$name:$archive" --worker=all
   on all "{ python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-{ echo 'Python 3.11 or newer is needed; give another --version.'; exit 1; }; } && rm -rf dst-optax && mkdir dst-optax && tar -xzf $archive -C dst-optax && cd dst-optax && \
+{ echo 'Python 3.11 or newer is needed; give another --version.'; exit 1; }; } && \
+rm -rf dst-optax && mkdir dst-optax && tar -xzf $archive -C dst-optax && cd dst-optax && \
 python3 -m venv .venv && .venv/bin/pip install -q -r configs/t5x/requirements.txt 'jax[tpu]==0.10.2' && \
 .venv/bin/pip install -q --no-deps $T5X && .venv/bin/pip install -q -e '.[finetuning]'"
 }

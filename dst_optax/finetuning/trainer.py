@@ -161,7 +161,7 @@ class Run:
         progress, state = Progress(), self.start()
         last = max(checkpoints.steps(), default=0)
         if last:
-            # what version 0.1 wrote owes nothing
+            # version 0.1 did not write it; one evaluation fewer is better than one that counts twice
             progress = Progress(**{"evaluated": last} | checkpoints.progress(last))
             state = self._restore(checkpoints.path(last), state)
         with Log(self.directory, f"{self.name} rng {self.rng_seed}", last, self.context.recipe.steps) as log:

@@ -252,8 +252,12 @@ def test_a_method_works_where_it_goes_half_the_way():
 
 
 def test_a_variant_with_a_budget_of_its_own_is_no_full_fine_tuning():
-    rows = [ROWS[0], row("half free", None, 0.1, 0, 80.0, 78.0) | {"free_params": 300}, *ROWS[2:]]
-    assert summary.operational_ranges(summary.summarise(rows), "rte") == {}
+    variant = row("half free", None, 0.1, 0, 90.0, 98.0) | {"free_params": 257}
+    assert summary.operational_ranges(summary.summarise([ROWS[0], variant, *ROWS[2:]]), "rte") == {}
+    found = summary.operational_ranges(summary.summarise([*ROWS, variant]), "rte")
+    assert found == summary.operational_ranges(summary.summarise(ROWS), "rte")
+    half = row("dst", 500, 1.0, 0, 70.0, 70.0)
+    assert summary.operational_ranges(summary.summarise([*ROWS, half]), "rte") == {"dst": (64, 500)}
 
 
 def test_rates_without_a_common_seed_are_not_compared():

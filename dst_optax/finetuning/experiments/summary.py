@@ -91,9 +91,11 @@ def operational_ranges(summary: Sequence[Row], task: str) -> dict[str, tuple[flo
     same = [s for s in summary if s["task"] == task]
     baselines = [s["mean"] for s in same if s["learning_rate"] is None]
     tuned = [s for s in same if s["learning_rate"] is not None]
-    most = max((s["free_params"] for s in tuned if s["budget"] is not None), default=0)
-    # methods without a budget are full fine-tuning, or spend about as much as others
-    whole = [s["mean"] for s in tuned if s["budget"] is None and s["free_params"] > 2 * most]
+    unbounded = [s for s in tuned if s["budget"] is None]
+    size = max((s["free_params"] for s in unbounded), default=0)
+    if any(s["budget"] is not None and s["free_params"] > 0.9 * size for s in tuned):
+        size = 0  # these are no models tuned in full, but variants that free about as much as others
+    whole = [s["mean"] for s in unbounded if s["free_params"] == size]
     ranges: dict[str, tuple[float, float]] = {}
     if baselines and whole:
         halfway = (max(baselines) + max(whole)) / 2

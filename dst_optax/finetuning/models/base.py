@@ -1,6 +1,7 @@
 """What the trainer, the methods and the tasks know of a model: one small interface, families behind it."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -139,5 +140,9 @@ def dividing(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
     """
     spec = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
     sizes = sharding.mesh.shape
-    kept = [axis if axis and n % sizes[axis] == 0 else None for axis, n in zip(spec, shape, strict=True)]
+
+    def divides(axis: Any, n: int) -> bool:
+        return n % math.prod(sizes[a] for a in (axis if isinstance(axis, tuple) else (axis,))) == 0
+
+    kept = [axis if axis and divides(axis, n) else None for axis, n in zip(spec, shape, strict=True)]
     return NamedSharding(sharding.mesh, PartitionSpec(*kept))

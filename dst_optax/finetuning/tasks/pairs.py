@@ -139,9 +139,10 @@ class Pairs(OneTask, ABC):
             changed = [x for x in completions if not self.is_right(self._spelled(x), x.strip())]
             if changed and processes.is_primary():
                 print(
-                    f"{self.name} {split}: {len(changed)} of {len(completions)} completions are other texts "
-                    "after encoding and decoding, which drops special tokens, so no answer to them counts as "
-                    f"right: {changed[0]!r:.200} becomes {self._spelled(changed[0])!r:.200}.",
+                    f"{self.name} {split}: {len(changed)} of {len(completions)} completions change when they "
+                    "are encoded and decoded (special tokens are dropped), so no answer to them can count as "
+                    "right: "
+                    f"{changed[0]!r:.200} becomes {self._spelled(changed[0])!r:.200}.",
                     flush=True,
                 )
         return digest(rows)

@@ -137,10 +137,11 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
         whole = self._template(messages)
         if not messages or not whole.startswith(given):
             raise ValueError("the chat template words earlier messages anew when an answer is added.")
-        answer = whole[len(given) :]
-        special = [x.content for x in self._tokenizer.get_added_tokens_decoder().values() if x.special]
-        while ends := [x for x in special if answer.rstrip().endswith(x)]:
-            answer = answer.rstrip().removesuffix(ends[0])
+        ends = [x.content for x in self._tokenizer.get_added_tokens_decoder().values() if x.special]
+        ends += [self._tokenizer.id_to_token(i) for i in self.eos_ids]
+        answer = whole[len(given) :].rstrip()
+        while end := next((x for x in ends if answer.endswith(x)), ""):
+            answer = answer.removesuffix(end).rstrip()
         return given, answer
 
     @cached_property

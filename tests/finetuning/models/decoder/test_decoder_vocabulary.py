@@ -102,6 +102,9 @@ MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": 
 def test_chats_are_worded_by_the_template(directory):
     vocabulary = vocabulary_of(directory)
     assert vocabulary.chat(MESSAGES) == ("<start><turn>user Hi<turn>\n<turn>assistant ", "Ho")
+    (directory / "generation_config.json").write_text('{"eos_token_id": 0}')  # a base model's
+    assert vocabulary_of(directory).chat(MESSAGES)[1] == "Ho"
+    (directory / "generation_config.json").unlink()
     ids = vocabulary.encode("<start><turn>")
     assert ids == [1, 2]
 
@@ -142,22 +145,37 @@ def test_templates_of_the_hub(directory, tmp_path, template, words):
             vocabulary.chat(MESSAGES)
 
 
+def test_an_end_of_text_that_is_no_special_token_is_stripped(directory, tmp_path):
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    text = json.loads((tmp_path / "tokenizer.json").read_text())
+    for token in text["added_tokens"]:
+        token["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(text))
+    assert vocabulary_of(tmp_path).chat(MESSAGES)[1] == "Ho"
+
+
 def test_a_template_of_its_own_goes_first(directory, tmp_path):
     vocabulary = with_template(directory, tmp_path, "{{ 1 }}")
     (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     assert vocabulary.chat(MESSAGES) == ("Hi", "Ho")
 
 
-@pytest.mark.parametrize("part", ["normalizer", "pre_tokenizer"])
-def test_a_tokenizer_that_begins_every_text_anew_is_refused(directory, tmp_path, part):
-    from tokenizers import Tokenizer, normalizers, pre_tokenizers
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [("normalizer", "' a:  b' of 'a:' and ' b'"), ("pre_tokenizer", "'a: b' of 'a:' and 'b'")],
+)
+def test_a_tokenizer_that_begins_every_text_anew_is_refused(directory, tmp_path, part, says):
+    from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 
-    anew = {"normalizer": normalizers.Prepend(" "), "pre_tokenizer": pre_tokenizers.ByteLevel(True)}
     shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    setattr(tokenizer, part, anew[part])
+    if part == "normalizer":
+        tokenizer.normalizer = normalizers.Prepend(" ")
+    else:  # as Llama 2's: a space is put where there is none, and the first one is dropped again
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match=r"makes ' a: +b' of 'a:' and ' ?b'"):
+    with pytest.raises(ValueError, match=f"makes {says}"):
         MODEL.check(vocabulary_of(tmp_path))
 
 

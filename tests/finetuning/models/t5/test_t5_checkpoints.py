@@ -434,6 +434,7 @@ def test_a_run_starts_from_a_t5x_checkpoint(tmp_path):
 
 def test_another_vocabulary_than_the_checkpoints_own_is_refused(tmp_path):
     seqio, sentencepiece = pytest.importorskip("seqio"), pytest.importorskip("sentencepiece")
+    from sentencepiece import sentencepiece_model_pb2 as pb2
 
     def train(name, text):
         sentencepiece.SentencePieceTrainer.train(
@@ -447,5 +448,14 @@ def test_another_vocabulary_than_the_checkpoints_own_is_refused(tmp_path):
     (tmp_path / "seed" / "spiece.model").write_bytes(one.read_bytes())
     model = t5.T5(dataclasses.replace(CONFIG, vocab_size=128))
     model.check(seqio.SentencePieceVocabulary(str(one), extra_ids=100), str(tmp_path / "seed"))
+    proto = pb2.ModelProto.FromString(one.read_bytes())
+    for i in reversed(range(100)):  # as in T5X's cc_all.32000.100extra
+        proto.pieces.add(
+            piece=f"\u2581<extra_id_{i}>", score=0.0, type=pb2.ModelProto.SentencePiece.USER_DEFINED
+        )
+    (tmp_path / "extra.model").write_bytes(proto.SerializeToString())
+    model.check(
+        seqio.SentencePieceVocabulary(str(tmp_path / "extra.model"), extra_ids=0), str(tmp_path / "seed")
+    )
     with pytest.raises(ValueError, match=r"other\.model is not the checkpoint's own, .*: token \d+ is 'i"):
         model.check(seqio.SentencePieceVocabulary(str(other), extra_ids=100), str(tmp_path / "seed"))
