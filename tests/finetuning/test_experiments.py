@@ -339,6 +339,7 @@ def test_convergence_of_known_subsets(tmp_path):
     snapshot(tmp_path / "rng_0", 10, ([1, 2], [3]))
     snapshot(tmp_path / "rng_1", 5, ([0, 1], []))
     snapshot(tmp_path / "rng_1", 10, ([0], [3]))
+    (tmp_path / "rng_0" / "snapshots" / ".tmp-00000015").mkdir()  # a run was killed there
     for rng in (0, 1):
         line = {"step": 1, "churn": 0.5, "threshold_median": 0.1}
         (tmp_path / f"rng_{rng}" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
