@@ -10,7 +10,7 @@ from typing import Any
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dst_optax.finetuning.models.base import unflatten
+from dst_optax.finetuning.models.base import dividing, unflatten
 from dst_optax.finetuning.models.decoder.config import DecoderConfig
 
 AXIS_RULES = (
@@ -151,12 +151,9 @@ def shardings(config: DecoderConfig, mesh: Mesh, rules: Sequence[tuple[str, Any]
       >>> tuple(placed["embed_tokens"]["embedding"].spec)
       ('model', None)
     """
-    size, where = sizes(config), dict(rules)
+    names, where = axes(config), dict(rules)
 
-    def place(name: str) -> Any:
-        divided = where.get(name) is not None and size[name] % mesh.shape[where[name]] == 0
-        return where[name] if divided else None
+    def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
+        return dividing(NamedSharding(mesh, PartitionSpec(*map(where.get, names[path]))), shape)
 
-    return unflatten(
-        {path: NamedSharding(mesh, PartitionSpec(*map(place, names))) for path, names in axes(config).items()}
-    )
+    return unflatten({path: place(path, shape) for path, shape in shapes(config).items()})
