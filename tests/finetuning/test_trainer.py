@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -201,6 +202,20 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_same_bit_for_bit(whole, tmp_pat
     run, other = (directory / "dst" / "rng_0" for directory in (tmp_path / "run", whole[0]))
     assert contents(run) == contents(other)
     assert logged(run, "eval/score") == logged(other, "eval/score")
+
+
+def test_a_run_of_version_0_1_evaluates_no_step_twice(whole, tmp_path):
+    """Its progress files do not say which step was evaluated last."""
+    shutil.copytree(whole[0], tmp_path / "run")
+    run = tmp_path / "run" / "dst" / "rng_0"
+    (run / "result.json").unlink()
+    file = run / "checkpoints" / "00000006" / "progress.json"
+    progress = json.loads(file.read_text())
+    assert progress.pop("evaluated") == 6
+    file.write_text(json.dumps(progress))
+    row = tune(tmp_path / "run")[-1]
+    assert {**row, "seconds": None} == {**whole[1][-1], "seconds": None}
+    assert logged(run, "eval/score") == logged(whole[0] / "dst" / "rng_0", "eval/score")
 
 
 def test_a_stop_in_the_last_evaluation_ends_the_command(tmp_path, monkeypatch):

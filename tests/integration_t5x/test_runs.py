@@ -240,10 +240,10 @@ def test_cb_through_training_and_evaluation(root):
         runs.call("train", [small, "configs/t5x/superglue.gin", own, *files], [*settings, *data])
         return root / name / f"checkpoint_{steps}"
 
-    def evaluate(checkpoint, name, *more):
+    def evaluate(checkpoint, name, *more, split="validation"):
         files = [small, "t5x/configs/runs/eval.gin", "configs/t5x/superglue_tasks.gin", own]
         where = [f'CHECKPOINT_PATH="{checkpoint}"', f'EVAL_OUTPUT_DIR="{root / name}"']
-        where += ['utils.DatasetConfig.split="validation"', *(b for b in more if "=" in b)]
+        where += [f'utils.DatasetConfig.split="{split}"', *(b for b in more if "=" in b)]
         runs.call("eval", [*files, *(f for f in more if "=" not in f)], [*where, *data])
         found = (root / name / "inference_eval").glob("superglue_cb-0*.jsonl")
         return [json.loads(line)["prediction"] for line in next(found).read_text().splitlines()]
@@ -263,3 +263,5 @@ def test_cb_through_training_and_evaluation(root):
     )
     with pytest.raises(ValueError, match="fingerprint"):
         evaluate(tuned, "cb_wrong_eval", "configs/t5x/subset.gin", f'SUBSET="{root / "cb_subset"}"')
+    with pytest.raises(ValueError, match="cb: an example has no label"):  # what T5X's eval.gin takes
+        evaluate(tuned, "cb_test_eval", split="test")

@@ -195,7 +195,7 @@ def postprocessor(task: str) -> Callable[..., Any]:
       task: name of the task.
 
     Returns:
-      A seqio ``postprocess_fn``.
+      A seqio ``postprocess_fn``, which refuses to make a target of an example without a label.
 
     Example:
       >>> postprocessor("rte")("entailment"), postprocessor("rte")("", example={"label": 1}, is_target=True)
@@ -221,6 +221,11 @@ def postprocessor(task: str) -> Callable[..., Any]:
 
 
 def _target(task: str, example: Mapping[str, Any]) -> Any:
+    if (len(example["answers"]) == 0) if task == "record" else (example["label"] < 0):
+        raise ValueError(
+            f"{task}: an example has no label, so nothing can be scored; SuperGLUE keeps those of its test "
+            "split to itself. Score 'validation'."
+        )
     if task == "record":
         return [_string(answer) for answer in example["answers"]]
     if task == "multirc":

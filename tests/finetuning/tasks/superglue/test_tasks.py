@@ -40,6 +40,16 @@ def test_right_answers_score_100(task, names):
     assert (found[0]["inputs"][:-1] - 3).astype(np.uint8).tobytes() == found[0]["inputs_pretokenized"]
 
 
+@pytest.mark.parametrize("task", MAIN)
+def test_a_split_without_labels_is_not_scored(task, names):
+    """T5X's eval.gin takes the test split."""
+    provider = seqio.TaskRegistry.get(names[task])
+    example = next(iter(provider.get_dataset(None, "validation", shuffle=False).as_numpy_iterator()))
+    unknown = {**example, "answers": []} if task == "record" else {**example, "label": -1}
+    with pytest.raises(ValueError, match=f"{task}: an example has no label.*Score 'validation'"):
+        provider.postprocess_fn("", example=unknown, is_target=True)
+
+
 def test_the_mixture_is_proportional(names):
     mixture = seqio.MixtureRegistry.get("superglue_proportional")
     rates = {task.name: mixture.get_rate(task) for task in mixture.tasks}
