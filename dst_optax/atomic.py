@@ -71,16 +71,17 @@ def publish(temporary: Path, path: Path) -> None:
       path: its name from now on; a file of this name is replaced.
     """
     for part in (*temporary.rglob("*"), temporary):
-        _sync(part)
+        sync(part)
     temporary.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def _beside(path: Path) -> Path:
     return path.with_name(f".tmp-{path.name}-{secrets.token_hex(8)}")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a directory, are on the disk."""
     if os.name == "nt" and path.is_dir():  # directories cannot be opened there
         return
     handle = os.open(path, os.O_RDONLY)

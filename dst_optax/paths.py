@@ -1,10 +1,12 @@
 """Files on this machine and in object stores, by paths with pathlib's methods."""
 
+import contextlib
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
-from dst_optax.atomic import atomic_file
+from dst_optax.atomic import atomic_file, sync
 
 
 def as_path(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -75,15 +77,19 @@ def is_local(path: pathlib.PurePath) -> bool:
     return isinstance(path, pathlib.Path)
 
 
-def write_bytes(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file that is there whole or not at all.
+def write_files(directory: pathlib.Path, contents: Mapping[str, bytes]) -> None:
+    """Writes files that are there whole or not at all; none is replaced before all are on the disk.
 
     Args:
-      path: see :func:`as_path`; a file of this name is replaced.
-      content: what to write.
+      directory: see :func:`as_path`; must exist.
+      contents: of the files by name, in the order in which they appear.
     """
-    if is_local(path):
-        with atomic_file(path) as temporary:
+    if not is_local(directory):
+        for name, content in contents.items():  # an object appears when all of it has arrived
+            (directory / name).write_bytes(content)
+        return
+    with contextlib.ExitStack() as renames:
+        for name, content in reversed(list(contents.items())):
+            temporary = renames.enter_context(atomic_file(directory / name))
             temporary.write_bytes(content)
-    else:  # an object appears when all of it has arrived
-        path.write_bytes(content)
+            sync(temporary)

@@ -9,6 +9,7 @@ import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dst_optax.paths import as_path
 from dst_optax.subset import Subset, compose, files, from_models, gaps, models, peft, tied
@@ -41,11 +42,11 @@ def run(command: Callable[[], dict[str, Any]], as_json: bool, show: Callable[[di
 
 def table(columns: list[str], rows: list[list[Any]], title: str | None = None) -> None:
     """Prints a table whose first column is text and whose others are right-aligned."""
-    grid = Table(*columns[:1], title=title)
+    grid = Table(*columns[:1], title=title and Text(title))
     for column in columns[1:]:
         grid.add_column(column, justify="right")
     for row in rows:
-        grid.add_row(*(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row))
+        grid.add_row(*(Text(f"{x:.4g}" if isinstance(x, float) else str(x)) for x in row))
     Console().print(grid)
 
 

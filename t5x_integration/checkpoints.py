@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from t5x import checkpoints, state_utils, utils  # pyright: ignore[reportMissingImports]
 
-from dst_optax.paths import as_path, write_bytes
+from dst_optax.paths import as_path, write_files
 from dst_optax.subset import Subset
 
 RECORD = "initial_checkpoint.json"
@@ -207,4 +207,4 @@ def claim(model_dir: str, initial_checkpoint: Any) -> None:
             )
     elif jax.process_index() == 0:
         record.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(record, json.dumps({"initial_checkpoint": initial}).encode())
+        write_files(record.parent, {record.name: json.dumps({"initial_checkpoint": initial}).encode()})

@@ -26,8 +26,8 @@ def test_an_object_is_written_and_found(bucket, tmp_path, monkeypatch):  # noqa:
     assert paths.as_path(path) == path
     assert not paths.is_local(path)
     assert not path.exists()
-    paths.write_bytes(path, b"1")
-    paths.write_bytes(path, b"22")
+    paths.write_files(path.parent, {path.name: b"1"})
+    paths.write_files(path.parent, {path.name: b"22"})
     assert path.read_bytes() == b"22"
     assert [str(p) for p in path.parent.glob("*")] == [str(path)]
     assert not list(tmp_path.iterdir())
@@ -53,7 +53,7 @@ def test_a_subset_lives_in_a_store(bucket, tmp_path, monkeypatch):  # noqa: F811
 
 
 def test_models_in_a_store_that_cannot_be_mapped_are_refused(bucket, tmp_path):  # noqa: F811
-    paths.write_bytes(paths.as_path(f"{bucket}/model.safetensors"), b"")
+    paths.write_files(paths.as_path(bucket), {"model.safetensors": b""})
     with pytest.raises(SubsetError, match=f"{bucket}/model.safetensors lies in an object store"):
         models.open_model(f"{bucket}/model.safetensors")
     with pytest.raises(SubsetError, match="write a local directory"):
@@ -94,5 +94,5 @@ def test_data_lie_in_a_store(bucket, kind):  # noqa: F811
     name, row = rows[kind]
     with pytest.raises(ValueError, match=f"{bucket}/.*does not exist"):
         read[kind]()
-    paths.write_bytes(paths.as_path(f"{bucket}/{name}"), row.encode())
+    paths.write_files(paths.as_path(bucket), {name: row.encode()})
     assert len(read[kind]()) == 1

@@ -51,6 +51,16 @@ def call(*arguments, code=0):
     return json.loads(result.output)
 
 
+def test_names_are_shown_as_they_are(tmp_path):
+    """Rich would take brackets for its markup."""
+    seed = {"[/foo]": np.zeros(3), "l[x=1].weight": np.zeros(3)}
+    subset.from_models(seed, {p: x + 1 for p, x in seed.items()}).save(tmp_path / "sub[lr=1e-3]")
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "sub[lr=1e-3]")], env={"COLUMNS": "300"})
+    assert result.exit_code == 0, result.output
+    shown = "".join(result.output.split())  # long titles are wrapped
+    assert all(name in shown for name in [*seed, "sub[lr=1e-3]"])
+
+
 def test_the_whole_way(disk):
     for name in "ab":
         made = call("extract", "--seed", disk / "seed", "--tuned", disk / name, "--out", disk / f"s{name}")

@@ -119,6 +119,8 @@ def scatter(memory: torch.Tensor, offsets: torch.Tensor, bits: torch.Tensor) -> 
 
 def check_writable(name: str, x: torch.Tensor) -> None:
     """Raises a SubsetError unless every entry of a tensor has memory of its own."""
+    if torch.nn.parameter.is_lazy(x):
+        raise SubsetError(f"{name!r} has no shape yet; run the model once first.")
     if type(x.detach()) is not torch.Tensor or x.layout != torch.strided:
         raise SubsetError(
             f"{name!r} is a {type(x).__name__} ({x.layout}); only plain tensors can be switched."

@@ -85,7 +85,8 @@ class SubsetStore(Store[Any, _Pieces]):
           leaves: regex of the paths to stack; None for those in which a subset has entries.
 
         Returns:
-          The model with stacked tensors, and the ``in_axes`` for it: 0 for those, None for others.
+          The model with stacked tensors, and the ``in_axes`` for it: 0 for those, None for others. Tensors
+          that are shared are the store's own: not to be used after the next switch.
 
         Raises:
           SubsetError: a name is not loaded, or a subset has entries in a tensor that is not stacked.
@@ -112,10 +113,10 @@ class SubsetStore(Store[Any, _Pieces]):
             before = self._active
             copies: dict[str, Any] = {p: [] for p in chosen}
             for name in names:
-                self._switch(name)
+                self._become(name)
                 for path in chosen:
                     copies[path].append(jnp.copy(self._params[path]))
-            self._switch(before)
+            self._become(before)
             stacked = [jnp.stack(copies[p]) if p in chosen else x for p, x in self._params.items()]
             axes = [0 if p in chosen else None for p in self._params]
             return jax.tree.unflatten(self._treedef, stacked), jax.tree.unflatten(self._treedef, axes)

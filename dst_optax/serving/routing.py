@@ -7,7 +7,8 @@ Positions then go where the loader would have put them, at a cost that depends o
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dst_optax.serving import in_place
 from dst_optax.serving.in_place import InPlaceStore, Piece
 from dst_optax.serving.store import Loaded
-from dst_optax.subset import Subset, SubsetError, dtypes, fingerprints
+from dst_optax.subset import Subset, SubsetError, dtypes, fingerprints, tied
 
 _TORCH_DTYPES = {d.name: getattr(torch, d.name) for d in dtypes.DTYPES.values() if hasattr(torch, d.name)}
 _PADDING = (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default)
@@ -82,7 +83,8 @@ def trace(model: torch.nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, li
         name: torch.empty(tuple(x.shape), dtype=_TORCH_DTYPES[np.dtype(x.dtype).name], device="meta")
         for name, x in checkpoint.items()
     }
-    held = [(m, k, p, p.data) for m in model.modules() for k, p in m._parameters.items() if p is not None]
+    held = [(m, dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+    memory = [(k, p, p.data) for m in model.modules() for k, p in m._parameters.items() if p is not None]
     recorder = _Recorder(tensors, model)
     try:
         with recorder:
@@ -92,12 +94,18 @@ def trace(model: torch.nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, li
     except Exception as e:  # a loader that reads values cannot be traced; models raise what they like
         raise SubsetError(f"{recorder.name!r} is not copied as it is: {type(e).__name__}: {e}") from e
     finally:
-        replaced = [k for m, k, p, x in held if m._parameters.get(k) is not p or p.data_ptr() != x.data_ptr()]
-        for module, name, parameter, x in held:
+        replaced = [k for k, p, x in memory if p.data_ptr() != x.data_ptr()]
+        for _, parameter, x in memory:
             parameter.data = x
-            module._parameters[name] = parameter
+        for module, *before in held:
+            for now, then in zip((vars(module), module._parameters, module._buffers), before, strict=True):
+                replaced += [
+                    k for k, x in now.items() if isinstance(x, torch.Tensor) and x is not then.get(k)
+                ]
+                now.clear()
+                now.update(then)
     if replaced:
-        raise SubsetError(f"the loader replaces the parameters {replaced[:3]} instead of copying into them.")
+        raise SubsetError(f"the loader replaces the tensors {replaced[:3]} instead of copying into them.")
     return recorder.routes
 
 
@@ -124,16 +132,14 @@ class _Recorder(TorchDispatchMode):
             yield self.name, x
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func._schema.is_mutable or not isinstance(args[0], torch.Tensor):
-            return func(*args, **(kwargs or {}))
-        target = args[0]
+        written = _written(func, args, kwargs or {})
         if func is torch.ops.aten.copy_.default and _storage(args[1]) in self._names:
-            self._record(target, args[1])
-        elif _storage(target) not in self._owners and not target.is_meta:
+            self._record(args[0], args[1])
+        elif not any(_storage(x) in self._owners or x.is_meta for x in written):
             return func(*args, **(kwargs or {}))
         elif func not in _PADDING:
             raise SubsetError(f"{self.name!r} is not copied as it is: the loader calls {func}.")
-        return target
+        return args[0]
 
     def _record(self, target: torch.Tensor, source: torch.Tensor) -> None:
         name = self._names[_storage(source)]
@@ -164,6 +170,18 @@ class _Recorder(TorchDispatchMode):
         return False
 
 
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The tensors that a call writes to."""
+    given = {a.name: x for a, x in zip(func._schema.arguments, args, strict=False)} | dict(kwargs)
+    targets = [
+        given.get(a.name)
+        for a in func._schema.arguments
+        if a.alias_info is not None and a.alias_info.is_write
+    ]
+    lists = [x if isinstance(x, list | tuple) else [x] for x in targets]
+    return [x for each in lists for x in each if isinstance(x, torch.Tensor)]
+
+
 def _storage(x: torch.Tensor) -> int:
     return x.untyped_storage()._cdata
 
@@ -188,7 +206,7 @@ class RoutedStore(InPlaceStore):
           SubsetError: the model's loader does more than copy; see :func:`trace`.
         """
         super().__init__(model)
-        self._checkpoint = checkpoint
+        self.checkpoint = checkpoint
         self._routes = trace(model, checkpoint)
         self._fingerprints = dict(zip(checkpoint, fingerprints(checkpoint.values()), strict=True))
         self._by_key = {
@@ -209,39 +227,47 @@ class RoutedStore(InPlaceStore):
         masks = {}
         for name, e in subset.items():
             missed = np.ones(len(e), bool)
-            for route in self._routes[name]:
+            for route in self._routes[self._loaded_as(name, subset)]:
                 missed[route.follow(e.positions)[0]] = False
             if missed.any():
                 masks[name] = missed
         return masks
 
+    def _loaded_as(self, name: str, subset: Subset) -> str:
+        """The tensor that the loader takes where it passes over a copy, such as that of a tied embedding."""
+        e, others = subset[name], (n for n in subset if self._routes[n])
+        if self._routes[name] or not len(e):
+            return name
+        return next((n for n in others if tied.same_entries(e, subset[n])), name)
+
     def _place(self, subset: Subset) -> Loaded[dict[str, Piece]]:
-        subset.check_structure({n: (tuple(x.shape), np.dtype(x.dtype)) for n, x in self._checkpoint.items()})
+        subset.check_structure({n: (tuple(x.shape), np.dtype(x.dtype)) for n, x in self.checkpoint.items()})
         subset.check_fingerprints(self._fingerprints)
         pieces = {}
         for name, e in subset.items():
             if not len(e):
                 continue
-            seed = np.asarray(self._checkpoint[name]).reshape(-1)[e.positions]
+            seed = np.asarray(self.checkpoint[name]).reshape(-1)[e.positions]
             for i, route in enumerate(self._routes[name]):
                 chosen, offsets = route.follow(e.positions)
                 if len(chosen):
                     device = route.target.device
                     values = (in_place.bits(x[chosen], device) for x in (e.values, seed))
                     key, piece = f"{name}#{i}", Piece(torch.from_numpy(offsets).to(device), *values)
-                    self._guard(name, key, piece)
+                    _compare(key, self._seed_bits(key, piece.offsets), piece.seed, "the checkpoint")
                     pieces[key] = piece
         return in_place.loaded(subset, pieces)
 
-    def _guard(self, name: str, key: str, piece: Piece) -> None:
-        """Raises unless the engine holds the checkpoint's values at a piece's offsets."""
-        wrong = int((self._seed_bits(key, piece.offsets) != piece.seed).sum())
-        if wrong:
-            raise SubsetError(
-                f"{name!r}: at {wrong} of {len(piece.seed)} positions the engine holds other values than the "
-                "checkpoint. It was changed after loading, or the engine keeps these weights in an order of "
-                "its own; subsets cannot be served on it."
-            )
+    def _check(self, pieces: dict[str, Piece]) -> None:
+        """Also finds weights that the engine has loaded again, which nothing else would tell."""
+        super()._check(pieces)
+        if self._active is None:
+            for key, piece in pieces.items():
+                _compare(key, in_place.gather(self._memory(key), piece.offsets), piece.seed, "the checkpoint")
+        elif pieces is self._loaded[self._active].pieces:
+            for key, piece in pieces.items():
+                held = in_place.gather(self._memory(key), piece.offsets)
+                _compare(key, held, piece.values, f"the active subset {self._active!r}")
 
     def _memory(self, path: str) -> torch.Tensor:
         route, memory = self._by_key[path]
@@ -251,31 +277,42 @@ class RoutedStore(InPlaceStore):
         return memory
 
 
+def _compare(key: str, held: torch.Tensor, want: torch.Tensor, whose: str) -> None:
+    """Raises unless the engine holds at a piece's offsets what it should."""
+    wrong = int((held != want).sum())
+    if wrong:
+        raise SubsetError(
+            f"{key.rsplit('#', 1)[0]!r}: at {wrong} of {len(want)} positions the engine holds other values "
+            f"than {whose}. It was changed after loading, or the engine keeps these weights in an order of "
+            "its own; subsets cannot be served on it."
+        )
+
+
 def answer(store: RoutedStore, verb: str, *args: Any) -> Any:
     """Does what a server asks of one of its engine's processes.
 
     Args:
       store: this process's.
-      verb: ``load``, ``check``, ``activate``, ``unload``, ``discard`` or ``list``.
+      verb: ``load``, ``check``, ``activate``, ``discard`` or ``list``.
       *args: a subset's name, None for the seed; of ``load`` its directory, too.
 
     Returns:
-      Of ``load`` which entries have no place in this process, as bits by tensor; of ``list`` what is loaded.
+      Of ``load`` a digest of the subset, and which entries have no place in this process, as bits by tensor;
+      of ``list`` what is loaded.
     """
     match verb, *args:
         case "load", name, directory:
-            subset = Subset.load(directory)
+            subset = tied.for_model(Subset.load(directory), store.checkpoint)
             store.add(name, subset)
-            return {path: np.packbits(missed).tobytes() for path, missed in store.missed(subset).items()}
+            missed = {path: np.packbits(mask).tobytes() for path, mask in store.missed(subset).items()}
+            return _digest(subset), missed
         case "check", name:
             store.check(name)
         case "activate", None:
             store.deactivate()
         case "activate", name:
             store.activate(name)
-        case "unload", name:
-            store.unload(name)
-        case "discard", name:
+        case "discard", name:  # a second attempt may find it gone
             if any(x.name == name for x in store.list()):
                 store.unload(name)
         case ["list"]:
@@ -283,3 +320,12 @@ def answer(store: RoutedStore, verb: str, *args: Any) -> Any:
         case _:
             raise ValueError(f"no verb {verb!r} with {len(args)} arguments.")
     return None
+
+
+def _digest(subset: Subset) -> str:
+    digest = hashlib.sha256()
+    for name, e in sorted(subset.items()):
+        digest.update(f"{name!r} {len(e)} ".encode())
+        digest.update(e.positions.tobytes())
+        digest.update(e.values.tobytes())
+    return digest.hexdigest()

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import os
 import pathlib
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Collection, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -53,18 +53,27 @@ class Engine(Protocol):
 class SubsetServer:
     """The verbs of a subset store on an engine, and turns for requests that name a subset."""
 
-    def __init__(self, engine: Engine, root: str | os.PathLike[str] | None, patience: float = 0.5) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        root: str | os.PathLike[str] | None,
+        patience: float = 0.5,
+        reserved: Collection[str] = (),
+    ) -> None:
         """Makes a server; :meth:`start` comes first.
 
         Args:
           engine: holds the seed model.
           root: subsets are loaded from directories below this one only; None allows none.
           patience: seconds after which a waiting request keeps others from being let in before it.
+          reserved: names of the seed model, which no subset may take.
         """
         self._engine = engine
         self._root = None if root is None else pathlib.Path(root).resolve()
         self._turns = Turns(self._switch, patience)
-        self._changes = asyncio.Lock()  # of what is loaded and of the default
+        self._reserved = {SEED_VERSION, *reserved}
+        self._changes = asyncio.Lock()  # of what is loaded
+        self._activations = asyncio.Lock()  # in the order in which they were asked for
         self._loaded: set[str] = set()
         self._broken: str | None = None
         self.default: str | None = None
@@ -88,15 +97,21 @@ class SubsetServer:
         Raises:
           SubsetError: it is refused; everything is as it was before.
         """
+        self._check_open()
         check_name(name)
+        if name in self._reserved:
+            raise SubsetError(f"the name {name!r} is the seed model's; give the subset another one.")
         source = self._confined(directory)
         async with self._changes:
             if name in self._loaded:
                 raise SubsetError(f"the name {name!r} is in use; unload it first.")
             try:
-                check_coverage(await self._everywhere("load", name, str(source)))
-            except BaseException:
-                await self._everywhere("discard", name)
+                check_placed(await self._everywhere("load", name, str(source)))
+            except BaseException as error:
+                try:
+                    await self._everywhere("discard", name)
+                except Exception as again:
+                    error.add_note(f"Some processes still keep it: {again}")
                 raise
             self._loaded.add(name)
 
@@ -115,10 +130,11 @@ class SubsetServer:
         self._check_open()
         if mode not in ("wait", "abort", "keep"):
             raise SubsetError(f'mode: got {mode!r}; it is "wait", "abort" or "keep".')
-        async with self._changes:
+        async with self._activations:
             self._check_loaded(name)
             if mode == "wait":
-                async with self._turns.turn(name):
+                async with self._turn_of(name):
+                    self._check_loaded(name)  # it may be unloaded right after
                     self.default = name
             else:
                 await asyncio.shield(self._interrupt(name, mode))
@@ -132,7 +148,8 @@ class SubsetServer:
         self._check_open()
         async with self._changes:
             self._check_loaded(name)
-            self.default = None if self.default == name else self.default
+            was_default = self.default == name
+            self.default = None if was_default else self.default
             self._loaded.discard(name)
             try:
                 async with self._turns.closed():  # a switch to it may have begun; no other can
@@ -140,16 +157,20 @@ class SubsetServer:
                 if self._turns.current == name:
                     async with self._turns.turn(self.default):
                         pass
-                await self._everywhere("unload", name)
+                await self._everywhere("discard", name)
             except BaseException:
                 self._loaded.add(name)
+                if was_default and self.default is None:
+                    self.default = name
                 raise
 
     async def list(self) -> list[Listed]:
         """What is loaded, least recently used first; bytes are those of all processes."""
+        ranks = [{row[0]: Listed(*row) for row in rows} for rows in await self._everywhere("list")]
         return [
-            Listed(x[0][0], x[0][1], sum(row[2] for row in x), x[0][3])
-            for x in zip(*await self._everywhere("list"), strict=True)
+            x._replace(nbytes=sum(rank[name].nbytes for rank in ranks if name in rank))
+            for name, x in ranks[0].items()
+            if name in self._loaded
         ]
 
     @contextlib.asynccontextmanager
@@ -163,8 +184,14 @@ class SubsetServer:
           UnknownSubsetError: it is not loaded.
           BrokenServerError: the processes may differ.
         """
+        async with self._turn_of(self.default if name is None else name):
+            yield
+
+    @contextlib.asynccontextmanager
+    async def _turn_of(self, name: str | None) -> AsyncIterator[None]:
         self._check_open()
-        async with self._turns.turn(self.default if name is None else name):
+        async with self._turns.turn(name):
+            self._check_open()  # a switch may have failed while it waited
             yield
 
     @property
@@ -178,16 +205,20 @@ class SubsetServer:
 
     async def _interrupt(self, name: str | None, mode: Mode) -> None:
         async with self._turns.closed():
+            pause = 0.01
             while mode == "abort" and self._turns.running:  # some may reach the engine only later
                 await self._engine.pause("abort")
                 await self._engine.resume()
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, 1.0)
             if self._turns.current != name:
                 await self._switch(name, mode)
                 self._turns.current = name
+            self._check_loaded(name)
             self.default = name
 
     async def _switch(self, name: str | None, mode: Mode = "wait") -> None:
+        self._check_open()
         self._check_loaded(name)
         try:
             # nothing is written before all agree
@@ -195,7 +226,14 @@ class SubsetServer:
             await self._exchange(name)
         finally:
             if self._broken is None:
-                await self._engine.resume()
+                await self._go_on(name)
+
+    async def _go_on(self, name: str | None) -> None:
+        try:
+            await self._engine.resume()
+        except Exception as e:
+            self._broken = f"the engine did not go on after a switch to {name!r} ({e})"
+            self._check_open()
 
     async def _exchange(self, name: str | None) -> None:
         try:
@@ -219,12 +257,16 @@ class SubsetServer:
     def _confined(self, directory: str) -> pathlib.Path:
         if self._root is None:
             raise SubsetError("subsets are loaded from one directory only, and none is configured.")
-        if not isinstance(directory, str) or "\0" in directory:
+        if not isinstance(directory, str):
             raise SubsetError("directory: expected a path below the root.")
-        source = (self._root / directory).resolve()
-        for path in (source, source / files.CONFIG, source / files.TENSORS):
-            if not path.resolve().is_relative_to(self._root):
-                raise SubsetError(f"{directory[:200]!r} is not below the root directory.")
+        outside = SubsetError(f"{directory[:200]!r} is not below the root directory.")
+        try:
+            source = (self._root / directory).resolve()
+            resolved = [(source / name).resolve() for name in ("", files.CONFIG, files.TENSORS)]
+        except (ValueError, OSError, RuntimeError) as e:  # names that no file can have, and loops of links
+            raise outside from e
+        if not all(path.is_relative_to(self._root) for path in resolved):
+            raise outside
         return source
 
     def _check_loaded(self, name: str | None) -> None:
@@ -255,8 +297,18 @@ def results(replies: list[dict[str, Any]]) -> list[Any]:
     return [reply["result"] for reply in replies]
 
 
-def check_coverage(missed: Sequence[dict[str, bytes]]) -> None:
-    """Raises if an entry of a subset has a place in no process; ``missed`` are bits by tensor."""
+def check_placed(answers: Sequence[tuple[str, dict[str, bytes]]]) -> None:
+    """Raises unless all processes loaded one subset, and each of its entries has a place in one of them.
+
+    Args:
+      answers: for each process the subset's digest, and which entries it has no place for, as bits by tensor.
+
+    Raises:
+      SubsetError: the files changed meanwhile, or the engine has no place for an entry.
+    """
+    digests, missed = zip(*answers, strict=True)
+    if len(set(digests)) > 1:
+        raise SubsetError("the processes read different subsets: the files changed meanwhile; load again.")
     for name in set.intersection(*(set(m) for m in missed)):
         nowhere = np.bitwise_and.reduce([np.frombuffer(m[name], np.uint8) for m in missed])
         if nowhere.any():

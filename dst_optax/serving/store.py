@@ -65,6 +65,7 @@ class Store(abc.ABC, Generic[Model, Pieces]):
         self._lock = threading.RLock()
         self._loaded: dict[str, Loaded[Pieces]] = {}  # least recently used first
         self._active: str | None = None
+        self._uses = 0  # blocks of `use` that this thread is in
         self._max_bytes = max_bytes
 
     @abc.abstractmethod
@@ -150,8 +151,7 @@ class Store(abc.ABC, Generic[Model, Pieces]):
         """
         with self._lock:
             self._get(name)
-            if self._active != name:
-                self._switch(name)
+            self._become(name)
             self._loaded[name] = self._loaded.pop(name)
             return self._current()
 
@@ -162,8 +162,7 @@ class Store(abc.ABC, Generic[Model, Pieces]):
           The seed model.
         """
         with self._lock:
-            if self._active is not None:
-                self._switch(None)
+            self._become(None)
             return self._current()
 
     def unload(self, name: str) -> None:
@@ -190,11 +189,17 @@ class Store(abc.ABC, Generic[Model, Pieces]):
     def use(self, name: str | None) -> Iterator[Model]:
         """Holds the store and gives the model of a subset; for servers with threads.
 
+        Other threads wait. Within the block its own thread may not switch the model either, which a coroutine
+        would do that awaits there.
+
         Args:
           name: a loaded subset, or None for the seed.
 
         Yields:
           The model; not to be used after the block.
+
+        Raises:
+          SubsetError: the name is not loaded, or a block that uses another model is not left yet.
 
         Example:
           >>> import jax.numpy as jnp
@@ -205,7 +210,22 @@ class Store(abc.ABC, Generic[Model, Pieces]):
           4.0
         """
         with self._lock:
-            yield self.deactivate() if name is None else self.activate(name)
+            model = self.deactivate() if name is None else self.activate(name)
+            self._uses += 1
+            try:
+                yield model
+            finally:
+                self._uses -= 1
+
+    def _become(self, name: str | None) -> None:
+        if name == self._active:
+            return
+        if self._uses:
+            raise SubsetError(
+                f"cannot switch to {name or 'the seed'!r}: a block `with store.use({self._active!r})` is not "
+                "left yet. Leave it first; a coroutine must not await in it."
+            )
+        self._switch(name)
 
     def _make_room(self, name: str, nbytes: int) -> None:
         if self._max_bytes is None:

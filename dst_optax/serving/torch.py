@@ -16,7 +16,7 @@ import torch
 from dst_optax.serving import in_place
 from dst_optax.serving.in_place import DTYPES, InPlaceStore, Piece
 from dst_optax.serving.store import Loaded
-from dst_optax.subset import Subset, SubsetError, fingerprints
+from dst_optax.subset import Subset, SubsetError, fingerprints, tied
 
 
 class _Slot(NamedTuple):
@@ -73,6 +73,7 @@ class SubsetStore(InPlaceStore):
         self._primary = _first_names(slots)
         self._slots = {name: slot for name, slot in slots.items() if self._primary[name] == name}
         _check_apart(self._slots)
+        self._versions = {name: _version(slot.memory) for name, slot in self._slots.items()}
         arrays = (_host_array(slot.tensor) for slot in self._slots.values())
         self._fingerprints = dict(zip(self._slots, fingerprints(arrays), strict=True))
 
@@ -89,10 +90,11 @@ class SubsetStore(InPlaceStore):
         """Gives the seed model within a block, and the active subset back after it, as PEFT does."""
         with self._lock:
             before = self._active
+            model = self.deactivate()
             try:
-                yield self.deactivate()
+                yield model
             finally:
-                if before is not None:
+                if before in self._loaded:
                     self.activate(before)
 
     def _place(self, subset: Subset) -> Loaded[dict[str, Piece]]:
@@ -122,15 +124,21 @@ class SubsetStore(InPlaceStore):
         leaves = {}
         for name, e in subset.items():
             other = leaves.setdefault(self._primary[name], e)
-            if (
-                not np.array_equal(other.positions, e.positions)
-                or other.values.tobytes() != e.values.tobytes()
-            ):
+            if not tied.same_values(other, e):
                 raise SubsetError(
                     f"{self._primary[name]!r} and {name!r} are one tensor in the model, and the subset gives "
                     "them different values."
                 )
         return Subset(leaves, subset.metadata)
+
+    def _switch(self, name: str | None) -> None:
+        touched = [path for n in (self._active, name) if n for path in self._get(n).pieces]
+        for path in touched:
+            self._memory(path)
+        try:
+            super()._switch(name)
+        finally:
+            self._versions |= {path: _version(self._slots[path].memory) for path in touched}
 
     def _memory(self, path: str) -> torch.Tensor:
         slot = self._slots[path]
@@ -138,11 +146,22 @@ class SubsetStore(InPlaceStore):
             raise SubsetError(
                 f"{path!r} was moved or converted after the store was made; make a new one from the seed."
             )
+        if _version(slot.memory) != self._versions[path]:
+            raise SubsetError(
+                f"{path!r} was written to by others after the store was made; make a new one from the seed."
+            )
         return slot.memory
+
+
+def _version(memory: torch.Tensor) -> int:
+    """How often a tensor was written to; PyTorch does not count it in inference mode."""
+    return 0 if memory.is_inference() else memory._version
 
 
 def _slots(model: torch.nn.Module) -> Iterator[tuple[str, _Slot]]:
     """The tensors that a checkpoint of a module has, tied ones under each of their names."""
+    if isinstance(model, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
+        model = model.module
     for prefix, module in model.named_modules(remove_duplicate=False):
         prefix = "".join(f"{part}." for part in prefix.split(".") if part not in ("", "_orig_mod"))
         transient = module._non_persistent_buffers_set

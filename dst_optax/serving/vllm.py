@@ -8,7 +8,7 @@ API key, and every subset under its name as a model of the OpenAI API, listed by
   ``POST /v1/subsets/activate``    ``{"name": "cb", "mode": "wait"}``: what the base model's name means now
   ``POST /v1/subsets/deactivate``  ``{"mode": "wait"}``
   ``POST /v1/subsets/unload``      ``{"name": "cb"}``
-  ``GET /v1/subsets``              what is loaded and active
+  ``GET /v1/subsets``              what is loaded, whose values the model has, what the base name means
   ===============================  =============================================
 
 ``DST_SUBSET_PATIENCE`` is the number of seconds, 0.5 by default, after which a waiting request keeps requests
@@ -17,9 +17,11 @@ packing weights, which costs some speed: a packed copy would not see a subset's 
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+import contextlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -28,7 +30,7 @@ from dst_optax.serving.server import (
     Mode,
     SubsetServer,
     UnknownSubsetError,
-    check_coverage,
+    check_placed,
     results,
 )
 from dst_optax.serving.store import Listed, check_name
@@ -36,6 +38,11 @@ from dst_optax.subset import SubsetError
 
 PLUGIN = "dst_subset"
 ROUTES = "/v1/subsets"
+# what needs no weights; all else waits for its turn
+_NO_TURN = re.compile(
+    r"/(de)?tokenize|/abort_requests|/(start|stop)_profile|/ping|/v1/messages/count_tokens"
+    r"|.*/(cancel|render|derender)"
+)
 
 
 def register() -> None:
@@ -149,8 +156,12 @@ class SubsetLLM:
           SubsetError: subsets cannot be served on this model.
         """
         self._llm = llm
-        self.active: str | None = None
         self._call("prepare")
+
+    @property
+    def active(self) -> str | None:
+        """Name of the active subset."""
+        return next((x.name for x in self.list() if x.active), None)
 
     def load(self, name: str, directory: str | os.PathLike[str]) -> None:
         """Loads a subset; see :meth:`SubsetServer.load`. The directory may be any."""
@@ -158,21 +169,27 @@ class SubsetLLM:
         if any(x.name == name for x in self.list()):
             raise SubsetError(f"the name {name!r} is in use; unload it first.")
         try:
-            check_coverage(self._call("load", name, os.path.abspath(directory)))
-        except BaseException:
-            self._call("discard", name)
+            check_placed(self._call("load", name, os.path.abspath(directory)))
+        except BaseException as error:
+            try:
+                self._call("discard", name)
+            except Exception as again:
+                error.add_note(f"Some processes still keep it: {again}")
             raise
 
     def activate(self, name: str | None) -> None:
         """Gives the model the values of a subset, or the seed's for None."""
+        before = self.active
         self._call("check", name)
         try:
             self._call("activate", name)
         except BaseException:
-            self._call("activate", self.active)
+            self._call("activate", before)
             raise
-        self.active = name
-        self._llm.reset_prefix_cache()
+        finally:
+            self._llm.reset_prefix_cache()
+            self._llm.llm_engine.reset_mm_cache()
+            self._llm.llm_engine.reset_encoder_cache()
 
     def deactivate(self) -> None:
         """Gives the model the seed's values back, bit for bit."""
@@ -180,9 +197,11 @@ class SubsetLLM:
 
     def unload(self, name: str) -> None:
         """Forgets a subset; an active one is deactivated."""
+        if name not in (names := [x.name for x in self.list()]):
+            raise SubsetError(f"no subset {str(name)[:128]!r} is loaded; loaded are {names[:8]}.")
         if self.active == name:
             self.deactivate()
-        self._call("unload", name)
+        self._call("discard", name)
 
     def list(self) -> list[Listed]:
         """What is loaded, least recently used first; bytes are the first worker's."""
@@ -210,7 +229,7 @@ class SubsetEndpoints:
         if parallel.data_parallel_size > 1 or (getattr(args, "api_server_count", None) or 1) > 1:
             raise SubsetError("subsets need one engine and one API server: no data parallelism.")
         root, patience = os.environ.get("DST_SUBSET_ROOT"), os.environ.get("DST_SUBSET_PATIENCE", "0.5")
-        state.dst_subsets = SubsetServer(_Engine(engine_client), root, float(patience))
+        state.dst_subsets = SubsetServer(_Engine(engine_client), root, float(patience), _served(args))
         await state.dst_subsets.start()
 
 
@@ -245,7 +264,8 @@ def _router() -> Any:
             try:
                 body = _parsed(await request.body())
                 await verb(server, body)
-                return JSONResponse({"subsets": [x._asdict() for x in await server.list()]})
+                loaded = [x._asdict() for x in await server.list()]
+                return JSONResponse({"subsets": loaded, "default": server.default})
             except Exception as e:
                 return _refusal(e)
 
@@ -296,16 +316,17 @@ class _ByName:
         self._app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"].startswith(f"{ROUTES}/"):
+        path = _path(scope)
+        if scope["type"] != "http" or scope["method"] != "POST" or path.startswith(f"{ROUTES}/"):
             await self._app(scope, receive, send)
             return
         state = scope["app"].state
-        content = await _content(receive)
-        name, content = _without_name(content, state)
-        scope = {**scope, "headers": _sized(scope["headers"], content)}
         entered = False
         try:
-            async with state.dst_subsets.turn(name):
+            name, content = _without_name(await _content(receive), state)
+            scope = {**scope, "headers": _sized(scope["headers"], content)}
+            turn = contextlib.nullcontext() if _NO_TURN.fullmatch(path) else state.dst_subsets.turn(name)
+            async with turn:
                 entered = True
                 await self._app(scope, _replayed(content, receive), send)
         except (SubsetError, BrokenServerError, RuntimeError) as e:
@@ -321,7 +342,7 @@ class _AmongModels:
         self._app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or (scope["method"], scope["path"]) != ("GET", "/v1/models"):
+        if scope["type"] != "http" or (scope["method"], _path(scope)) != ("GET", "/v1/models"):
             await self._app(scope, receive, send)
             return
         start, parts = {}, []
@@ -348,6 +369,11 @@ def _with_models(content: bytes, names: Sequence[str]) -> bytes:
     return json.dumps(listing).encode()
 
 
+def _path(scope: Any) -> str:
+    """The path below the one that a proxy keeps (``--root-path``)."""
+    return scope.get("path", "").removeprefix(scope.get("root_path", ""))
+
+
 def _sized(headers: Sequence[tuple[bytes, bytes]], content: bytes) -> list[tuple[bytes, bytes]]:
     others = [(key, value) for key, value in headers if key.lower() != b"content-length"]
     return [*others, (b"content-length", str(len(content)).encode())]
@@ -363,17 +389,28 @@ async def _content(receive: Any) -> bytes:
 
 
 def _without_name(content: bytes, state: Any) -> tuple[str | None, bytes]:
-    """The subset that a request names as its model, and the request with the served model's name instead."""
+    """The subset that a request names as its model, and the request with the served model's name instead.
+
+    Raises:
+      SubsetError: it is to be answered in the background, after its turn.
+    """
     try:
         body = _parsed(content)
     except SubsetError:
         return None, content
+    if body.get("background") is True:
+        raise SubsetError('"background" is not possible beside subsets: the model may be switched meanwhile.')
     name = body.get("model")
     if not state.dst_subsets.has(name):
         return None, content
-    served = state.args.served_model_name
-    body["model"] = (served[0] if isinstance(served, list) else served) or state.args.model
+    body["model"] = _served(state.args)[0]
     return name, json.dumps(body).encode()
+
+
+def _served(args: Any) -> list[str]:
+    """The names of the seed model."""
+    names = args.served_model_name
+    return [names] if isinstance(names, str) else list(names or [args.model])
 
 
 def _replayed(content: bytes, receive: Any) -> Callable[[], Awaitable[dict[str, Any]]]:

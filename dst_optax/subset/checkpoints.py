@@ -177,10 +177,14 @@ def _legacy_array(path: pathlib.Path, name: str, leaf: Any) -> Any:
         return leaf
     import tensorstore as ts
 
-    directory = path.parent / pathlib.PurePath(leaf["kvstore"].get("path") or leaf["path"]).name
+    driver, name_there = _tried(
+        f"{path}: {name} is not described as T5X does",
+        lambda: (leaf["driver"], pathlib.PurePath(leaf["kvstore"].get("path") or leaf["path"]).name),
+    )
+    directory = path.parent / name_there
     where = os.fspath(directory)
     store = f"{where}/" if "://" in where else {"driver": "file", "path": f"{os.path.abspath(where)}/"}
-    spec = {"driver": leaf["driver"], "kvstore": store}
+    spec = {"driver": driver, "kvstore": store}
     failed = f"{path}: {name} cannot be read from {directory}"
     stored = _tried(failed, lambda: ts.open(spec, open=True, read=True).result())
     halves = stored.dtype.numpy_dtype == np.uint16  # T5X's bfloat16 until June 2021

@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from dst_optax.subset import trees
-from dst_optax.subset.core import Entries, Subset
+from dst_optax.subset import tied, trees
+from dst_optax.subset.core import COORDINATES, Entries, Subset
 from dst_optax.subset.errors import SubsetError
 from dst_optax.subset.fingerprint import fingerprint
 
-KEY = "coordinates"
 HUGGING_FACE = "huggingface"
 
 
@@ -87,7 +86,7 @@ def to_hf(subset: Subset, table: Sequence[Tensor], seed: Mapping[str, Any]) -> S
       >>> converted["proj.weight"].positions.tolist(), converted["proj.weight"].values.tolist()
       ([4], [7.0])
     """
-    if subset.metadata.get(KEY) == HUGGING_FACE:
+    if subset.metadata.get(COORDINATES) == HUGGING_FACE:
         raise SubsetError("the subset is in Hugging Face's coordinates already.")
     rows = _by_path(table, subset)
     both = _Seed(seed, rows)
@@ -103,7 +102,7 @@ def to_hf(subset: Subset, table: Sequence[Tensor], seed: Mapping[str, Any]) -> S
     if both.is_hf:
         rest = {name: x for name, x in both.named.items() if name not in leaves}
         leaves |= {name: _untouched(x, subset.has_seed_values) for name, x in rest.items()}
-    return Subset(leaves, subset.metadata | {KEY: HUGGING_FACE})
+    return Subset(leaves, subset.metadata | {COORDINATES: HUGGING_FACE})
 
 
 def from_hf(subset: Subset, table: Sequence[Tensor], seed: Mapping[str, Any]) -> Subset:
@@ -141,9 +140,14 @@ def from_hf(subset: Subset, table: Sequence[Tensor], seed: Mapping[str, Any]) ->
     for name, e in subset.items():
         if name not in names and len(e):
             raise SubsetError(f"{name!r} has {len(e)} entries, and the model has no place for them.")
-    rows: dict[str, list[Tensor]] = {}
     for row in table:
-        rows.setdefault(row.path, []).append(row)
+        for copy in row.copies:
+            if copy in subset and len(subset[copy]) and not tied.same_values(subset[copy], subset[row.name]):
+                raise SubsetError(
+                    f"{copy!r} and {row.name!r} are one tensor in the model, and the subset gives them "
+                    "different values."
+                )
+    rows = _rows(table)
     both = _Seed(seed, rows)
     leaves = {}
     for path, parts in rows.items():
@@ -154,7 +158,7 @@ def from_hf(subset: Subset, table: Sequence[Tensor], seed: Mapping[str, Any]) ->
             entries.append(_transposed(e) if row.transposed else e)
         e = _joined(entries) if parts[0].layer is not None else entries[0]
         leaves[path] = dataclasses.replace(e, seed_fingerprint=fingerprint(both.parameter(path, e.shape)))
-    return Subset(leaves, {k: v for k, v in subset.metadata.items() if k != KEY})
+    return Subset(leaves, {k: v for k, v in subset.metadata.items() if k != COORDINATES})
 
 
 class _Seed:
@@ -186,11 +190,17 @@ class _Seed:
         return whole
 
 
-def _by_path(table: Sequence[Tensor], subset: Subset) -> dict[str, list[Tensor]]:
-    """The table by our paths, after a check that it is the subset's."""
+def _rows(table: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+    """The table by our paths."""
     rows: dict[str, list[Tensor]] = {}
     for row in table:
         rows.setdefault(row.path, []).append(row)
+    return rows
+
+
+def _by_path(table: Sequence[Tensor], subset: Subset) -> dict[str, list[Tensor]]:
+    """The table by our paths, after a check that it is the subset's."""
+    rows = _rows(table)
     for path in [*rows, *subset]:
         if path not in rows or path not in subset:
             where = "the table of the model" if path not in rows else "the subset"

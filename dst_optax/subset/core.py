@@ -13,6 +13,9 @@ from dst_optax.subset import dtypes, gaps, trees
 from dst_optax.subset.errors import SubsetError
 from dst_optax.subset.fingerprint import fingerprints
 
+COORDINATES = "coordinates"
+"""Key of the metadata that says whose names and layouts are meant, if not the parameters'."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Entries:
@@ -40,6 +43,7 @@ class Entries:
     seed_fingerprint: str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(map(int, self.shape)))
         if self.size > gaps.MAX_SIZE:
             raise SubsetError(f"a tensor of shape {self.shape} has more than {gaps.MAX_SIZE} entries.")
         positions = np.asarray(self.positions)
@@ -386,7 +390,9 @@ def compose(subsets: Sequence[Subset], on_conflict: str = "error") -> Subset:
             f'({counts[worst]}) in {worst!r}; say which to take with on_conflict="first", "last" or "mean".'
         )
     leaves = {p: e for p, (e, _) in merged.items()}
-    return Subset(leaves, {"collisions": counts, "composed": [s.metadata for s in subsets]})
+    metadata = {"collisions": counts, "composed": [s.metadata for s in subsets]}
+    coordinates = subsets[0].metadata.get(COORDINATES)  # paths are the same, so they are the same for all
+    return Subset(leaves, metadata | ({COORDINATES: coordinates} if coordinates else {}))
 
 
 def _merge(entries: Sequence[Entries], on_conflict: str) -> tuple[Entries, int]:

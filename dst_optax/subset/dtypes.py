@@ -62,4 +62,8 @@ def checked(dtype: Any, path: str) -> np.dtype:
             f"{path!r} has the dtype {dtype.name}, which subsets cannot hold; convert the model to one of "
             f"{', '.join(BY_NAME)}."
         )
+    if not dtype.isnative:
+        raise SubsetError(
+            f"{path!r} is {dtype}, of the other byte order; convert it with astype({dtype.name!r})."
+        )
     return dtype

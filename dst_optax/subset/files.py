@@ -21,7 +21,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from dst_optax.paths import as_path, is_local, write_bytes
+from dst_optax.paths import as_path, is_local, write_files
 from dst_optax.subset import gaps
 from dst_optax.subset.core import Entries, Subset
 from dst_optax.subset.dtypes import BY_NAME, DTYPES, checked
@@ -41,7 +41,7 @@ _ENCODINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def save(subset: Subset, directory: str | os.PathLike[str], encoding: str = "gaps") -> None:
-    """Writes a subset; each file appears whole or not at all.
+    """Writes a subset; no file is replaced before all of it is on the disk.
 
     Args:
       subset: what to write.
@@ -49,7 +49,7 @@ def save(subset: Subset, directory: str | os.PathLike[str], encoding: str = "gap
       encoding: of positions: ``"gaps"``, or ``"raw"`` for plain integers, which other programs read.
 
     Raises:
-      SubsetError: a dtype that safetensors lacks, or metadata that JSON cannot express.
+      SubsetError: a dtype that safetensors lacks, metadata that JSON cannot express, or another README.md.
     """
     if encoding not in _ENCODINGS:
         raise SubsetError(f"encoding: got {encoding!r}; it is one of {list(_ENCODINGS)}.")
@@ -87,10 +87,11 @@ def save(subset: Subset, directory: str | os.PathLike[str], encoding: str = "gap
     if len(text.encode()) > MAX_CONFIG:
         raise SubsetError(f"{CONFIG} would have {len(text.encode())} bytes, at most {MAX_CONFIG} are read.")
     target = as_path(directory)
+    if (target / CARD).exists() and not (target / CONFIG).exists():
+        raise SubsetError(f"{target / CARD} is not of a subset; give the subset a directory of its own.")
     target.mkdir(parents=True, exist_ok=True)
     readme = card(subset, len(content))
-    for name, data in ((TENSORS, content), (CONFIG, text.encode()), (CARD, readme.encode())):
-        write_bytes(target / name, data)
+    write_files(target, {TENSORS: content, CONFIG: text.encode(), CARD: readme.encode()})
 
 
 def load(directory: str | os.PathLike[str]) -> Subset:

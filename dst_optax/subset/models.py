@@ -93,6 +93,8 @@ def shard_files(source: pathlib.Path) -> list[pathlib.Path]:
     if (source / INDEX).exists():
         return _indexed(source)
     everything = sorted(source.glob("*.safetensors"))
+    others = (files.TENSORS,) if (source / files.CONFIG).exists() else ()
+    everything = [file for file in everything if file.name not in others]
     candidates = [file for file in everything if not file.name.startswith("adapter_")]
     if everything and not candidates:
         raise SubsetError(f"{source} holds an adapter, no model; merge it into its model first.")
@@ -106,7 +108,8 @@ def shard_files(source: pathlib.Path) -> list[pathlib.Path]:
 def _indexed(source: pathlib.Path) -> list[pathlib.Path]:
     """The shards that an index names."""
     try:
-        names = sorted(set(json.loads(files.read_file(source / INDEX))["weight_map"].values()))
+        shard_of = json.loads(files.read_file(source / INDEX))["weight_map"]
+        names = sorted(set(shard_of.values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise SubsetError(f"{source / INDEX} is no index of safetensors files.") from e
     if any(not isinstance(n, str) or pathlib.PurePath(n).name != n for n in names):
@@ -114,6 +117,9 @@ def _indexed(source: pathlib.Path) -> list[pathlib.Path]:
     for name in names:
         if not (source / name).is_file():
             raise SubsetError(f"{source / name} is missing, which {INDEX} names; download all shards.")
+    held = {tensor for name in names for tensor in _header(source / name)[1]}
+    if missing := sorted(set(shard_of) - held):
+        raise SubsetError(f"{source}: no shard holds {missing[0]!r}, which {INDEX} names.")
     return [source / n for n in names]
 
 
@@ -177,6 +183,7 @@ def _copy_others(
 ) -> list[str]:
     """Copies what is no weight of the seed, folders too; returns the names of what it leaves out."""
     left_out = []
+    of_a_subset = (files.TENSORS, files.CONFIG, files.CARD) if (source / files.CONFIG).exists() else ()
     for file in sorted(source.rglob("*")):
         path = file.relative_to(source)
         if not file.is_file() or file in shards or any(part.startswith(".") for part in path.parts[:-1]):
@@ -186,7 +193,7 @@ def _copy_others(
         elif file.suffix == ".safetensors" and len(path.parts) > 1:  # a module of its own may lie in a folder
             stale = any(name in model for name in _open_safetensors(file)[1])
         else:
-            stale = _OTHER_WEIGHTS.fullmatch(file.name) is not None
+            stale = _OTHER_WEIGHTS.fullmatch(file.name) is not None or str(path) in of_a_subset
         if stale:
             left_out.append(str(path))
         else:
@@ -224,6 +231,8 @@ def _header(path: pathlib.Path) -> tuple[int, dict[str, Any]]:
         raise SubsetError(
             f"{path} lies in an object store; safetensors are mapped into memory, copy them here."
         )
+    if not path.is_file():
+        raise SubsetError(f"{path} cannot be read: it is no regular file, or does not exist.")
     try:
         size = path.stat().st_size
         with open(path, "rb") as f:
@@ -236,6 +245,8 @@ def _header(path: pathlib.Path) -> tuple[int, dict[str, Any]]:
         expected = 0
         for name, entry in header.items():
             first, last = entry["data_offsets"]
+            if any(type(n) is not int for n in (first, last)):
+                raise ValueError(f"{name!r} has the data_offsets {entry['data_offsets']}")
             if entry["dtype"] not in DTYPES:
                 raise ValueError(f"{name!r} has the dtype {entry['dtype']!r}, which is not supported")
             if any(type(n) is not int or n < 0 for n in entry["shape"]):

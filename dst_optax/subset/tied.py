@@ -45,7 +45,7 @@ def for_model(subset: Subset, model: Mapping[str, Any]) -> Subset:
     leaves = {
         name: e
         for name, e in subset.items()
-        if name in present or not any(_same_entries(e, subset[other]) for other in common)
+        if name in present or not any(same_entries(e, subset[other]) for other in common)
     }
     for name, x in model.items():
         if name not in leaves and (original := _original(x, present)):
@@ -66,12 +66,18 @@ def _same(a: Any, b: Any) -> bool:
     return bool((first[0] == second[0]).all() and (first == second).all() and (first != first.flat[0]).any())
 
 
-def _same_entries(a: Entries, b: Entries) -> bool:
+def same_entries(a: Entries, b: Entries) -> bool:
     """Whether two matrices had one seed and became one tuned tensor."""
     return (
         len(a.shape) > 1
         and (a.shape, a.dtype) == (b.shape, b.dtype)
         and a.seed_fingerprint == b.seed_fingerprint is not None
-        and np.array_equal(a.positions, b.positions)
-        and np.array_equal(trees.bits(a.values), trees.bits(b.values))
+        and same_values(a, b)
+    )
+
+
+def same_values(a: Entries, b: Entries) -> bool:
+    """Whether entries have the same positions and, bit for bit, values."""
+    return np.array_equal(a.positions, b.positions) and np.array_equal(
+        trees.bits(a.values), trees.bits(b.values)
     )

@@ -177,6 +177,62 @@ def test_wrong_subsets_are_refused():
     assert memory_of(model) == before
 
 
+@pytest.mark.parametrize("active", [True, False])
+def test_weights_that_the_engine_loaded_again_are_noticed(active):
+    """The seed would be served under the subset's name, or another seed with the subset's values in it."""
+    rng = np.random.default_rng(0)
+    seed = checkpoint(rng)
+    store = RoutedStore(model := loaded(seed), seed)
+    store.add("x", subset.from_models(seed, tuned_of(rng, seed)))
+    if active:
+        store.activate("x")
+    store.check("x")
+    again = seed if active else tuned_of(rng, seed)
+    model.load_weights((name, tensor(x)) for name, x in again.items())
+    with pytest.raises(SubsetError, match=r"positions the engine holds other values than the"):
+        store.check("x")
+
+
+def test_a_buffer_that_the_loader_replaces_is_refused_and_given_back():
+    model, seed = Packed(), checkpoint(np.random.default_rng(0))
+    model.register_buffer("scale", torch.ones(3))
+    before, load = model.scale, model.load_weights
+
+    def replacing(weights):
+        model.scale = torch.empty(3, device="meta")
+        load(weights)
+
+    model.load_weights = replacing
+    with pytest.raises(SubsetError, match="replaces the tensors \\['scale'\\]"):
+        RoutedStore(model, seed)
+    assert model.scale is before
+
+
+def test_the_copy_of_a_tied_tensor_that_the_loader_passes_over():
+    class Tied(Packed):
+        def load(self, name, x):
+            if name != "head":
+                super().load(name, x)
+
+    rng = np.random.default_rng(0)
+    seed = checkpoint(rng)
+    seed["head.weight"] = seed["embed.weight"]
+    tuned = tuned_of(rng, {name: x for name, x in seed.items() if name != "head.weight"})
+    tuned["head.weight"] = tuned["embed.weight"]
+    model = Tied()
+    model.load_weights((name, tensor(x)) for name, x in seed.items())
+    store = RoutedStore(model, seed)
+    both = subset.from_models(seed, tuned)
+    assert store.missed(both) == {}
+    other = both.leaves | {"head.weight": both["head.weight"].take(slice(1))}
+    assert set(store.missed(subset.Subset(other))) == {"head.weight"}
+    store.add("x", both)
+    store.activate("x")
+    wanted = Tied()
+    wanted.load_weights((name, tensor(x)) for name, x in tuned.items())
+    assert memory_of(model) == memory_of(wanted)
+
+
 def test_weights_that_the_engine_replaced_are_left_alone():
     rng = np.random.default_rng(0)
     seed = checkpoint(rng)
@@ -214,6 +270,8 @@ ODD = {
     "constant": lambda m, x: m.norm.data.copy_(torch.ones(WIDTH)),
     "indexed": lambda m, x: m.norm.data.index_copy_(0, torch.arange(WIDTH), x),
     "replaced": lambda m, x: setattr(m, "norm", torch.nn.Parameter(x, requires_grad=False)),
+    "replaced attribute": lambda m, x: setattr(m, "norm_scale", x),
+    "written through out": lambda m, x: torch.full((WIDTH,), 7.0, out=m.norm.data),
     "twice": lambda m, x: (m.norm.data.copy_(x), m.down.data[0, :WIDTH].copy_(x)),
 }  # fmt: skip
 

@@ -1,5 +1,6 @@
 """All processes switch or none does, one at a time; a server that cannot promise it answers no more."""
 
+import argparse
 import asyncio
 import contextlib
 import json
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from dst_optax.serving.server import BrokenServerError, SubsetServer, UnknownSubsetError
-from dst_optax.serving.vllm import _AmongModels
+from dst_optax.serving.vllm import _AmongModels, _ByName
 from dst_optax.subset import SubsetError
 
 
@@ -19,6 +20,7 @@ class Fake:
         self.ranks = [{"loaded": [], "now": None} for _ in range(2)]
         self.fail = fail or (lambda rank, verb, args: None)
         self.paused, self.log, self.version, self.missed = False, [], "default", [{}, {}]
+        self.digests = ["d", "d"]
 
     async def call(self, verb, *args):
         await asyncio.sleep(0)
@@ -30,11 +32,11 @@ class Fake:
             return error
         if verb == "load":
             rank["loaded"].append(args[0])
-            return {"result": self.missed[i]}
+            return {"result": (self.digests[i], self.missed[i])}
         if verb == "activate":
             assert self.paused
             rank["now"] = args[0]
-        if verb in ("unload", "discard") and args[0] in rank["loaded"]:
+        if verb == "discard" and args[0] in rank["loaded"]:
             rank["loaded"].remove(args[0])
             rank["now"] = None if rank["now"] == args[0] else rank["now"]
         if verb == "list":
@@ -352,5 +354,206 @@ def test_unloading_refuses_those_who_wait_for_it(tmp_path):
         with pytest.raises(UnknownSubsetError):
             await waiting
         await request("a")
+
+    run(tmp_path, body)
+
+
+def test_loading_and_unloading_do_not_wait_for_an_activation(tmp_path):
+    async def body(server, engine):
+        ended = asyncio.Event()
+
+        async def request():
+            async with server.turn("a"):
+                await ended.wait()
+
+        running = asyncio.ensure_future(request())
+        await asyncio.sleep(0.001)
+        activation = asyncio.ensure_future(server.activate("b"))
+        await asyncio.sleep(0.001)
+        await server.load("c", "c")
+        await server.unload("b")
+        assert not activation.done()
+        ended.set()
+        await running
+        with pytest.raises(UnknownSubsetError, match="'b'"):
+            await activation
+        assert server.default is None
+
+    run(tmp_path, body)
+
+
+def test_processes_that_read_different_subsets_are_noticed(tmp_path):
+    async def body(server, engine):
+        engine.digests = ["old", "new"]
+        with pytest.raises(SubsetError, match="read different subsets"):
+            await server.load("c", "c")
+        assert [rank["loaded"] for rank in engine.ranks] == [["a", "b"], ["a", "b"]]
+
+    run(tmp_path, body)
+
+
+@pytest.mark.parametrize("name", ["base", "default"])
+def test_no_subset_takes_the_seed_models_name(tmp_path, name):
+    async def body(server, engine):
+        server = SubsetServer(engine, tmp_path, reserved=["base", "other"])
+        with pytest.raises(SubsetError, match="is the seed model's"):
+            await server.load(name, "a")
+
+    run(tmp_path, body)
+
+
+def test_a_failed_unload_keeps_the_default_and_can_be_repeated(tmp_path):
+    failures = [{"error": "gone"}]
+
+    def fail(i, verb, args):
+        return failures.pop() if failures and (i, verb, args) == (1, "discard", ("a",)) else None
+
+    async def body(server, engine):
+        await server.activate("a")
+        with pytest.raises(RuntimeError, match="gone"):
+            await server.unload("a")
+        assert server.has("a")
+        assert server.default == "a"
+        await server.unload("a")
+        assert [rank["loaded"] for rank in engine.ranks] == [["b"], ["b"]]
+        assert server.default is None
+
+    run(tmp_path, body, fail=fail)
+
+
+def test_a_load_that_cannot_be_undone_says_so_and_is_not_listed(tmp_path):
+    def fail(i, verb, args):
+        if args[:1] == ("c",):
+            return {("load", 1): {"refused": "damaged"}, ("discard", 0): {"error": "oom"}}.get((verb, i))
+        return None
+
+    async def body(server, engine):
+        with pytest.raises(SubsetError, match="damaged") as error:
+            await server.load("c", "c")
+        assert "oom" in error.value.__notes__[0]
+        assert [x.name for x in await server.list()] == ["a", "b"]
+
+    run(tmp_path, body, fail=fail)
+
+
+def test_an_engine_that_does_not_go_on_is_not_used(tmp_path):
+    async def body(server, engine):
+        async def request(name):
+            async with server.turn(name):
+                raise AssertionError
+
+        resume, engine.resume = engine.resume, failing
+        waiting = [asyncio.ensure_future(request(name)) for name in ("b", "b", "a")]
+        for attempt in waiting:
+            with pytest.raises(BrokenServerError, match="did not go on"):
+                await attempt
+        engine.resume = resume
+        for attempt in (request("b"), server.load("c", "c"), server.activate(None)):
+            with pytest.raises(BrokenServerError):
+                await attempt
+
+    async def failing():
+        raise RuntimeError("no answer")
+
+    run(tmp_path, body)
+
+
+def test_those_who_wait_when_the_server_breaks_are_not_let_in(tmp_path):
+    def fail(i, verb, args):
+        return {"error": "gone"} if i == 1 and verb == "activate" and args in (("b",), ("a",)) else None
+
+    async def body(server, engine):
+        async def request(name):
+            async with server.turn(name):
+                raise AssertionError
+
+        waiting = [asyncio.ensure_future(request(name)) for name in ("b", "a", "b")]
+        for attempt in waiting:
+            with pytest.raises((BrokenServerError, RuntimeError)):
+                await attempt
+        assert ("activate", "a") not in engine.log
+
+    async def main():
+        engine = Fake(
+            fail=lambda i, v, a: (
+                fail(i, v, a) or ({"error": "x"} if (v, a) == ("activate", (None,)) else None)
+            )
+        )
+        await body(await started(tmp_path, engine), engine)
+
+    asyncio.run(asyncio.wait_for(main(), 10))
+
+
+class Application:
+    """The part of vLLM's server that the middleware is in front of: what it was asked, and by whom."""
+
+    def __init__(self, server, **args):
+        self.state = self
+        self.dst_subsets = server
+        self.args = argparse.Namespace(served_model_name=["base"], model="/models/base", **args)
+        self.requests = []
+
+    async def __call__(self, scope, receive, send):
+        content = (await receive())["body"]
+        self.requests.append(
+            (scope["path"], json.loads(content)["model"], list(self.dst_subsets._engine.now))
+        )
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    async def post(self, path, body, root_path=""):
+        sent = []
+
+        async def receive():
+            return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": root_path + path, "root_path": root_path}
+        await _ByName(self)({**scope, "headers": [], "app": self}, receive, send)
+        return sent[0]["status"]
+
+
+def test_requests_get_the_subset_that_they_name(tmp_path):
+    async def body(server, engine):
+        app = Application(server)
+        for name in ("a", "base", "b"):
+            assert await app.post("/v1/completions", {"model": name}) == 200
+        assert app.requests == [("/v1/completions", "base", [now, now]) for now in ("a", None, "b")]
+
+    run(tmp_path, body)
+
+
+def test_no_request_outlives_its_turn(tmp_path):
+    pytest.importorskip("fastapi", reason="vLLM's server brings it")
+
+    async def body(server, engine):
+        app = Application(server)
+        assert await app.post("/v1/responses", {"model": "a", "background": True}) == 400
+        assert app.requests == []
+
+    run(tmp_path, body)
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/responses/1/cancel", "/v1/chat/completions/render"])
+def test_what_needs_no_weights_takes_no_turn(tmp_path, path):
+    async def body(server, engine):
+        app = Application(server)
+        async with server.turn("b"):
+            assert await app.post(path, {"model": "a"}) == 200
+        assert app.requests == [(path, "base", ["b", "b"])]
+
+    run(tmp_path, body)
+
+
+def test_routes_below_a_proxys_path(tmp_path):
+    """The routes of subsets must not wait for a turn themselves."""
+
+    async def body(server, engine):
+        app = Application(server)
+        async with server.turn("b"):
+            assert await app.post("/v1/subsets/activate", {"model": "a"}, root_path="/api") == 200
+        assert app.requests == [("/api/v1/subsets/activate", "a", ["b", "b"])]
 
     run(tmp_path, body)

@@ -1,5 +1,6 @@
 """The store switches subsets bit for bit, in place, and stays whole when refused."""
 
+import asyncio
 import threading
 
 import jax
@@ -229,3 +230,27 @@ def test_several_subsets_in_one_batch():
     for names in (["nope"], []):
         with pytest.raises(SubsetError):
             store.stack(names)
+
+
+def test_a_block_that_uses_a_model_is_left_before_the_next():
+    store, seed, tuned = filled(2)
+
+    async def serve(name, index):
+        with store.use(name) as params:
+            await asyncio.sleep(0)
+            return same(params, tuned[index])
+
+    async def main():
+        return await asyncio.gather(serve("s0", 0), serve("s1", 1), return_exceptions=True)
+
+    first, second = asyncio.run(main())
+    assert first is True
+    assert isinstance(second, SubsetError)
+    with store.use("s0") as params:
+        with store.use("s0"):
+            pass
+        for switch in (store.deactivate, lambda: store.unload("s0"), lambda: store.stack(["s1"])):
+            with pytest.raises(SubsetError, match="is not left yet"):
+                switch()
+        assert same(params, tuned[0])
+    assert same(store.deactivate(), seed)

@@ -256,6 +256,36 @@ def test_a_module_that_was_moved_is_left_alone():
     assert store.active is None
 
 
+@pytest.mark.parametrize("active", [None, "s0"])
+def test_a_module_that_others_wrote_to_is_left_alone(active):
+    """A subset's values in the midst of another seed's would be a model that nobody made."""
+    store, seed, tuned = filled(1)
+    model = store.deactivate() if active is None else store.activate(active)
+    model.load_state_dict({p: x + 1 for p, x in model.state_dict().items()})
+    before = values(model)
+    with pytest.raises(SubsetError, match="was written to by others"):
+        store.activate("s0") if active is None else store.deactivate()
+    with pytest.raises(SubsetError, match="was written to by others"):
+        store.add("s1", subset.from_models(seed, tuned[0]))
+    assert all((values(model)[p] == x).all() for p, x in before.items())
+
+
+def test_only_one_store_may_write_to_a_module():
+    store, seed, tuned = filled(2)
+    other = SubsetStore(store.deactivate())
+    other.add("s0", subset.from_models(seed, tuned[0]))
+    other.activate("s0")
+    with pytest.raises(SubsetError, match="was written to by others"):
+        store.activate("s1")
+
+
+def test_a_module_inside_data_parallel():
+    seed, (tuned,) = arrays(1)
+    store = SubsetStore(torch.nn.DataParallel(module(seed)))
+    store.add("s0", subset.from_models(seed, tuned))
+    assert store.activate("s0") is not None
+
+
 @pytest.mark.parametrize("after_writing", [False, True])
 @pytest.mark.parametrize("at", [1, 3, 6])
 def test_a_failed_switch_is_undone(monkeypatch, after_writing, at):

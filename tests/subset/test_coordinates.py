@@ -108,6 +108,26 @@ def test_another_seed_is_refused_on_both_sides(tmp_path):
         theirs.to_hf(table, hf_seed)
 
 
+def test_a_copy_of_a_tied_tensor_that_became_another_is_refused(tmp_path):
+    table, _, _, hf_seed, hf_tuned = case("llama", tmp_path)
+    seed = hf_seed | {"lm_head.weight": hf_seed["model.embed_tokens.weight"]}
+    tuned = hf_tuned | {"lm_head.weight": hf_tuned["model.embed_tokens.weight"]}
+    both = subset.from_models(seed, tuned)
+    assert both.from_hf(table, seed).count == subset.from_models(hf_seed, hf_tuned).count
+    only = subset.from_models(seed, hf_seed | {"lm_head.weight": hf_tuned["model.embed_tokens.weight"]})
+    with pytest.raises(SubsetError, match=r"'lm_head.weight' and 'model.embed_tokens.weight' are one tensor"):
+        only.from_hf(table, seed)
+
+
+def test_composed_subsets_keep_their_coordinates(tmp_path):
+    table, seed, tuned, hf_seed, hf_tuned = case("llama", tmp_path)
+    theirs = subset.from_models(seed, tuned).to_hf(table, hf_seed)
+    both = subset.compose([theirs, theirs])
+    with pytest.raises(SubsetError, match="already"):
+        both.to_hf(table, hf_seed)
+    assert same(both.apply(hf_seed), hf_tuned)
+
+
 def test_another_models_table_is_refused(tmp_path):
     _, seed, tuned, hf_seed, _ = case("llama", tmp_path)
     ours = subset.from_models(seed, tuned)

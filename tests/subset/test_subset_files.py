@@ -1,7 +1,9 @@
 """Position coding, fingerprints and files: round trips, entropy, checks."""
 
+import errno
 import hashlib
 import json
+import pathlib
 import re
 
 import jax.numpy as jnp
@@ -223,6 +225,38 @@ def test_a_failed_save_leaves_the_old_subset(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert_equal(found, Subset.load(tmp_path))
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_full_disk_leaves_the_old_subset(tmp_path, monkeypatch):
+    """Even where the first of the files still finds room."""
+    first = example(np.random.default_rng(0), False)[2]
+    first.save(tmp_path)
+    write, left = pathlib.Path.write_bytes, [1]
+
+    def full(path, content):
+        if not left:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        left.pop()
+        return write(path, content)
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        first.astype(np.float16).save(tmp_path)
+    assert sorted(f.name for f in tmp_path.iterdir()) == sorted([files.CARD, files.CONFIG, files.TENSORS])
+    assert_equal(first, Subset.load(tmp_path))
+
+
+def test_another_readme_is_not_overwritten(tmp_path):
+    (tmp_path / files.CARD).write_text("my model")
+    with pytest.raises(SubsetError, match="a directory of its own"):
+        subset.from_models({"w": np.zeros(2)}, {"w": np.ones(2)}).save(tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == [files.CARD]
+    assert (tmp_path / files.CARD).read_text() == "my model"
+
+
+def test_arrays_of_the_other_byte_order_are_refused():
+    with pytest.raises(SubsetError, match=r"'w' is >f4, of the other byte order"):
+        subset.from_models({"w": np.zeros(2, ">f4")}, {"w": np.ones(2, ">f4")})
 
 
 def test_every_damaged_byte_is_found(tmp_path):

@@ -73,6 +73,16 @@ def test_only_what_is_no_weight_of_the_seed_is_copied(tmp_path):
     assert set(shown["left_out"]) == {*STALE} | others
 
 
+def test_the_files_of_a_subset_are_no_part_of_the_model_beside_them(tmp_path):
+    seed, out = tmp_path / "seed", tmp_path / "out"
+    write(seed / "pytorch.safetensors", SEED)
+    SUBSET.save(seed)
+    shown = call("apply", "--seed", seed, "--subset", seed, "--out", out)
+    assert same(models.open_model(out), TUNED)
+    assert [f.name for f in out.iterdir()] == ["pytorch.safetensors"]
+    assert set(shown["left_out"]) == {"README.md", "subset.safetensors", "subset_config.json"}
+
+
 def write_shards(directory, count=2, index=True):
     names = sorted(SEED)
     for i in range(count):
@@ -104,6 +114,15 @@ def test_the_files_of_a_model_are_those_that_transformers_reads(tmp_path):
         *("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", models.INDEX)
     }
     assert same(models.open_model(tmp_path / "out"), TUNED)
+
+
+def test_a_tensor_that_no_shard_holds_is_missed(tmp_path):
+    write_shards(tmp_path)
+    index = json.loads((tmp_path / models.INDEX).read_text())
+    index["weight_map"]["lost.weight"] = "model-00001-of-00002.safetensors"
+    (tmp_path / models.INDEX).write_text(json.dumps(index))
+    with pytest.raises(SubsetError, match=r"no shard holds 'lost\.weight'"):
+        models.open_model(tmp_path)
 
 
 def test_parts_of_models_and_several_are_refused(tmp_path):
