@@ -56,8 +56,8 @@ def share(total: int, sizes: Sequence[int]) -> list[int]:
       >>> share(3, [10, 10, 100])
       [0, 0, 3]
     """
-    everything = sum(sizes)
-    total = min(total, everything)
+    everything = max(sum(sizes), 1)
+    total = min(total, sum(sizes))
     budgets = [total * size // everything for size in sizes]
     by_remainder = sorted(range(len(sizes)), key=lambda i: (-(total * sizes[i] % everything), i))
     for i in by_remainder[: total - sum(budgets)]:

@@ -228,7 +228,8 @@ def per_platform(method: Callable[..., Any], largest: int, *args: Any) -> Any:
       *args: pytrees of arrays.
     """
     everywhere = partial(method, Tensors())
-    if jax.device_count() > 1 or largest >= 2**31:
+    on_a_mesh = any(axis is not None for x in jax.tree.leaves(args) for axis in jax.typeof(x).sharding.spec)
+    if jax.device_count() > 1 or on_a_mesh or largest >= 2**31:
         return everywhere(*args)
     return lax.platform_dependent(*args, cpu=partial(method, Rows()), default=everywhere)
 
@@ -373,7 +374,7 @@ def _above(keys: jax.Array, t: jax.Array, axis: int | None) -> Counts:
         ones = lax.platform_dependent(
             *ones, cpu=partial(_sums_on_cpu, rest), default=partial(_fused_sums, rest)
         )
-    return Counts.from_int32(_replicated(jnp.stack([x.reshape(len(t)) for x in ones], axis=1)))
+    return Counts.from_int32(replicated(jnp.stack([x.reshape(len(t)) for x in ones], axis=1)))
 
 
 def _sums_on_cpu(axes: tuple[int, ...], *arrays: jax.Array) -> list[jax.Array]:
@@ -403,9 +404,10 @@ def _chunks(size: int) -> int:
     return next(n for n in range(max(1, min(64, size // CHUNK)), 0, -1) if size % n == 0)
 
 
-def _replicated(counts: jax.Array) -> jax.Array:
+def replicated(counts: jax.Array) -> jax.Array:
     """Counts of a sharded stacked axis, on a mesh of explicit axes, on every device."""
-    spec = jax.typeof(counts).sharding.spec
-    if all(axis is None for axis in spec):
+    sharding = jax.typeof(counts).sharding
+    if all(axis is None for axis in sharding.spec):
         return counts
-    return jax.sharding.reshard(counts, jax.sharding.PartitionSpec(*[None] * counts.ndim))
+    everywhere = jax.sharding.PartitionSpec(*[None] * counts.ndim)
+    return jax.sharding.reshard(counts, jax.sharding.NamedSharding(sharding.mesh, everywhere))

@@ -151,7 +151,7 @@ def ceil_of_product(numbers: Sequence[int], factor: jax.Array, shift: jax.Array)
     padded = jnp.stack([*product, *[jnp.zeros_like(product[0])] * 12])
     window = jax.lax.dynamic_slice_in_dim(padded, whole, 4)
     down = [((window[i] | (window[i + 1] << DIGIT)) >> part) & 0xFFFF for i in range(3)]
-    below = jnp.arange(padded.shape[0])[:, None] < whole
+    below = jnp.arange(padded.shape[0], dtype=jnp.int32)[:, None] < whole
     cut = jnp.where(below, padded, 0).any(axis=0)
     cut |= (window[0] & ((jnp.uint32(1) << part) - 1)) != 0
     low, middle, high = _normalise([down[0] + cut.astype(jnp.uint32), down[1], down[2]])

@@ -5,9 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from dst_optax import silos
-from dst_optax.state import states
+from dst_optax.counting import replicated
+from dst_optax.state import DynamicSubsetTuningState, states
 from dst_optax.transform import differing
 
 
@@ -31,8 +33,11 @@ def metrics(
 
     Returns:
       Float32 scalars by name: ``num_free`` (entries chosen in the last step), ``budget``,
-      ``num_nonfinite``, ``passes``, ``step`` and what the arguments add; all 0 before the first
-      step. Counts above 2**24 are rounded.
+      ``num_nonfinite``, ``passes``, ``step`` and what the arguments add. Before the first step nothing
+      differs from the seed but what is free at every step. Counts above 2**24 are rounded.
+
+    Raises:
+      ValueError: ``previous`` without ``params``, or the plan is not that of the state.
 
     Example:
       >>> import dst_optax, jax.numpy as jnp, optax
@@ -53,6 +58,8 @@ def metrics(
         "passes": jnp.max(jnp.stack([x.passes for x in last])),
         "step": jnp.max(jnp.stack([s.step for s in dst_states])),
     }
+    if previous is not None and params is None:
+        raise ValueError("previous: pass params, too; the two are compared.")
     mask = None if params is None else differing(params, state)
     if mask is not None:
         out["subset_size"] = _count(mask)
@@ -61,6 +68,7 @@ def metrics(
     if plan is not None:
         if len(dst_states) != 1:
             raise ValueError(f"a plan describes one DST state, got {len(dst_states)}.")
+        _check_plan(plan, dst_states[0])
         out |= _per_silo(dst_states[0], mask, plan)
     return {name: jnp.asarray(value).astype(jnp.float32) for name, value in out.items()}
 
@@ -92,6 +100,21 @@ def overlap(before: Any, after: Any) -> dict[str, jax.Array]:
     }
 
 
+def _check_plan(plan: silos.SiloPlan, state: DynamicSubsetTuningState) -> None:
+    """Raises if a plan is not the state's, as far as that can be told: inside jit by the number of silos."""
+    same = state.memory.threshold.shape == (len(plan.sizes),)
+    if same and not isinstance(state.fingerprint, Tracer):
+        same = int(state.fingerprint) == plan.canonical().fingerprint
+    recorded = state.memory.diagnostics.budget
+    if same and plan.budgets is not None and not isinstance(recorded, Tracer) and int(state.step) > 0:
+        same = abs(float(recorded) - sum(plan.budgets)) <= 1e-6 * float(recorded)  # float32
+    if not same:
+        raise ValueError(
+            "plan: it is of other parameters, silos or fractions than the state; make it with those of the "
+            "transform, silos.make_plan(params, silos, fraction)."
+        )
+
+
 def _per_silo(state: Any, mask: Any, plan: silos.SiloPlan) -> dict[str, jax.Array]:
     out = {f"threshold/{name}": state.memory.threshold[i] for i, name in enumerate(plan.labels)}
     if plan.budgets is not None:
@@ -101,7 +124,7 @@ def _per_silo(state: Any, mask: Any, plan: silos.SiloPlan) -> dict[str, jax.Arra
     sizes = jnp.zeros(len(plan.sizes), jnp.float32)
     for leaf, free in zip(plan.leaves, jax.tree.leaves(mask), strict=True):
         axes = tuple(i for i in range(free.ndim) if i != leaf.axis)
-        counts = jnp.sum(free, axis=axes, dtype=jnp.float32)
+        counts = replicated(jnp.sum(free, axis=axes, dtype=jnp.float32))
         sizes = sizes.at[np.array(leaf.silos, np.int32)].add(jnp.atleast_1d(counts))
     total = jnp.maximum(jnp.sum(sizes), 1.0)
     for i, name in enumerate(plan.labels):

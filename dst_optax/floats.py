@@ -3,7 +3,7 @@
 XLA may compute a value twice, rounded differently, and order work as it likes; ``lax.reduce_precision``
 and ``lax.optimization_barrier`` do not prevent that on CPU. What does is a number that is zero and that the
 compiler cannot know, :func:`opaque_zero`: it rounds values (:func:`force_rounding`) and puts them in memory
-once and in order (:func:`in_memory`).
+once and in order (:func:`in_memory`). Both are the identity, and have its derivative.
 """
 
 from typing import Any
@@ -41,6 +41,7 @@ def opaque_zero(passes: jax.Array) -> jax.Array:
     return (jnp.max(passes) >> 31).astype(jnp.uint32)
 
 
+@jax.custom_jvp
 def force_rounding(x: jax.Array, zero: jax.Array) -> jax.Array:
     """``x``, rounded to its dtype.
 
@@ -51,6 +52,12 @@ def force_rounding(x: jax.Array, zero: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(own ^ zero.astype(own.dtype), x.dtype)
 
 
+@force_rounding.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    return force_rounding(*primals), tangents[0]
+
+
+@jax.custom_jvp
 def in_memory(xs: list[jax.Array], zero: jax.Array) -> tuple[list[jax.Array], jax.Array]:
     """``xs``, computed once and not before ``zero`` is known, and a zero that waits for them.
 
@@ -64,3 +71,8 @@ def in_memory(xs: list[jax.Array], zero: jax.Array) -> tuple[list[jax.Array], ja
 
     zero, xs = lax.while_loop(lambda carry: carry[0] != 0, turn, (zero, xs))
     return xs, zero
+
+
+@in_memory.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    return in_memory(*primals), tangents

@@ -22,6 +22,7 @@ from dst_optax.floats import difference
 from dst_optax.select import Proposal, choose
 from dst_optax.silos import SiloPlan
 from dst_optax.state import Memory, new_memory
+from dst_optax.tree import paths
 
 
 class Projection(NamedTuple):
@@ -74,6 +75,7 @@ def project(
     values, treedef = jax.tree.flatten(proposed)
     seeds = jax.tree.leaves(seed)
     _check(plan, values, seeds)
+    _check_order(plan, proposed, seed)
     choice = choose(
         plan,
         distance,
@@ -125,6 +127,18 @@ def project_updates(
     for i, mask, u, seed in zip(plan.ranked, choice.masks, choice.steps, seeds, strict=True):
         out[i] = jnp.where(mask, u, difference(seed, params[i], u.dtype))
     return out, choice.masks, choice.memory
+
+
+def _check_order(plan: SiloPlan, proposed: Any, seed: Any) -> None:
+    """Raises if leaves of the same paths would be matched by another order."""
+    orders = {"the proposed values": paths(proposed), "the seed": paths(seed)}
+    planned = [leaf.path for leaf in plan.leaves]
+    for name, order in orders.items():
+        if order != planned and sorted(order) == sorted(planned):
+            raise ValueError(
+                f"project: {name} are in the order {order[:4]}, the plan's leaves in the order "
+                f"{planned[:4]}; make all of the same containers."
+            )
 
 
 def _check(plan: SiloPlan, proposed: list[Any], seeds: list[Any]) -> None:

@@ -1,6 +1,7 @@
 """The validated arguments of Dynamic Subset Tuning, and one step taken with them."""
 
 import dataclasses
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from dst_optax import state as state_lib
 from dst_optax.project import project, project_updates
 from dst_optax.silos import SiloPlan
 from dst_optax.state import DynamicSubsetTuningState
-from dst_optax.tree import are_rules, named_leaves
+from dst_optax.tree import are_rules, is_function, named_leaves
 
 DEFAULT_FRACTION = 0.1
 
@@ -50,6 +51,11 @@ class SubsetRule:
     def __post_init__(self):
         if self.ties not in ("strict", "fill"):
             raise ValueError(f"ties: got {self.ties!r}; it must be 'strict' or 'fill'.")
+        if self.distance is not None and not isinstance(self.distance, Hashable):
+            raise TypeError(
+                f"distance: {self.distance!r} cannot be hashed, by which jax knows compiled programs; make "
+                "it a function or a frozen dataclass."
+            )
         _check_budget(self.fraction_of_free_params, self.num_free_params)
 
     @property
@@ -59,15 +65,27 @@ class SubsetRule:
             return DEFAULT_FRACTION
         return self.fraction_of_free_params
 
+    @property
+    def at_run_time(self) -> bool:
+        """Whether the fraction is known at each step only."""
+        return is_function(self.fraction) or isinstance(self.fraction, jax.Array)
+
     def plan(self, params: Any) -> SiloPlan:
         """Silos and budgets for given parameters; no budgets where they are known at run time only."""
-        fraction = None if _at_run_time(self.fraction) else self.fraction
+        fraction = None if self.at_run_time else self.fraction
         plan = silos_lib.make_plan(params, self.silos, fraction, self.num_free_params)
         return plan.canonical()
 
     def init(self, params: Any) -> DynamicSubsetTuningState:
         """The state of a trainer, without a mask: the parameters themselves show the subset."""
-        return state_lib.init(self.plan(params), params, with_mask=False)
+        return self.new_state(params, with_mask=False)
+
+    def new_state(self, params: Any, *, with_mask: bool = True) -> DynamicSubsetTuningState:
+        """The state before the first step."""
+        if is_function(self.fraction):
+            first = jnp.asarray(self.fraction(jnp.zeros((), jnp.int32)))
+            silos_lib.check_scalar(first, "fraction_of_free_params")
+        return state_lib.init(self.plan(params), params, with_mask=with_mask)
 
     def project(
         self, proposed: Any, params: Any, state: DynamicSubsetTuningState
@@ -121,29 +139,34 @@ class SubsetRule:
     def _plan_and_capture(
         self, updates: Any, state: DynamicSubsetTuningState, params: Any
     ) -> tuple[SiloPlan, DynamicSubsetTuningState]:
-        _refuse_parts(params)
+        _refuse_parts(params, updates)
         plan = self.plan(params)
         state_lib.check_structure(plan, updates, state, params)
         leaves = jax.tree.leaves(params)
         return plan, state_lib.capture(state, [leaves[i] for i in plan.ranked])
 
 
-def _refuse_parts(params: Any) -> None:
+def _refuse_parts(params: Any, updates: Any) -> None:
     """Raises inside ``shard_map`` where each device would budget its part of a tensor."""
     for path, p in named_leaves(params, is_leaf=lambda x: False):
-        aval = jax.typeof(p)
-        manual = getattr(aval, "manual_axis_type", None)  # jax >= 0.9; ``vma`` before
-        axes = manual.varying if manual is not None else getattr(aval, "vma", ())
-        if axes:
+        if axes := _varying_axes(p):
             raise ValueError(
-                f"parameter {path!r} is split over the mesh axes {sorted(axes)} inside shard_map, and "
+                f"parameter {path!r} is split over the mesh axes {axes} inside shard_map, and "
                 "budgets count whole tensors: update outside of shard_map, under jit alone, or replicate the "
                 "parameters over these axes."
             )
+    for path, u in named_leaves(updates, is_leaf=lambda x: False):
+        if axes := _varying_axes(u):
+            raise ValueError(
+                f"the update of {path!r} differs over the mesh axes {axes} inside shard_map, and the "
+                "parameter does not: average the gradients first, jax.lax.pmean(grads, axes)."
+            )
 
 
-def _at_run_time(fraction: Any) -> bool:
-    return callable(fraction) or isinstance(fraction, jax.Array)
+def _varying_axes(x: Any) -> list[str]:
+    aval = jax.typeof(x)
+    manual = getattr(aval, "manual_axis_type", None)  # jax >= 0.9; ``vma`` before
+    return sorted(manual.varying if manual is not None else getattr(aval, "vma", ()))
 
 
 def _check_budget(fraction: Any, num_free_params: int | None) -> None:
@@ -157,8 +180,10 @@ def _check_budget(fraction: Any, num_free_params: int | None) -> None:
             raise TypeError(f"num_free_params: expected an int, got {num_free_params!r}.")
         if num_free_params < 0:
             raise ValueError(f"num_free_params: got {num_free_params}; it must be 0 or more.")
-    elif fraction is None or _at_run_time(fraction):
+    elif fraction is None or is_function(fraction):
         return
+    elif isinstance(fraction, jax.Array):
+        silos_lib.check_scalar(fraction, "fraction_of_free_params")
     elif are_rules(fraction):
         for pattern, value in fraction:
             silos_lib.check_fraction(value, f"fraction_of_free_params for the pattern {pattern!r}")

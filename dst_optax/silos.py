@@ -15,10 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+from jax.experimental import checkify
 
 from dst_optax import budget
 from dst_optax.counts import Counts
-from dst_optax.tree import are_rules, by_prefix, first_match, named_leaves
+from dst_optax.tree import are_rules, by_prefix, check_prefix, first_match, is_function, named_leaves
 
 Stacked = Sequence[tuple[str, int]]
 FractionRules = Sequence[tuple[str, float]]
@@ -109,15 +111,15 @@ def per_group(groups: Callable[[str], str] | Sequence[tuple[str, str]] | Any) ->
       >>> rule = silos.per_group([("embed", "embedding"), (".*", "rest")])
       >>> rule = silos.per_group({"embed": "embedding", "layers": "rest"})
     """
-    if callable(groups):
+    if is_function(groups):
         return Silos(lambda path, index: groups(path))
-    if not are_rules(groups):
-        return Silos(groups)
-    rules = tuple(groups)
-    return Silos(
-        lambda path, index: first_match(rules, path, "silos.per_group"),
-        patterns=tuple(p for p, _ in rules),
-    )
+    if are_rules(groups):
+        rules = tuple(groups)
+        return Silos(
+            lambda path, index: first_match(rules, path, "silos.per_group"),
+            patterns=tuple(p for p, _ in rules),
+        )
+    return Silos(groups)
 
 
 def whole_model() -> Silos:
@@ -186,9 +188,13 @@ class SiloPlan:
 
     def canonical(self) -> "SiloPlan":
         """The same plan with the dtypes that JAX gives to such tensors: float32 for float64 by default."""
-        dtypes = [jax.dtypes.canonicalize_dtype(leaf.dtype).name for leaf in self.leaves]
-        leaves = map(lambda leaf, dtype: dataclasses.replace(leaf, dtype=dtype), self.leaves, dtypes)
-        return dataclasses.replace(self, leaves=tuple(leaves))
+        return dataclasses.replace(
+            self,
+            leaves=tuple(
+                dataclasses.replace(leaf, dtype=jax.dtypes.canonicalize_dtype(leaf.dtype).name)
+                for leaf in self.leaves
+            ),
+        )
 
     def part(self, leaves: Sequence[int]) -> "SiloPlan":
         """The plan of one group of :func:`groups_that_share_silos`.
@@ -215,15 +221,12 @@ class SiloPlan:
           Budgets, (silos,).
 
         Raises:
-          ValueError: a fraction that is no scalar.
+          ValueError: a fraction that is no scalar, or not in [0, 1].
         """
         if self.budgets is not None:
             return Counts.of(self.budgets)
-        now = jnp.asarray(fraction(step) if callable(fraction) else fraction)
-        if now.shape:
-            raise ValueError(
-                f"fraction_of_free_params: it must be a scalar at every step, got the shape {now.shape}."
-            )
+        now = jnp.asarray(fraction(step) if is_function(fraction) else fraction)
+        check_scalar(now, "fraction_of_free_params")
         if not jnp.issubdtype(now.dtype, jnp.floating):
             now = now.astype(jnp.float32)
         return budget.traced_rank(now, self.sizes)
@@ -254,6 +257,17 @@ def groups_that_share_silos(leaves: Sequence[LeafPlan]) -> list[list[int]]:
             for s in leaves[j].silos:
                 group_of[s] = i
     return sorted(groups.values())
+
+
+def check_scalar(fraction: jax.Array, where: str) -> None:
+    """Raises if a fraction that is an array is no scalar or, where its value is known, not in [0, 1]."""
+    if fraction.shape:
+        raise ValueError(f"{where}: it must be a scalar at every step, got the shape {fraction.shape}.")
+    if isinstance(fraction, Tracer):
+        inside = (fraction >= 0) & (fraction <= 1)
+        checkify.debug_check(inside, f"{where}: the fraction must lie in [0, 1], got {{f}}", f=fraction)
+    else:
+        check_fraction(float(fraction), where)
 
 
 def check_fraction(value: Any, where: str) -> None:
@@ -317,8 +331,12 @@ def make_plan(
         fractions = None
     patterns = list(rule.patterns)
     if are_rules(fractions):
-        patterns += [p for p, _ in fractions or ()]
+        patterns += [p for p, _ in fractions]
     _check_patterns(patterns, paths)
+    everywhere = [path for path, _ in named_leaves(params)]  # what a wrapper has taken out may have a value
+    for owner, values in (("fraction_of_free_params", fractions), ("silos.per_group", rule.label)):
+        if values is not None and not are_rules(values) and not is_function(values):
+            check_prefix(values, everywhere, owner)
 
     indices: dict[str, int] = {}
     sizes: list[int] = []
@@ -345,7 +363,7 @@ def make_plan(
             LeafPlan(path, tuple(leaf.shape), np.dtype(leaf.dtype).name, axis, tuple(ids), tuple(offsets))
         )
     if num_free_params is not None:
-        budgets = tuple(budget.share(num_free_params, sizes)) if sum(sizes) else (0,) * len(sizes)
+        budgets = tuple(budget.share(num_free_params, sizes))
     elif fractions is not None:
         budgets = tuple(budget.rank(per_silo[i][0], n) for i, n in enumerate(sizes))
     else:
@@ -361,7 +379,9 @@ def make_plan(
 
 
 def _label(rule: Silos, path: str, index: int | None) -> Any:
-    return rule.label(path, index) if callable(rule.label) else by_prefix(rule.label, path, "silos.per_group")
+    return (
+        rule.label(path, index) if is_function(rule.label) else by_prefix(rule.label, path, "silos.per_group")
+    )
 
 
 def _assign_fraction(

@@ -114,7 +114,7 @@ def _nowhere(x: Any) -> jax.Array:
 
     Computed from ``x`` to be sharded as it is; a constant would lie on every device (test_sharding.py).
     """
-    x = copy(x)
+    x = copy(x) if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)
     return jnp.isnan(x) & jnp.isinf(x)
 
 
@@ -130,14 +130,33 @@ def capture(state: DynamicSubsetTuningState, params: list[jax.Array]) -> Dynamic
     """
     seeds, treedef = jax.tree.flatten(state.seed)
     if seeds:
-        # a loop that runs once or never: a select would read and write the whole seed at every step, which
-        # takes 1.15 times as long as a pass over parameters and seed
-        _, seeds = lax.while_loop(
-            lambda carry: ~carry[0],
-            lambda carry: (jnp.ones_like(carry[0]), [jnp.asarray(p) for p in params]),
-            (state.captured, seeds),
+        params = [jnp.asarray(p) for p in params]
+        seeds = _either(
+            state.captured, [_placed_like(s, p) for s, p in zip(seeds, params, strict=True)], params
         )
     return state._replace(seed=treedef.unflatten(seeds), captured=jnp.ones((), bool))
+
+
+@jax.custom_jvp
+def _either(first: jax.Array, a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
+    """``a`` if ``first``, else ``b``.
+
+    By a loop that runs once or never: a select would read and write the whole seed at every step, which takes
+    1.15 times as long as a pass over parameters and seed.
+    """
+    return lax.while_loop(lambda carry: ~carry[0], lambda carry: (jnp.ones_like(first), b), (first, a))[1]
+
+
+@_either.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    first, (_, a, b) = primals[0], tangents
+    return _either(*primals), [jnp.where(first, x, y) for x, y in zip(a, b, strict=True)]
+
+
+def _placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """``x`` split as ``like`` is, where the mesh has explicit axes: parameters may move after ``init``."""
+    sharding = jax.typeof(like).sharding
+    return x if jax.typeof(x).sharding == sharding else jax.sharding.reshard(x, sharding)
 
 
 def reseed(state: DynamicSubsetTuningState, params: Any) -> DynamicSubsetTuningState:
@@ -310,6 +329,11 @@ def check_structure(plan: SiloPlan, updates: Any, state: DynamicSubsetTuningStat
     if len(named_updates) != len(given):
         lost = next(path for path in given if path not in named_updates)
         raise ValueError(f"updates lacks the parameter {lost!r}; pass an update for every parameter.")
+    if named_updates != list(given):
+        raise ValueError(
+            f"updates are in the order {named_updates[:4]}, params in the order {list(given)[:4]}: make both "
+            "of the same containers."
+        )
     # the same leaves are ranked, in as many silos
     seeds = named_leaves(state.seed, is_leaf=lambda x: False)
     expected = [plan.leaves[i].path for i in plan.ranked]

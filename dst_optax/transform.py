@@ -78,7 +78,7 @@ def dynamic_subset_tuning(
     rule = SubsetRule(fraction_of_free_params, num_free_params, silos, distance, ties)
 
     def init(params: Any) -> DynamicSubsetTuningState:
-        return state_lib.init(rule.plan(params), params)
+        return rule.new_state(params)
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -92,14 +92,23 @@ def dynamic_subset_tuning(
 
 
 def wrap(
-    inner: optax.GradientTransformation, fraction_of_free_params: Any = None, **kwargs: Any
+    inner: optax.GradientTransformation,
+    fraction_of_free_params: Any = None,
+    *,
+    num_free_params: int | None = None,
+    silos: silos_lib.Silos | None = None,
+    distance: distances.Distance | None = None,
+    ties: str = "strict",
 ) -> optax.GradientTransformationExtraArgs:
     """``optax.chain(inner, dynamic_subset_tuning(...))``, in that order.
 
     Args:
       inner: any optimizer.
-      fraction_of_free_params: see :func:`dynamic_subset_tuning`.
-      **kwargs: further arguments of :func:`dynamic_subset_tuning`.
+      fraction_of_free_params: see :func:`dynamic_subset_tuning`, like all that follow.
+      num_free_params: likewise.
+      silos: likewise.
+      distance: likewise.
+      ties: likewise.
 
     Returns:
       The chained transform.
@@ -108,7 +117,10 @@ def wrap(
       >>> import dst_optax, optax
       >>> tx = dst_optax.wrap(optax.adamw(1e-4), fraction_of_free_params=0.1)
     """
-    return optax.chain(inner, dynamic_subset_tuning(fraction_of_free_params, **kwargs))
+    subset = dynamic_subset_tuning(
+        fraction_of_free_params, num_free_params=num_free_params, silos=silos, distance=distance, ties=ties
+    )
+    return optax.chain(inner, subset)
 
 
 def apply_updates(params: Any, updates: Any, state: Any) -> Any:
@@ -144,7 +156,13 @@ def apply_updates(params: Any, updates: Any, state: Any) -> Any:
             return p
         if leaf is not None and isinstance(leaf.seed, Frozen):
             return p
-        return _restore_outside(path, add(jnp.asarray(p), u), leaf)
+        p = jnp.asarray(p)
+        moved = add(p, u)
+        if leaf is not None and leaf.mask is not None:
+            # an update of nothing, as MultiSteps makes before the first step, must not turn -0.0 of what will
+            # be the seed into 0.0
+            moved = jnp.where(leaf.captured | (u != 0), moved, p)
+        return _restore_outside(path, moved, leaf)
 
     return state_lib.map_leaf_states(apply, params, state)
 

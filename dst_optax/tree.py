@@ -1,8 +1,9 @@
 """Leaves of a pytree by path: once, for parameters, states, models and files."""
 
+import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import optax
@@ -86,14 +87,25 @@ def first_match(rules: Sequence[tuple[str, Any]], path: str, owner: str) -> Any:
     )
 
 
-def are_rules(x: Any) -> bool:
+def are_rules(x: Any) -> TypeGuard[Sequence[tuple[str, Any]]]:
     """Whether ``x`` is a sequence of ``(regex, value)`` pairs."""
     return (
         isinstance(x, Sequence)
         and not isinstance(x, str)
         and len(x) > 0
-        and all(isinstance(rule, Sequence) and len(rule) == 2 and isinstance(rule[0], str) for rule in x)
+        and all(
+            isinstance(rule, Sequence)
+            and not isinstance(rule, str)
+            and len(rule) == 2
+            and isinstance(rule[0], str)
+            for rule in x
+        )
     )
+
+
+def is_function(x: Any) -> TypeGuard[Callable[..., Any]]:
+    """Whether ``x`` is there to be called; modules of equinox and flax are pytrees, though they can be."""
+    return callable(x) and (isinstance(x, functools.partial) or jax.tree_util.all_leaves([x]))
 
 
 def by_prefix(prefix: Any, path: str, owner: str) -> Any:
@@ -121,6 +133,16 @@ def by_prefix(prefix: Any, path: str, owner: str) -> Any:
     raise ValueError(
         f"{owner}: the pytree has no value for the parameter {path!r}; it has {[name for name, _ in named]}."
     )
+
+
+def check_prefix(prefix: Any, paths: Sequence[str], owner: str) -> None:
+    """Raises if a pytree for :func:`by_prefix` has a value that is for no leaf."""
+    for name, _ in named_leaves(prefix):
+        if paths and name and not any(path == name or path.startswith(f"{name}/") for path in paths):
+            raise ValueError(
+                f"{owner}: the pytree has a value for {name!r}, which the parameters lack; the paths are "
+                f"{', '.join(paths[:8])}{', ...' if len(paths) > 8 else ''}."
+            )
 
 
 def _is_box(x: Any) -> bool:

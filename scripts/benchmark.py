@@ -137,7 +137,7 @@ def search(delta: jax.Array, guess: jax.Array, spread: jax.Array, m: int) -> cou
         return layout.for_each_silo(find, [row], query)
 
     query = counting.Query(Counts.of([m]), Counts.of([delta.size]), guess, spread)
-    return counting.per_platform(method, key_of(delta), query)
+    return counting.per_platform(method, delta.size, key_of(delta), query)
 
 
 def selection_cells(largest: int, runs: int) -> Iterator[dict[str, Any]]:

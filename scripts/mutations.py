@@ -94,7 +94,7 @@ MUTATIONS = [
     ),
     Mutation(
         "seed: later updates do not", "state.py",
-        "(state.captured, seeds),", "(state.captured & False, seeds),",
+        "            state.captured, [_placed", "            state.captured & False, [_placed",
         "tests/test_contract.py -k sgd",
     ),
     Mutation(
@@ -139,8 +139,10 @@ MUTATIONS = [
         "tests/test_diagnostics.py -k two_states",
     ),
     Mutation(
-        "composable: no callable default", "transform.py", "distance: distances.Distance | None = None",
-        "distance: distances.Distance | None = distances.absolute", "tests/test_wrappers.py -k inject",
+        "composable: no callable default", "transform.py",
+        'None,\n    ties: str = "strict",\n) -> optax.GradientTransformationExtraArgs:\n    """Lets',
+        'distances.absolute,\n    ties: str = "strict",\n) -> Any:\n    """Lets',
+        "tests/test_wrappers.py -k inject",
     ),
     Mutation(
         "rank: silos of one size lie apart", "counting.py", "(batch_of.get(s, len(batches)), sizes[s])", "s",

@@ -164,3 +164,19 @@ def test_overlap(before, after, expected):
     a, b = ({"x": jnp.array(m[:1], bool), "y": jnp.array(m[1:], bool)} for m in (before, after))
     got = jax.jit(diagnostics.overlap)(a, b)
     np.testing.assert_allclose([got["entered"], got["left"], got["overlap"]], expected, rtol=1e-6)
+
+
+def test_a_plan_of_another_transform_is_refused():
+    tx = dst_optax.wrap(optax.sgd(0.1), FRACTION)
+    (*_, params), state = train(tx, 2)
+    plans = {
+        "silos": silos.make_plan(params, silos.whole_model(), FRACTION),
+        "parameters": silos.make_plan({**params, "b": jnp.ones(7)}, None, FRACTION),
+        "fractions": silos.make_plan(params, None, 0.5),
+    }
+    for plan in plans.values():
+        with pytest.raises(ValueError, match=r"plan: .*of the transform"):
+            diagnostics.metrics(state, params, plan=plan)
+    with pytest.raises(ValueError, match="pass params, too"):
+        diagnostics.metrics(state, previous=params)
+    assert diagnostics.metrics(state, params, plan=silos.make_plan(params, None, FRACTION))

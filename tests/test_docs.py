@@ -19,7 +19,7 @@ BLOCK = re.compile(r"^(?:<!-- (?P<note>[\w ]+) -->\n+)?```python\n(?P<code>.*?)^
 # Modules whose functions and classes are public, and which of those are not.
 PUBLIC = {
     "dst_optax": {"diagnostics", "distances", "project", "serving", "silos", "subset"},  # pages of their own
-    "dst_optax.silos": {"check_fraction", "groups_that_share_silos"},
+    "dst_optax.silos": {"check_fraction", "check_scalar", "groups_that_share_silos"},
     "dst_optax.distances": set(),
     "dst_optax.diagnostics": set(),
     "dst_optax.project": {"project_updates"},

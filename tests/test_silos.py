@@ -148,6 +148,17 @@ REFUSED = [
 ]
 
 
+@pytest.mark.parametrize("labels", [["l1", "l2"], ["layer1", "layer2"]])
+def test_labels_of_two_letters_are_no_rules(labels):
+    params = [{"kernel": jnp.ones(10)}, {"kernel": jnp.ones(10)}]
+    assert silos.make_plan(params, silos.per_group(labels)).labels == tuple(labels)
+
+
+def test_values_for_what_a_wrapper_takes_out_are_no_mistake():
+    params = {"a": jnp.ones(3), "b": optax.MaskedNode()}
+    assert silos.make_plan(params, None, {"a": 0.5, "b": 0.1}).budgets == (1,)
+
+
 @pytest.mark.parametrize(("arguments", "error", "says"), REFUSED)
 def test_bad_rules_are_refused(arguments, error, says):
     with pytest.raises(error, match=says):

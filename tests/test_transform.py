@@ -1,6 +1,9 @@
 """The contract, against an oracle that shares no code with the package."""
 
+import dataclasses
+import functools
 import itertools
+from collections import OrderedDict
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +14,13 @@ import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import checkify
 from precision import x64
 
 import dst_optax
-from dst_optax import counting, distances, select, silos, subset
+from dst_optax import counting, diagnostics, distances, select, silos, subset
+from dst_optax import state as state_lib
+from dst_optax.project import project
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -505,6 +511,16 @@ def test_captured_seed_is_passed_on_in_place():
     assert state[-1].seed.unsafe_buffer_pointer() == before
 
 
+@dataclasses.dataclass
+class Unhashable:
+    """A distance that jax could not tell from another one."""
+
+    power: float = 2.0
+
+    def __call__(self, theta, theta_hat, theta_seed):
+        return jnp.abs(theta - theta_seed) ** self.power
+
+
 REFUSED = [
     (dict(fraction_of_free_params=1.5), ValueError, "1.5"),
     (dict(fraction_of_free_params=-0.1), ValueError, "-0.1"),
@@ -518,6 +534,13 @@ REFUSED = [
     (dict(silos=silos.per_tensor(stacked=[("b", 4)])), ValueError, "axis"),
     (dict(silos=silos.per_group([("a", "x")])), ValueError, "'b'"),
     (dict(silos="per_tensor"), TypeError, "per_tensor"),
+    (dict(fraction_of_free_params=jnp.float32(10)), ValueError, r"10\.0.*\[0, 1\]"),
+    (dict(fraction_of_free_params=jnp.float32("nan")), ValueError, "nan"),
+    (dict(fraction_of_free_params=optax.linear_schedule(50.0, 1.0, 9)), ValueError, r"50\.0.*\[0, 1\]"),
+    (dict(fraction_of_free_params=lambda step: step / step), ValueError, "nan"),
+    (dict(fraction_of_free_params={"a": 0.1, "b": 0.1, "head": 1.0}), ValueError, "'head'.*lack"),
+    (dict(silos=silos.per_group({"a": "x", "b": "y", "head": "z"})), ValueError, "'head'.*lack"),
+    (dict(distance=Unhashable()), TypeError, "hashed"),
 ]
 
 
@@ -580,9 +603,90 @@ def test_fractions_at_run_time_may_be_integers(value):
 
 
 def test_a_schedule_that_gives_no_scalar_is_refused():
-    tx = dst_optax.dynamic_subset_tuning(lambda step: jnp.ones(3))
     with pytest.raises(ValueError, match=r"scalar.*\(3,\)"):
-        tx.update(jnp.ones(4), tx.init(jnp.ones(4)), jnp.ones(4))
+        dst_optax.dynamic_subset_tuning(lambda step: jnp.ones(3)).init(jnp.ones(4))
+
+
+def test_fractions_outside_the_unit_interval_are_noticed_at_later_steps():
+    tx = dst_optax.wrap(optax.sgd(0.1), lambda step: 0.5 + step.astype(jnp.float32))
+    params = jnp.ones(4)
+    _, state = tx.update(params, tx.init(params), params)
+    with pytest.raises(ValueError, match=r"1\.5.*\[0, 1\]"):
+        tx.update(params, state, params)
+    checked = checkify.checkify(jax.jit(tx.update))
+    error, _ = checked(params, state, params)
+    with pytest.raises(checkify.JaxRuntimeError, match=r"\[0, 1\], got 1\.5"):
+        error.throw()
+
+
+@pytest.mark.parametrize("apply", [dst_optax.apply_updates, optax.apply_updates])
+def test_derivatives_are_those_of_the_kept_updates(apply):
+    params = gradients = jnp.arange(1.0, 7.0)
+
+    def loss(learning_rate, params):
+        tx = dst_optax.wrap(optax.sgd(learning_rate), 0.5)
+        updates, state = tx.update(gradients, tx.init(params), params)
+        after = apply(params, updates, state) if apply is dst_optax.apply_updates else apply(params, updates)
+        return jnp.sum(after**2)
+
+    kept = params > 3
+    after = jnp.where(kept, params - 0.1 * gradients, params)
+    expected = (jnp.sum(jnp.where(kept, -2 * after * gradients, 0)), 2 * after)
+    for derivative in (jax.grad, jax.jacfwd):
+        found = derivative(loss, (0, 1))(0.1, params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
+
+
+@pytest.mark.parametrize("wrapper", ["multi_steps", "apply_if_finite"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_seed_is_the_model_before_the_first_update_bit_for_bit(wrapper, dtype):
+    """Updates of nothing, which wrappers make before it, would turn -0.0 into 0.0."""
+    seed = params = jnp.array([-0.0, 1, 2, 3, 4, -0.0, 6, 1e-40], dtype)
+    inner = dst_optax.wrap(optax.sgd(0.1), 0.3)
+    tx = optax.MultiSteps(inner, 2) if wrapper == "multi_steps" else optax.apply_if_finite(inner, 3)
+    state = tx.init(params)
+    for i in range(4):
+        gradients = jnp.full(8, jnp.nan if i == 0 else 1.0, dtype) * jnp.arange(8, dtype=dtype)
+        gradients = jnp.nan_to_num(gradients) if wrapper == "multi_steps" else gradients
+        with jax.numpy_dtype_promotion("standard"):  # the wrappers' own arithmetic
+            updates, state = jax.jit(tx.update)(gradients, state, params)
+        params = jax.jit(dst_optax.apply_updates)(params, updates, state)
+    (dst,) = state_lib.states(state)
+    np.testing.assert_array_equal(oracle.bits(np.asarray(dst.seed)), oracle.bits(np.asarray(seed)))
+
+
+def test_leaves_in_another_order_are_refused():
+    params = {"a": jnp.zeros(4), "b": jnp.zeros(4)}
+    updates = OrderedDict(b=jnp.arange(4.0), a=jnp.ones(4))
+    tx = dst_optax.wrap(optax.sgd(1.0), 0.3)
+    with pytest.raises(ValueError, match=r"order \['b', 'a'\]"):
+        tx.update(updates, tx.init(params), params)
+    with pytest.raises(ValueError, match=r"order \['b', 'a'\]"):
+        project(silos.make_plan(params, None, 0.3), updates, OrderedDict(b=jnp.zeros(4), a=jnp.zeros(4)))
+
+
+def test_fractions_and_labels_in_the_shape_of_a_module_that_can_be_called():
+    @jax.tree_util.register_pytree_node_class
+    class Module:
+        def __init__(self, w):
+            self.w = w
+
+        def __call__(self, x):
+            return self.w @ x
+
+        def tree_flatten(self):
+            return (self.w,), None
+
+        @classmethod
+        def tree_unflatten(cls, _, leaves):
+            return cls(*leaves)
+
+    params = Module(jnp.zeros((2, 5)))
+    tx = dst_optax.wrap(optax.sgd(1.0), Module(0.3), silos=silos.per_group(Module("x")))
+    _, state = tx.update(params, tx.init(params), params)
+    assert int(state[-1].memory.diagnostics.budget) == 3
+    schedule = functools.partial(lambda value, step: value, 0.3)
+    assert dst_optax.wrap(optax.sgd(1.0), schedule).init(params) is not None
 
 
 def test_fractions_as_a_pytree():
@@ -664,4 +768,26 @@ def test_shard_map_sees_whole_tensors_or_is_refused():
 
     with pytest.raises(ValueError, match=r"shard_map.*outside"):
         inside(spec("x"))
+    with pytest.raises(ValueError, match=r"update of ''.*pmean"):
+        jax.jit(jax.shard_map(update, mesh=mesh, in_specs=(spec("x"), spec()), out_specs=spec()))(
+            params, params
+        )
     np.testing.assert_array_equal(inside(spec()), tx.update(params, tx.init(params), params)[0])
+
+
+@pytest.mark.parametrize("rule", [silos.per_tensor(), silos.per_tensor([("", 0)])])
+def test_explicit_axes_without_a_mesh_in_the_context(rule):
+    """Also where parameters are split only after ``init``."""
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    placed = lambda *axes: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))  # noqa: E731
+    tx = dst_optax.wrap(optax.sgd(0.1), 0.3, silos=rule)
+    whole = jnp.arange(128.0).reshape(16, 8)
+    state = tx.init(jax.device_put(whole, placed(None, None)))
+    params = jax.device_put(whole, placed("x", None))
+    for update in (tx.update, jax.jit(tx.update)):
+        updates, after = update(params, state, params)
+        expected, _ = tx.update(whole, tx.init(whole), whole)
+        np.testing.assert_array_equal(updates, expected)
+        tuned = dst_optax.apply_updates(params, updates, after)
+        measured = diagnostics.metrics(after, tuned, plan=silos.make_plan(params, rule, 0.3))
+        assert int(measured["subset_size"]) == int((np.asarray(tuned) != np.asarray(whole)).sum())

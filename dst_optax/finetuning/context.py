@@ -19,7 +19,7 @@ from dst_optax.finetuning.models.named import language_model
 from dst_optax.finetuning.recipe import Recipe
 from dst_optax.finetuning.run_dir import RunDir
 from dst_optax.finetuning.steps import Programs
-from dst_optax.finetuning.tasks.base import TaskSuite
+from dst_optax.finetuning.tasks.base import TaskSuite, vocabulary_digest
 from dst_optax.paths import require_local
 
 
@@ -75,6 +75,12 @@ class RunContext:
                 f"recipe: batch_size {recipe.batch_size} must be a multiple of accumulate "
                 f"{recipe.accumulate} times the {self.mesh.shape['data']} devices along data."
             )
+        longest, limit = sum(recipe.lengths.values()) - 1, getattr(plain.config, "max_length", None)
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"recipe: lengths {dict(recipe.lengths)} make texts of up to {longest} tokens, but the model "
+                f"has positions for {limit} only (max_position_embeddings)."
+            )
         # a run directory that keeps its seed needs the checkpoint no more
         needed = None if checkpoint is None or RunDir.keeps_seed(root) else hub.local_path(checkpoint)
         plain.check(data.vocabulary, needed)
@@ -91,6 +97,7 @@ class RunContext:
             "source": repr(data.source),
             "data_sha256": data_digest,
             "vocabulary": type(data.vocabulary).__name__,
+            "vocabulary_sha256": vocabulary_digest(data.vocabulary),
             "model": repr(plain.config),
             "recipe": json.loads(json.dumps(asdict(recipe))),
             "checkpoint": checkpoint,

@@ -71,14 +71,10 @@ class Log:
           values: scalars, on the devices or off.
 
         Raises:
-          ValueError: the loss is not finite.
+          ValueError: the loss or the gradients are not finite.
         """
+        self.require_finite(step, values)
         values = {name: float(x) for name, x in values.items()}
-        if not math.isfinite(values["loss"]):
-            raise ValueError(
-                f"the loss is {values['loss']} at step {step}: lower the learning rate, or check the seed "
-                "model. Earlier checkpoints are untouched."
-            )
         shown = {
             "step": f"{step}/{self._steps}",
             "loss": f"{values['loss']:.4f}",
@@ -93,6 +89,18 @@ class Log:
             shown |= {"tokens/s": f"{speed:,.0f}", "eta": f"{eta:.0f}s"}
         self._tokens, self._last = 0, (step, now)
         self._write(step, values, shown)
+
+    def require_finite(self, step: int, values: Mapping[str, Any]) -> None:
+        """Raises a ValueError unless the loss, the gradients and the parameters of a step are finite.
+
+        Before each checkpoint, too: a run could not go on from one of a model that is NaN.
+        """
+        for name in ("loss", "grad_norm", "largest parameter"):
+            if not math.isfinite(values.get(name, 0.0)):
+                raise ValueError(
+                    f"the {name} is {float(values[name])} at step {step}: lower the learning rate and give "
+                    "another run_dir, or check the seed model. Earlier checkpoints are untouched."
+                )
 
     def evaluation(self, step: int, values: Mapping[str, float], score: float) -> None:
         """Records an evaluation.
@@ -149,7 +157,7 @@ def results_table(rows: list[dict[str, Any]], model_size: int) -> Table:
     """
     import numpy as np
 
-    table = Table("method", "score", "free parameters", "share", "seconds")
+    table = Table("method", "score", "free parameters", "share", "seconds", "best step")
     methods = dict.fromkeys(row["method"] for row in rows)
     for method in methods:
         same = [row for row in rows if row["method"] == method]
@@ -158,5 +166,6 @@ def results_table(rows: list[dict[str, Any]], model_size: int) -> Table:
         free = np.mean([row["free_params"] for row in same])
         seconds = np.mean([row["seconds"] for row in same])
         share = f"{100 * free / model_size:.3g}%"
-        table.add_row(method, f"{np.mean(scores):.1f}{spread}", f"{free:,.0f}", share, f"{seconds:.0f}")
+        best = ", ".join(str(row["best_step"]) for row in same if "best_step" in row)
+        table.add_row(method, f"{np.mean(scores):.1f}{spread}", f"{free:,.0f}", share, f"{seconds:.0f}", best)
     return table

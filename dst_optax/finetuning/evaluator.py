@@ -122,19 +122,24 @@ class Evaluator:
         """The options of each example, and a batch of all of them, each after its inputs."""
         options = [self._data.options(split, example) for example in split.examples]
         pairs = [
-            (example["inputs"], self._tokens_of(option))
+            (example["inputs"], tokens)
             for example, each in zip(split.examples, options, strict=True)
-            for option in each
+            for tokens in self._tokens_of(each)
         ]
         return options, inputs.batch_of(self._model, pairs, self._lengths)
 
-    def _tokens_of(self, option: str) -> list[int]:
-        tokens = list(self._data.vocabulary.encode(option))
-        if len(tokens) > self._lengths["targets"]:
-            raise ValueError(
-                f"recipe: the option {option!r} has {len(tokens)} tokens, but targets only "
-                f"{self._lengths['targets']}; make lengths longer."
-            )
+    def _tokens_of(self, options: Sequence[str]) -> list[list[int]]:
+        """Options as tokens, with an end where one begins with another, which would always be likelier."""
+        vocabulary = self._data.vocabulary
+        tokens = [list(vocabulary.encode(option)) for option in options]
+        if any(len(a) < len(b) and a == b[: len(a)] for a in tokens for b in tokens):
+            tokens = [[*each, vocabulary.eos_id] for each in tokens]
+        for option, each in zip(options, tokens, strict=True):
+            if len(each) > self._lengths["targets"]:
+                raise ValueError(
+                    f"recipe: the option {option!r} has {len(each)} tokens, but targets only "
+                    f"{self._lengths['targets']}; make lengths longer."
+                )
         return tokens
 
     def _target_scores(self, params: Params, batch: inputs.Batch) -> dict[str, np.ndarray]:
@@ -156,7 +161,7 @@ class Evaluator:
         for task in self._data.names:
             for split in ("train", "validation"):
                 name = self._data.provider(task)
-                seen, by_feature = inputs.count_cut(name, split, self._lengths, most)
+                seen, by_feature = inputs.count_cut(self._model, name, split, self._lengths, most)
                 first = f" of the first {most:,}" if seen == most else ""
                 lines += [
                     f"{task} {split}: {cut}{first} examples have {feature} longer than "

@@ -41,7 +41,9 @@ def train_batches(
         verbose=False,
     )
     batches = data.batch(batch_size, drop_remainder=True).skip(start).prefetch(2)
-    return _iterate(batches)
+    for batch in _iterate(batches):
+        _check_ids(model, batch, f"a batch of {name}")
+        yield batch
 
 
 def _iterate(data: tf.data.Dataset) -> Iterator[Any]:
@@ -132,13 +134,29 @@ def batch_of(
     ids = tf.TensorSpec([None], tf.int32)
     data = tf.data.Dataset.from_generator(examples, output_signature={"inputs": ids, "targets": ids})
     rows = list(_iterate(model.feature_converter()(data, dict(lengths))))
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    _check_ids(model, batch, "an example to evaluate on")
+    return batch
 
 
-def count_cut(name: str, split: str, lengths: Lengths, most: int) -> tuple[int, dict[str, tuple[int, int]]]:
+def _check_ids(model: LanguageModel, features: Mapping[str, np.ndarray], where: str) -> None:
+    """Raises a ValueError for a token that the model has no embedding for: jax would make NaN of it."""
+    size = model.config.vocab_size
+    for name, ids in features.items():
+        if name.endswith("tokens") and ids.size and ids.max() >= size:
+            raise ValueError(
+                f"{where} has the token {ids.max()}, and the model's embedding only {size} rows: it was "
+                "added to the tokenizer alone. Take it out of the texts, or give the model rows for it."
+            )
+
+
+def count_cut(
+    model: LanguageModel, name: str, split: str, lengths: Lengths, most: int
+) -> tuple[int, dict[str, tuple[int, int]]]:
     """How many examples are longer than the feature lengths.
 
     Args:
+      model: what they are for.
       name: registered seqio task.
       split: e.g. "train".
       lengths: see :func:`train_batches`.
@@ -146,10 +164,17 @@ def count_cut(name: str, split: str, lengths: Lengths, most: int) -> tuple[int, 
 
     Returns:
       Examples that were looked at, and for each feature: those that are cut, and the longest one's tokens.
+
+    Raises:
+      ValueError: a token that the model has no embedding for.
     """
     provider = seqio.TaskRegistry.get(name)
     data = provider.get_dataset(None, split=split, shuffle=False, num_epochs=1).take(most)
-    sizes = [[len(example[feature]) for feature in lengths] for example in _iterate(data)]
+    sizes = []
+    for i, example in enumerate(_iterate(data)):
+        tokens = {f"{feature}_tokens": example[feature] for feature in lengths}
+        _check_ids(model, tokens, f"{name} {split}: example {i}, counted from 0,")
+        sizes.append([len(example[feature]) for feature in lengths])
     by_feature = dict(zip(lengths, zip(*sizes, strict=True), strict=True))
     return len(sizes), {
         feature: (sum(n > lengths[feature] for n in counts), max(counts))

@@ -1,5 +1,7 @@
 """Optimizers that gin can spell."""
 
+import math
+
 import optax
 
 
@@ -27,10 +29,14 @@ def warmup_constant(peak: float, warmup: int) -> optax.Schedule:
       peak: where it stays.
       warmup: steps until then; with 0 it is the peak from the first step on.
 
+    Raises:
+      ValueError: a negative number of steps, or a peak that is not finite and positive.
+
     Example:
       >>> [float(warmup_constant(1.0, warmup)(0)) for warmup in (0, 4)]
       [1.0, 0.0]
     """
+    _check(peak, warmup)
     if not warmup:  # optax's schedule would stay at its initial value for ever
         return optax.constant_schedule(peak)
     return optax.warmup_constant_schedule(0.0, peak, warmup)
@@ -55,9 +61,16 @@ def decayed(
         0.98.
       weight_decay: share of every parameter that a step at a learning rate of 1 takes off.
 
+    Raises:
+      ValueError: the warm-up is negative or no shorter than the run, or the learning rate is not finite and
+        positive.
+
     Example:
       >>> tx = decayed(1e-3, steps=300)
     """
+    _check(learning_rate, warmup)
+    if warmup >= steps:
+        raise ValueError(f"warmup: {warmup} steps, but the run has only {steps}; make it shorter.")
     shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, steps)
     peak = optax.inject_hyperparams(optax.scale)(step_size=-learning_rate)
     return clipped(
@@ -68,3 +81,10 @@ def decayed(
             peak,
         )
     )
+
+
+def _check(peak: float, warmup: int) -> None:
+    if warmup < 0:
+        raise ValueError(f"warmup: got {warmup} steps; it must be 0 or more.")
+    if not 0 < peak < math.inf:
+        raise ValueError(f"the learning rate is {peak}; it must be finite and above 0.")

@@ -21,6 +21,8 @@ def make_mesh(shape: tuple[int, int] | None = None) -> Mesh:
       ValueError: the shape is not that of the devices there are.
     """
     shape = shape or (jax.device_count(), 1)
+    if not isinstance(shape, tuple | list) or len(shape) != 2 or not all(isinstance(n, int) for n in shape):
+        raise ValueError(f"mesh_shape {shape!r} is no pair of devices along data and model, such as (4, 2).")
     if shape[0] * shape[1] != jax.device_count():
         raise ValueError(f"mesh_shape {shape} does not hold the {jax.device_count()} devices there are.")
     kinds = (jax.sharding.AxisType.Auto,) * 2

@@ -4,8 +4,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax.numpy as jnp
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -62,8 +60,15 @@ class Recipe:
         for name in ("save_every", "snapshot_every", "patience"):
             value = getattr(self, name)
             _require(name, value, lambda x: x is None or _counts(x), "None or an integer of at least 1")
+        for name, kinds in (
+            ("scan_layers", (bool, type(None))),
+            ("remat", (bool, type(None))),
+            ("score_train", bool),
+        ):
+            value = getattr(self, name)
+            _require(name, value, lambda x, kinds=kinds: isinstance(x, kinds), "True or False")
         _require("lengths", self.lengths, _are_lengths, 'of the form {"inputs": 512, "targets": 16}')
-        _require("dtype", self.dtype, _floats, "the name of a floating-point type, e.g. 'bfloat16'")
+        _require("dtype", self.dtype, _floats, "'float32' or 'bfloat16'")
         _require("label_smoothing", self.label_smoothing, lambda x: 0 <= x < 1, "at least 0 and below 1")
         _require("z_loss", self.z_loss, lambda x: x >= 0, "at least 0")
         _require(
@@ -109,4 +114,4 @@ def _are_lengths(x: Any) -> bool:
 
 
 def _floats(x: Any) -> bool:
-    return isinstance(x, str) and jnp.issubdtype(jnp.dtype(x), jnp.floating)
+    return x in ("float32", "bfloat16")  # float16 would need a scaled loss

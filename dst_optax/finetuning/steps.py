@@ -99,12 +99,14 @@ class Programs:
       step: see :func:`make_step`; it takes over the buffers of the state.
       mark: see :class:`~dst_optax.finetuning.methods.Method`.
       measure: its ``metrics``.
+      largest: the largest magnitude of tuned parameters.
     """
 
     method: Method
     step: Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]
     mark: Callable[[Any, Any], Any]
     measure: Callable[[Any, Any, Any], dict[str, jax.Array]]
+    largest: Callable[[Any], jax.Array]
 
     @classmethod
     def of(cls, model: LanguageModel, method: Method, recipe: Recipe) -> "Programs":
@@ -116,4 +118,11 @@ class Programs:
             label_smoothing=recipe.label_smoothing,
             z_loss=recipe.z_loss,
         )
-        return cls(method, jax.jit(step, donate_argnums=0), jax.jit(method.mark), jax.jit(method.metrics))
+        step = jax.jit(step, donate_argnums=0)
+        return cls(method, step, jax.jit(method.mark), jax.jit(method.metrics), jax.jit(_largest))
+
+
+def _largest(tuned: Any) -> jax.Array:
+    return jnp.max(
+        jnp.stack([jnp.max(jnp.abs(x), initial=0).astype(jnp.float32) for x in jax.tree.leaves(tuned)])
+    )

@@ -5,6 +5,7 @@ A command makes one run directory:
     run.json             what the run is; another run is refused here
     seed/                the seed model, once (or a reference to where it lies)
     <method>/rng_<n>/    one run each
+      method.txt           what is tuned, and how; another method is refused
       checkpoints/<step>   what differs from the seed, the optimizer's state, the data position
       metrics.jsonl, tensorboard/
       predictions/         in the leaderboard's form
@@ -29,6 +30,7 @@ from dst_optax.finetuning.display import Log, results_table
 from dst_optax.finetuning.experiments import figures
 from dst_optax.finetuning.interrupts import Interrupted, stop_requests
 from dst_optax.finetuning.methods import Method
+from dst_optax.finetuning.methods.identity import describe
 from dst_optax.finetuning.models.base import LanguageModel
 from dst_optax.finetuning.models.decoder.config import DecoderConfig
 from dst_optax.finetuning.models.t5.config import T5Config
@@ -81,6 +83,8 @@ def finetune(
     """
     if isinstance(rng_seeds, int) or not all(isinstance(x, int) for x in rng_seeds):
         raise ValueError(f"rng_seeds: {rng_seeds!r} is no sequence of integers, such as (0, 1, 2).")
+    if len(set(rng_seeds)) != len(rng_seeds):
+        raise ValueError(f"rng_seeds: {rng_seeds!r} has a seed twice; equal runs are no repetition.")
     context = RunContext(
         run_dir,
         data,
@@ -93,10 +97,12 @@ def finetune(
         config=config,
         methods=methods.values(),
     )
-    rows = context.baselines()
-    for name, method in methods.items():
-        for rng_seed in rng_seeds:
-            rows.append(Run(context, name, method, rng_seed).result())
+    runs = [
+        Run(context, name, method, rng_seed) for name, method in methods.items() for rng_seed in rng_seeds
+    ]
+    for run in runs:
+        run.claim()
+    rows = [*context.baselines(), *(run.result() for run in runs)]
     context.console.print(results_table(rows, context.size))
     root = context.run_dir.root
     storage.write_text(root / "results.json", json.dumps(rows, indent=1))
@@ -112,6 +118,7 @@ class Progress:
     Attributes:
       best_step: step of the best evaluation so far; 0 before the first one.
       best_score: its score.
+      best_perplexity: its perplexity, where the tasks have one: it decides between equal scores.
       free_params: parameters that differed from the seed then.
       waited: evaluations since then.
       evaluated: the last step whose model was evaluated; a stopped run owes that of its last step.
@@ -120,14 +127,17 @@ class Progress:
 
     best_step: int = 0
     best_score: float | None = None
+    best_perplexity: float | None = None
     free_params: int = 0
     waited: int = 0
     evaluated: int = 0
     seconds: float = 0.0
 
-    def improves(self, score: float) -> bool:
+    def improves(self, score: float, perplexity: float | None) -> bool:
         """Whether no evaluation has been as good."""
-        return self.best_score is None or score > self.best_score
+        if self.best_score is None or score != self.best_score:
+            return self.best_score is None or score > self.best_score
+        return None not in (perplexity, self.best_perplexity) and perplexity < self.best_perplexity  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
@@ -150,6 +160,26 @@ class Run:
     def directory(self) -> Path:
         """Where its files go."""
         return self.context.run_dir.root / self.name / f"rng_{self.rng_seed}"
+
+    def claim(self) -> None:
+        """Notes the method in the run's directory.
+
+        Raises:
+          ValueError: the run was begun with another one.
+        """
+        file, ours = self.directory / "method.txt", describe(self.method)
+        exists, begun = file.is_file(), self.directory.exists()
+        processes.barrier(f"{file} is looked for")
+        if exists and (theirs := file.read_text()) != ours:
+            at = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), 0)
+            first, second = (text[max(at - 60, 0) : at + 60] for text in (theirs, ours))
+            raise ValueError(
+                f"{self.directory} was begun with another method: where it has {first!r}, this one has "
+                f"{second!r}. Give another run_dir or name; or delete {file} if the two are the same to you."
+            )
+        if not begun:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            storage.write_text(file, ours)
 
     def result(self) -> dict[str, Any]:
         """The row of the table, of an earlier command or after training from the last checkpoint."""
@@ -213,6 +243,8 @@ class Run:
                 if recipe.logs_at(step):
                     log.training(step, {**measured, **programs.measure(state.tuned, state.slots, before)})
                 stopping = processes.any_process(stop_requested())
+                if stopping or recipe.evaluates_at(step) or recipe.saves_at(step):
+                    log.require_finite(step, {**measured, "largest parameter": programs.largest(state.tuned)})
                 if recipe.evaluates_at(step) and not stopping:
                     self._evaluate(step, state, progress, log)
                 if recipe.snapshots_at(step):
@@ -233,10 +265,12 @@ class Run:
     def _evaluate(self, step: int, state: TrainState, progress: Progress, log: Log) -> None:
         jax.block_until_ready(state.tuned)
         measured, score = self.context.evaluator.score(self.method.merge(state.frozen, state.tuned))
-        if progress.improves(score):
+        perplexities = [x for name, x in measured.items() if name.endswith("/perplexity")]
+        perplexity = sum(perplexities) / len(perplexities) if perplexities else None
+        if progress.improves(score, perplexity):
             mark = self._programs.mark(state.tuned, state.slots)
             free_params = self._programs.measure(state.tuned, state.slots, mark)["free_params"]
-            progress.best_step, progress.best_score = step, score
+            progress.best_step, progress.best_score, progress.best_perplexity = step, score, perplexity
             progress.free_params, progress.waited = int(free_params), 0
         else:
             progress.waited += 1

@@ -127,7 +127,7 @@ def from_models(
             path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in tuneds.items() if is_float(x.dtype)
         }
         rule = SubsetRule(fraction_of_free_params, num_free_params, silos, distance)
-        if callable(rule.fraction) or isinstance(rule.fraction, jax.Array):
+        if rule.at_run_time:
             raise SubsetError(
                 f"fraction_of_free_params: got {fraction_of_free_params!r}; a model that is tuned already "
                 "is at no step, so give a number."

@@ -191,6 +191,59 @@ def test_likelihoods_are_also_divided_by_the_bytes_of_options():
     assert metrics["eval/copa/accuracy_normalised"] == pytest.approx(right)
 
 
+def test_an_option_that_begins_with_another_can_be_the_likeliest():
+    """Without an end the shorter one always would be."""
+    model, data = decoder.CausalLM(CONFIG), replace(DATA)
+    data.register(True)
+    found = Evaluator(
+        model, data, replace(RECIPE, lengths={"inputs": 8, "targets": 12}), placement.make_mesh()
+    )
+    assert found._tokens_of([" Obama", " Obama Jr"]) == [
+        [*Bytes().encode(" Obama"), 1],
+        [*Bytes().encode(" Obama Jr"), 1],
+    ]
+    assert found._tokens_of([" yes", " no"]) == [Bytes().encode(" yes"), Bytes().encode(" no")]
+
+
+def test_a_token_without_an_embedding_is_refused(tmp_path):
+    """It was added to the tokenizer alone; jax would make NaN of it, hours later."""
+    rows = [{"prompt": "ab", "completion": " z"}]
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    small = replace(CONFIG, vocab_size=110)
+
+    class Added(Bytes):
+        @property
+        def _base_vocab_size(self):
+            return 110
+
+    with pytest.raises(ValueError, match=r"jsonl train: example 0.* the token 125, .* only 110 rows"):
+        trainer.finetune(str(tmp_path / "run"), Jsonl(str(tmp_path), Added()), small, {}, RECIPE)
+
+
+def test_texts_longer_than_the_model_was_made_for_are_refused(tmp_path):
+    short = replace(CONFIG, max_length=54)
+    with pytest.raises(ValueError, match=r"up to 55 tokens, but the model has positions for 54"):
+        RunContext(str(tmp_path / "run"), DATA, short, RECIPE)
+    assert not (tmp_path / "run").exists()
+
+
+def test_of_models_that_give_no_right_answer_the_least_perplexed_is_kept(tmp_path):
+    """On free text none is exactly right, and the first evaluation would win for good."""
+    rows = [{"prompt": f"{i}", "completion": f" {'abcdef' * 3}{i}"} for i in range(8)]
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = replace(RECIPE, steps=6, lengths={"inputs": 8, "targets": 24}, patience=2)
+    data, methods = Jsonl(str(tmp_path), Bytes()), {"full": Full(optax.adam(1e-2))}
+    (_, row) = trainer.finetune(str(tmp_path / "run"), data, CONFIG, methods, recipe)
+    log = [json.loads(x) for x in (tmp_path / "run/full/rng_0/metrics.jsonl").read_text().splitlines()]
+    perplexities = {x["step"]: x["eval/jsonl/perplexity"] for x in log if "eval/score" in x}
+    assert row["score"] == 0
+    assert perplexities[2] > perplexities[4] > perplexities[6]
+    assert row["best_step"] == 6
+    assert row["metrics"]["eval/jsonl/perplexity"] == pytest.approx(perplexities[6], rel=1e-5)
+
+
 def test_options_that_are_longer_than_targets_are_told():
     data = replace(DATA)
     data.register(True)

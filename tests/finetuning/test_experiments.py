@@ -308,6 +308,22 @@ def test_decayed_scales_any_direction(direction, step):
         np.testing.assert_allclose(updates["w"], wanted, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "says"),
+    [
+        (lambda: optimizers.warmup_constant(1e-3, -5), "warmup: got -5 steps"),
+        (lambda: optimizers.warmup_constant(float("nan"), 5), "learning rate is nan"),
+        (lambda: optimizers.warmup_constant(0.0, 5), "learning rate is 0.0"),
+        (lambda: optimizers.decayed(1e-3, steps=100, warmup=-3), "warmup: got -3 steps"),
+        (lambda: optimizers.decayed(1e-3, steps=30), "warmup: 50 steps, but the run has only 30"),
+        (lambda: optimizers.decayed(-1e-3, steps=100), "learning rate is -0.001"),
+    ],
+)
+def test_schedules_that_would_train_nothing_are_refused(schedule, says):
+    with pytest.raises(ValueError, match=says):
+        schedule()
+
+
 def test_a_grid_of_learning_rates_is_one_program():
     grads = {"w": jax.numpy.ones(3)}
 

@@ -220,10 +220,11 @@ def test_a_run_of_version_0_1_evaluates_no_step_twice(whole, tmp_path):
 
 def test_a_stop_in_the_last_evaluation_ends_the_command(tmp_path, monkeypatch):
     methods, recipe = {"dst": dst(), "full": Full(optax.sgd(1e-2))}, replace(RECIPE, steps=1)
+    log = lambda name: tmp_path / "run" / name / "rng_0" / "metrics.jsonl"  # noqa: E731
     score = Evaluator.score
 
     def interrupt(self, *given):
-        if (tmp_path / "run" / "dst").exists() and not (tmp_path / "run" / "full").exists():
+        if log("dst").exists() and not log("full").exists():
             os.kill(os.getpid(), signal.SIGINT)
         return score(self, *given)
 
@@ -231,7 +232,7 @@ def test_a_stop_in_the_last_evaluation_ends_the_command(tmp_path, monkeypatch):
     with pytest.raises(trainer.Interrupted, match="stopped after step 1, the last one"):
         tune(tmp_path / "run", methods=methods, recipe=recipe)
     monkeypatch.setattr(Evaluator, "score", score)
-    assert not (tmp_path / "run" / "full").exists()
+    assert not log("full").exists()
     assert [row["method"] for row in tune(tmp_path / "run", methods=methods, recipe=recipe)][2:] == [
         "dst",
         "full",
@@ -358,6 +359,40 @@ def test_bfloat16_an_optimizer_without_slots_and_diagnostics(tmp_path):
     lines = [json.loads(x) for x in (run / "predictions" / "AX-b.jsonl").read_text().splitlines()]
     assert [line["idx"] for line in lines] == list(range(len(data.source.rows("axb", "test"))))
     assert {line["label"] for line in lines} <= {"entailment", "not_entailment"}
+
+
+def test_another_method_is_refused_under_its_name(tmp_path):
+    """Its row, or its optimizer's state, would be taken for the new method's."""
+    recipe, run = replace(RECIPE, steps=1), tmp_path / "run"
+    tune(run, recipe=recipe)
+    for other in (DST(optax.adam(1e-2), 0.5), DST(optax.adam(0.5), 0.05), Full(optax.sgd(1e-2))):
+        with pytest.raises(ValueError, match=r"dst/rng_0 was begun with another method"):
+            tune(run, recipe=recipe, methods={"full": Full(optax.sgd(1e-2)), "dst": other})
+        assert not (run / "full" / "rng_0" / "result.json").exists()
+    with pytest.raises(ValueError, match="a seed twice"):
+        tune(run, recipe=recipe, rng_seeds=(0, 0))
+
+
+def test_another_vocabulary_of_the_same_kind_is_refused(tmp_path):
+    RunContext(str(tmp_path / "run"), DATA, MODEL, RECIPE)
+    other = SuperGlue(DATA.source, seqio.ByteVocabulary(extra_ids=7), ("rte",))
+    with pytest.raises(ValueError, match="vocabulary_sha256 differ"):
+        RunContext(str(tmp_path / "run"), other, MODEL, RECIPE)
+
+
+def test_no_checkpoint_is_written_of_a_model_that_is_nan(tmp_path):
+    """The run could never go on from it."""
+    recipe = replace(RECIPE, log_every=100, eval_every=2, steps=4)
+    methods = {"full": Full(optax.sgd(lambda step: jnp.where(step < 2, 1e-3, jnp.nan)))}
+    with pytest.raises(ValueError, match=r"the largest parameter is nan at step 3"):
+        tune(tmp_path, methods=methods, recipe=recipe)
+    checkpoints = tmp_path / "full" / "rng_0" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["00000002"]
+
+
+def test_a_shape_of_a_mesh_is_a_pair(tmp_path):
+    with pytest.raises(ValueError, match="mesh_shape 2 is no pair"):
+        tune(tmp_path, mesh_shape=2)
 
 
 def test_recipes_are_checked():

@@ -10,7 +10,7 @@ for needed in ("flax", "seqio", "tensorflow"):
 
 from flax import serialization  # noqa: E402
 
-from dst_optax.paths import as_path, write_bytes  # noqa: E402
+from dst_optax.paths import as_path, write_files  # noqa: E402
 from dst_optax.subset import Subset  # noqa: E402
 from t5x_integration import export  # noqa: E402
 
@@ -25,7 +25,7 @@ def save(directory, step, kernel, captured=True):
     content = {"version": 3, "optimizer": {"target": {"a": {"kernel": kernel}}, "state": state}}
     place = as_path(directory) / f"checkpoint_{step}"
     place.mkdir(parents=True, exist_ok=True)
-    write_bytes(place / "checkpoint", serialization.msgpack_serialize(content))
+    write_files(place, {"checkpoint": serialization.msgpack_serialize(content)})
     return place
 
 

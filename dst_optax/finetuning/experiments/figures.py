@@ -114,13 +114,13 @@ def convergence(results: Mapping[str, Any]) -> Any:
     """
     figure = blank(2, 2, (5.2, 3.4))
     churn, thresholds, itself, seeds = figure.axes
-    for name, run in results["rng"].items():
+    for i, (name, run) in enumerate(results["rng"].items()):
         if series := run["logged"].get("churn"):
-            churn.plot(*zip(*series, strict=True), label=name)
+            churn.plot(*zip(*series, strict=True), color=f"C{i}", label=name)
         for style, kind in (("-", "median"), (":", "min"), (":", "max")):
             if series := run["logged"].get(f"threshold_{kind}"):
                 label = name if kind == "median" else "_"
-                thresholds.plot(*zip(*series, strict=True), style, color="C" + name[-1], label=label)
+                thresholds.plot(*zip(*series, strict=True), style, color=f"C{i}", label=label)
         itself.plot(*_series(run["overlap_final"]), label=f"{name}, with the last")
         itself.plot(*_series(run["overlap_previous"]), "--", label=f"{name}, with the one before")
     if results["overlap_seeds"]:

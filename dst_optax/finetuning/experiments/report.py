@@ -77,7 +77,7 @@ def _section(run: Path) -> str:
             f"<details><summary>Configuration of {html.escape(str(file.relative_to(run).parent))}</summary>"
             f"<pre>{html.escape(text.strip())}</pre></details>"
         )
-    return f"<h2>{html.escape(run.name)}</h2>{''.join(parts)}"
+    return f"<h2>{html.escape(str(run))}</h2>{''.join(parts)}"
 
 
 def _tables(text: str) -> Iterator[list[list[str]]]:

@@ -38,6 +38,10 @@ class LoRA(Plain):
     num_free_params: int | None = None
     alpha: float = 16.0
 
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"LoRA: rank is {self.rank!r}; it must be an integer of at least 1.")
+
     def split(self, seed: Params, key: jax.Array, model: LanguageModel) -> tuple[Params, Params]:  # noqa: D102
         flat = flatten(seed)
         shapes = {path: flat[path].shape for path in model.matrices(flat)}

@@ -31,6 +31,10 @@ class Prompt(Plain):
     length: int = 20
     num_free_params: int | None = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.length, bool) or not isinstance(self.length, int) or self.length < 1:
+            raise ValueError(f"prompt: length is {self.length!r}; it must be an integer of at least 1.")
+
     def split(self, seed: Params, key: jax.Array, model: LanguageModel) -> tuple[Params, Params]:  # noqa: D102
         table = flatten(seed)[model.embedding]
         pieces, width = table.shape

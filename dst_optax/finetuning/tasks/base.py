@@ -99,3 +99,17 @@ def digest(rows: Any) -> str:
       '75bc3149'
     """
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def vocabulary_digest(vocabulary: "seqio.Vocabulary") -> str:
+    """SHA-256 of a vocabulary's kind and, of SentencePiece's and tokenizers', its pieces.
+
+    Example:
+      >>> import seqio
+      >>> vocabulary_digest(seqio.ByteVocabulary())[:8]
+      '286adda6'
+    """
+    proto: bytes = getattr(vocabulary, "sp_model", b"")
+    pieces: dict[str, int] = getattr(vocabulary, "pieces", {})
+    kind = [type(vocabulary).__name__, vocabulary.vocab_size, hashlib.sha256(proto).hexdigest()]
+    return digest([kind, sorted(pieces.items())])

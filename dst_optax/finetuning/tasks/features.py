@@ -16,7 +16,10 @@ def output_features(vocabulary: seqio.Vocabulary, decoder_only: bool) -> dict[st
 
 
 def preprocessors(vocabulary: seqio.Vocabulary, decoder_only: bool) -> list[Callable[..., Any]]:
-    """Tokenises, cuts inputs that targets continue at their beginning, and ends what is to be ended."""
+    """Tokenises, cuts inputs that targets continue at their beginning, and ends what is to be ended.
+
+    A target that is cut has no end, where the model is to continue it: it would learn to stop there.
+    """
     prefix = getattr(vocabulary, "prefix_ids", ()) if decoder_only else ()
 
     def begin(dataset: tf.data.Dataset, sequence_length: Mapping[str, int] | None) -> tf.data.Dataset:
@@ -24,7 +27,9 @@ def preprocessors(vocabulary: seqio.Vocabulary, decoder_only: bool) -> list[Call
         return dataset.map(lambda e: {**e, "inputs": _begun(e["inputs"], prefix, length)})
 
     steps: list[Callable[..., Any]] = [seqio.preprocessors.tokenize]
-    return [*steps, *([begin] if decoder_only else []), seqio.preprocessors.append_eos_after_trim]
+    if decoder_only:
+        return [*steps, begin, seqio.preprocessors.append_eos]
+    return [*steps, seqio.preprocessors.append_eos_after_trim]
 
 
 def _begun(inputs: tf.Tensor, prefix: Sequence[int], length: int | None) -> Any:

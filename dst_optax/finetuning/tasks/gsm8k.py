@@ -58,7 +58,7 @@ def number(answer: str) -> str:
     """
     _, mark, rest = answer.rpartition(MARK)
     words = rest.replace("$", " ").replace(",", "").split()
-    return words[0].strip(".") if mark and words else ""
+    return words[0].rstrip(".") if mark and words else ""
 
 
 def _pair(row: dict[str, Any]) -> Pair:

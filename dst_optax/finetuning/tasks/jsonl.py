@@ -1,10 +1,12 @@
 """Your own data: prompts and completions, or conversations, in JSONL files."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dst_optax.finetuning.tasks.pairs import Pair, Pairs, read_pairs, text_field
+from dst_optax.finetuning.tasks.rows import read_rows
 from dst_optax.paths import as_path
 
 SPLITS = ("train", "validation", "test")
@@ -23,7 +25,7 @@ class Jsonl(Pairs):
       vocabulary: of inputs and targets.
       prompt: name of the field of prompts.
       completion: name of the field of completions.
-      messages: name of the field of messages; rows that have it need no others.
+      messages: name of the field of messages; rows that have it have no others of these.
 
     Example:
       >>> import pathlib, tempfile
@@ -50,7 +52,14 @@ class Jsonl(Pairs):
     def is_right(self, said: str, wanted: str) -> bool:  # noqa: D102
         return said == wanted
 
+    def unread(self, split: str) -> Mapping[str, int]:  # noqa: D102
+        used = {self.prompt, self.completion, self.messages}
+        fields = read_rows(as_path(self.directory) / f"{split}.jsonl", lambda row, line: row)
+        return {name: count for name, count in Counter(fields).items() if name not in used}
+
     def _pair(self, row: dict[str, Any]) -> Pair:
+        if both := [name for name in (self.prompt, self.completion) if self.messages in row and name in row]:
+            raise ValueError(f"there are {self.messages!r} and {both[0]!r}; leave one of them out")
         if self.messages not in row:
             return text_field(row, self.prompt), text_field(row, self.completion)
         if row.get("tools"):

@@ -16,9 +16,9 @@ from dst_optax.finetuning import processes
 from dst_optax.finetuning.inputs import EvalSplit
 from dst_optax.finetuning.tasks import features
 from dst_optax.finetuning.tasks.base import digest
+from dst_optax.finetuning.tasks.rows import read_rows
 
 SHUFFLE = 50_000  # at most so many examples wait to be drawn
-SHOWN = 10  # bad rows that an error names
 
 Pair = tuple[str, str]
 
@@ -145,7 +145,15 @@ class Pairs(OneTask, ABC):
                     f"{changed[0]!r:.200} becomes {self._spelled(changed[0])!r:.200}.",
                     flush=True,
                 )
+            if (unread := self.unread(split)) and processes.is_primary():
+                fields = ", ".join(f"{name!r} (in {count:,} rows)" for name, count in unread.items())
+                print(f"{self.name} {split}: fields that are never read: {fields}.", flush=True)
         return digest(rows)
+
+    def unread(self, split: str) -> Mapping[str, int]:
+        """Fields of a split's rows that are not used, with the number of rows that have them."""
+        del split
+        return {}
 
     def _spelled(self, text: str) -> str:
         return self.vocabulary.decode(self.vocabulary.encode(text)).strip()
@@ -191,25 +199,7 @@ def read_pairs(path: Path, pair_of: Callable[[dict[str, Any]], Pair]) -> tuple[P
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist.")
-    pairs, bad = [], []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-                if not isinstance(row, dict):
-                    raise ValueError(f"expected an object, got {type(row).__name__}")
-                pairs.append(_checked(pair_of(row)))
-            except (ValueError, RecursionError) as error:
-                bad.append(f"{path}:{number}: {error}")
-    if bad:
-        more = f"\n  ... and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-        listed = "\n  ".join(bad[:SHOWN])
-        raise ValueError(f"{len(bad)} bad rows; correct or remove them:\n  {listed}{more}")
-    if not pairs:
-        raise ValueError(f"{path} has no rows.")
-    return tuple(pairs)
+    return tuple(read_rows(path, lambda row, line: [_checked(pair_of(row))]))
 
 
 def _checked(pair: Pair) -> Pair:

@@ -1,5 +1,7 @@
 """Models are found by configuration, published name and checkpoint, and by nothing else."""
 
+import json
+
 import pytest
 
 from dst_optax.finetuning.models import decoder, t5
@@ -14,7 +16,8 @@ def test_models_are_found_by_config_name_and_checkpoint(tmp_path):
     assert language_model(CONFIG).config is CONFIG
     (tmp_path / "config.json").write_text(decoder.config_text(decoder.CONFIGS["gemma3_270m"]))
     assert language_model(str(tmp_path)).config == decoder.CONFIGS["gemma3_270m"]
-    (tmp_path / "config.json").write_text('{"model_type": "mt5", "d_model": 64}')
+    mt5 = {"model_type": "mt5", "d_model": 64, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(mt5))
     assert language_model(str(tmp_path)).config.emb_dim == 64
 
 
@@ -23,6 +26,8 @@ def test_models_are_found_by_config_name_and_checkpoint(tmp_path):
     [
         (None, "holds no config.json"),
         ('{"model_type": "mistral"}', "'mistral' is not supported; t5, mt5, llama"),
+        ('{"model_type": "mt5", "tie_word_embeddings": true}', "mT5 whose logits are tied"),
+        ('{"model_type": "t5", "eos_token_id": 2}', "eos_token_id is 2; only 1"),
         ("{", "cannot be read"),
         ("[]", "cannot be read"),
     ],

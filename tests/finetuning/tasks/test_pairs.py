@@ -43,6 +43,8 @@ def test_fields_are_renamed_and_conversations_are_worded(tmp_path):
         ({"prompt": 3, "completion": "b"}, "'prompt' must be a text, got 3"),
         ({"prompt": "a", "completion": " "}, "the completion is empty"),
         ({"prompt": "\ud800", "completion": "b"}, "surrogates"),
+        ('{"prompt": "A", "completion": "x", "prompt": "B"}', "the field 'prompt' is there twice"),
+        ({"messages": CHAT, "prompt": "a"}, "there are 'messages' and 'prompt'"),
         ({"messages": "Hi"}, "list of two objects"),
         ({"messages": CHAT[:1]}, "list of two objects"),
         ({"messages": CHAT, "tools": [{}]}, "'tools' are not given to the chat template"),
@@ -75,6 +77,25 @@ def test_completions_that_the_vocabulary_cannot_write_are_told(tmp_path, capsys)
     assert "train: 1 of 2 completions" in told
     assert "'{' becomes '?'" in told
     assert "validation" not in told
+
+
+def test_fields_that_are_never_read_are_told(tmp_path, capsys):
+    row = {"prompt": "Translate", "completion": "fromage"}
+    data = Jsonl(written(tmp_path, train=[{**row, "input": "cheese"}, row], validation=[row]), BYTES)
+    data.check()
+    told = capsys.readouterr().out
+    assert "jsonl train: fields that are never read: 'input' (in 1 rows)." in told
+    assert "validation" not in told
+
+
+def test_a_completion_that_is_cut_has_no_end(tmp_path):
+    """The model would learn to stop in the middle."""
+    rows = [{"prompt": "a", "completion": "abcdefgh"}, {"prompt": "a", "completion": "abc"}]
+    data = Jsonl(written(tmp_path, train=rows, validation=rows), BYTES)
+    task = seqio.TaskRegistry.get(data.register(decoder_only=True))
+    lengths = {"inputs": 4, "targets": 4}
+    examples = task.get_dataset(lengths, "validation", shuffle=False).as_numpy_iterator()
+    assert [e["targets"].tolist() for e in examples] == [BYTES.encode("abcd"), [*BYTES.encode("abc"), 1]]
 
 
 def test_missing_and_empty_files_are_told(tmp_path):
@@ -138,6 +159,7 @@ def test_gsm8k_splits_its_training_file(tmp_path):
         ("#### 3 #### 1200", True),
         ("1200", False),
         ("#### 12", False),
+        ("#### .1200", False),
     ],
 )
 def test_gsm8k_compares_what_follows_the_mark(tmp_path, said, right):

@@ -11,6 +11,7 @@ seqio = pytest.importorskip("seqio")
 pytest.importorskip("tensorflow")
 
 from dst_optax.finetuning import inputs  # noqa: E402
+from dst_optax.finetuning.models import t5  # noqa: E402
 from dst_optax.finetuning.tasks.span_corruption import SpanCorruption  # noqa: E402
 
 BYTES = seqio.ByteVocabulary(extra_ids=100)
@@ -116,7 +117,9 @@ def test_the_lengths_of_the_first_examples_are_counted(tmp_path):
     data = SpanCorruption(written(tmp_path, a=TEXT), BYTES, 64, validation_size=5)
     name, total = data.register(), 10 * len(data.chunks("train"))
     for most, seen in ((7, 7), (total, total), (total + 1, total)):
-        found = inputs.count_cut(name, "train", {"inputs": 57, "targets": 14}, most)
+        found = inputs.count_cut(
+            t5.T5(t5.CONFIGS["tiny"]), name, "train", {"inputs": 57, "targets": 14}, most
+        )
         assert found == (seen, {"inputs": (seen, 58), "targets": (0, 14)})
 
 

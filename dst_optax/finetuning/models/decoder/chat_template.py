@@ -1,5 +1,6 @@
 """Conversations in the words that a model was trained with."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ class ChatTemplate:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
         )
+        environment.filters["tojson"] = _tojson
         environment.globals |= {**special_tokens, "raise_exception": _refuse}
         try:
             self._template = environment.from_string(template)
@@ -62,6 +64,11 @@ class Generation(Extension):
         """What stands between the tags."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False, **settings: Any) -> str:
+    """As transformers does it; Jinja's own is for HTML."""
+    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, **settings)
 
 
 def _refuse(message: str) -> None:

@@ -98,6 +98,7 @@ class DecoderConfig:
       scan_layers: whether layers are stacked along axis 1 of their parameters and run in a
         ``lax.scan``: one layer is compiled instead of all.
       remat: whether a layer's activations are computed again in the backward pass, to save memory.
+      max_length: tokens that the model was made for at most; None if that is not known. Computes nothing.
 
     Example:
       >>> from dst_optax.finetuning.models import decoder
@@ -123,6 +124,7 @@ class DecoderConfig:
     dtype: DTypeLike = "float32"
     scan_layers: bool = False
     remat: bool = False
+    max_length: int | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sliding_layers", tuple(self.sliding_layers))

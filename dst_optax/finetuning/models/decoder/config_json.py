@@ -39,7 +39,7 @@ _UNSUPPORTED = {
     "attn_logit_softcapping": "its attention is soft-capped",
     "final_logit_softcapping": "its logits are soft-capped",
     "use_bidirectional_attention": "its attention sees what comes after",
-    "use_sliding_window": "its family is only supported without a sliding window",
+    "use_sliding_window": "its family has a sliding window",
 }
 _ROPE_KEYS = {
     "linear": {"factor": "factor"},
@@ -114,6 +114,7 @@ def _config(given: dict[str, Any], layout: Mapping[str, Any]) -> DecoderConfig:
         mlp_dim=settings["intermediate_size"],
         tie_embeddings=settings["tie_word_embeddings"],
         norm_eps=settings.get("rms_norm_eps", 1e-6),
+        max_length=settings.get("max_position_embeddings"),
         rope=_rope(settings, "full_attention", settings["rope_theta"], settings.get("rope_scaling", {})),
         **_sliding(settings),
         **layout,
@@ -187,6 +188,8 @@ def config_text(config: DecoderConfig, dtype: str = "float32") -> str:
         "rope_theta": config.rope.theta,
         "torch_dtype": dtype,
     }
+    if config.max_length is not None:
+        settings["max_position_embeddings"] = config.max_length
     activation = "hidden_activation" if config.family == "gemma3_text" else "hidden_act"
     settings[activation] = _ACTIVATIONS[config.traits.activation][0]
     if config.rope.scaling != "default":

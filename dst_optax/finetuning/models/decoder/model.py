@@ -118,7 +118,7 @@ class CausalLM:
             differ = [
                 f"{field.name} is {getattr(said, field.name)!r} there and {value!r} here"
                 for field in dataclasses.fields(said)
-                if (value := getattr(self.config, field.name)) != getattr(said, field.name)
+                if field.compare and (value := getattr(self.config, field.name)) != getattr(said, field.name)
             ]
             raise ValueError(f"{checkpoint} is another model: {'; '.join(differ)}.")
 

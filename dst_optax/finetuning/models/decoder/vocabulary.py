@@ -24,6 +24,7 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
     Attributes:
       prefix_ids: what the tokenizer puts before every text, e.g. the id of ``<bos>``; may be empty.
       eos_ids: ids that end a text.
+      pieces: ids of all pieces, added ones too.
 
     Args:
       directory: of a checkpoint: ``tokenizer.json`` with ``generation_config.json`` or ``config.json``, and
@@ -34,11 +35,14 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
+        if directory is None:
+            raise ValueError("the vocabulary has no directory: give CHECKPOINT, after the gin files.")
         self._directory = Path(hub.local_path(os.fspath(directory)))
         self._tokenizer = _tokenizer(self._directory)
         self._settings = _json(self._directory / "tokenizer_config.json")
         self.eos_ids = self._ends()
         self.prefix_ids = self._prefix()
+        self.pieces: Mapping[str, int] = self._tokenizer.get_vocab()
         pieces = self._tokenizer.get_vocab(with_added_tokens=False).values()
         self._size = 1 + max(*pieces, *self.eos_ids, *self.prefix_ids)
         super().__init__()
@@ -105,7 +109,7 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
         if not (Path(directory) / TOKENIZER).is_file():
             return
         other = HuggingFaceVocabulary(directory)
-        ours, theirs = self._tokenizer.get_vocab(), other._tokenizer.get_vocab()
+        ours, theirs = self.pieces, other.pieces
         differ = sorted(
             piece for piece in ours.keys() | theirs.keys() if ours.get(piece) != theirs.get(piece)
         )
@@ -157,7 +161,8 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
             from dst_optax.finetuning.models.decoder.chat_template import ChatTemplate
         except ModuleNotFoundError as e:
             raise ValueError("chat templates need jinja2: pip install 'dst-optax[hub]'.") from e
-        special = {name: _content(x) for name, x in self._settings.items() if name.endswith("_token") and x}
+        tokens = _json(self._directory / "special_tokens_map.json") | self._settings
+        special = {name: _content(x) for name, x in tokens.items() if name.endswith("_token") and x}
         return ChatTemplate(text, special)
 
     def _ends(self) -> tuple[int, ...]:
@@ -200,9 +205,13 @@ def _tokenizer(directory: Path) -> Any:
             "has a SentencePiece model instead: leave models/decoder.gin out and set MODEL and VOCAB."
         )
     try:
-        return tokenizers.Tokenizer.from_file(str(file))
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as e:  # tokenizers raises nothing narrower
         raise ValueError(f"{file} is no tokenizer that can be read: {e}.") from e
+    # whoever saved it may have cut or padded texts; transformers forgets that, too
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -157,9 +157,20 @@ def config_of(path: str | os.PathLike[str]) -> T5Config:
         raise ValueError(f"{file} cannot be read as the configuration of a model: {e}.") from e
     if kind not in FAMILIES:
         raise ValueError(f"{file}: model_type is {kind!r}; T5 1.0, T5 1.1, mT5 and ByT5 are supported.")
-    for name, fixed in (("pad_token_id", 0), ("decoder_start_token_id", 0), ("is_encoder_decoder", True)):
+    fixed_settings = {
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+        "is_encoder_decoder": True,
+    }
+    for name, fixed in fixed_settings.items():
         if settings.get(name) not in (None, fixed):
             raise ValueError(f"{file}: {name} is {settings[name]!r}; only {fixed!r} is supported.")
+    if kind == "mt5" and settings.get("tie_word_embeddings") is not False:
+        raise ValueError(
+            f"{file}: an mT5 whose logits are tied to its embeddings is not supported. Published ones are "
+            "not tied; if there is an lm_head.weight, set tie_word_embeddings to false."
+        )
     feed_forward = settings.get("feed_forward_proj", "relu")
     if feed_forward not in _FEED_FORWARD:
         raise ValueError(

@@ -6,7 +6,7 @@ and its labels wrong.
 A source answers ``rows(task, split)`` with flat rows (:mod:`dst_optax.finetuning.tasks.superglue.benchmark`).
 """
 
-import json
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,13 +14,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dst_optax.finetuning.tasks.rows import read_rows
 from dst_optax.finetuning.tasks.superglue import synthetic
 from dst_optax.finetuning.tasks.superglue.benchmark import flatten, spec
 from dst_optax.finetuning.tasks.superglue.text import to_text
 from dst_optax.paths import as_path
 
 FILES = {"train": "train", "validation": "val", "test": "test"}
-SHOWN = 10  # bad rows that an error lists
 
 
 class Source(Protocol):
@@ -68,32 +68,20 @@ class JsonlSource:
 
 @lru_cache(maxsize=64)
 def _read(path: Path, task: str, split: str) -> list[dict[str, Any]]:
-    rows, bad = [], []
     lines: dict[str, int] = {}  # where an index was read first
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-                flat = flatten(task, row, labelled=split != "test")
-                for example in flat:
-                    for text in (*to_text(task, example), *example.get("answers", ())):
-                        text.encode()  # half of a surrogate pair is no text
-                    index = str(example["idx"])
-                    if index in lines and split != "train":  # predictions and groups go by it
-                        raise ValueError(f"the index {index} is already that of line {lines[index]}")
-                    lines[index] = number
-                rows += flat
-            except (ValueError, RecursionError) as error:
-                bad.append(f"{path}:{number}: {error}")
-    if bad:
-        more = f"\n  ... and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-        listed = "\n  ".join(bad[:SHOWN])
-        raise ValueError(f"{len(bad)} bad rows; correct or remove them:\n  {listed}{more}")
-    if not rows:
-        raise ValueError(f"{path} has no rows; download it again.")
-    return rows
+
+    def parse(row: Any, number: int) -> list[dict[str, Any]]:
+        flat = flatten(task, row, labelled=split != "test")
+        for example in flat:
+            for text in (*to_text(task, example), *example.get("answers", ())):
+                text.encode()  # half of a surrogate pair is no text
+            index = str(example["idx"])
+            if index in lines and split != "train":  # predictions and groups go by it
+                raise ValueError(f"the index {index} is already that of line {lines[index]}")
+            lines[index] = number
+        return flat
+
+    return read_rows(path, parse)
 
 
 @dataclass(frozen=True)
@@ -153,7 +141,8 @@ class HeldOut:
     """Validates on a part of the training rows, so that nothing is chosen on the split that is reported.
 
     Some rows of the training split become the validation split, and the official validation split, whose
-    labels are public, becomes the test split.
+    labels are public, becomes the test split. Rows about one text stay together, MultiRC's of a paragraph and
+    ReCoRD's of a passage: there a few more than ``size`` may be held out.
 
     Attributes:
       source: the official splits.
@@ -189,10 +178,25 @@ class HeldOut:
                 f"{task}: {self.size} of {len(rows)} training rows cannot be held out; hold out from 1 to "
                 f"{len(rows) - 1}."
             )
-        last = range(len(rows) - self.size, len(rows))
-        drawn = last if self.rng_seed is None else np.random.default_rng(self.rng_seed).permutation(len(rows))
-        held_out = set(drawn[: self.size])
-        return [row for i, row in enumerate(rows) if (i in held_out) == (split != "train")]
+        text_of = [
+            next(iter(row["idx"].values())) if isinstance(row["idx"], dict) else i
+            for i, row in enumerate(rows)
+        ]
+        texts = list(dict.fromkeys(text_of))
+        order = range(len(texts))[::-1]
+        if self.rng_seed is not None:
+            order = np.random.default_rng(self.rng_seed).permutation(len(texts))
+        sizes, held_out, count = Counter(text_of), set(), 0
+        for i in order:
+            if count >= self.size:
+                break
+            held_out.add(texts[i])
+            count += sizes[texts[i]]
+        if count == len(rows):
+            raise ValueError(f"{task}: all training rows are about the texts that would be held out.")
+        return [
+            row for row, text in zip(rows, text_of, strict=True) if (text in held_out) == (split != "train")
+        ]
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,10 @@ def with_template(directory, path, template, **settings):
             [{"name": "tools", "template": "!"}, {"name": "default", "template": "{{ messages | length }}"}],
             None,
         ),
+        (
+            "{% for m in messages %}{{ m.content | tojson }}{{ {'a': '<é&>'} | tojson }}|{% endfor %}",
+            ('"Hi"{"a": "<é&>"}|', '"Ho"{"a": "<é&>"}|'),
+        ),
         ([{"name": "tools", "template": "!"}], "has no chat template"),
         ("{% for %}", "the chat template cannot be read"),
         ("{{ messages[0].content + 1 }}", "the chat template refuses the messages: can only concatenate"),
@@ -143,6 +147,25 @@ def test_templates_of_the_hub(directory, tmp_path, template, words):
     else:
         with pytest.raises(ValueError, match=words or "words earlier messages anew"):
             vocabulary.chat(MESSAGES)
+
+
+def test_special_tokens_may_be_named_in_a_file_of_their_own(directory, tmp_path):
+    vocabulary = with_template(directory, tmp_path, "{% for m in messages %}{{ pad_token }}{% endfor %}Hi")
+    (tmp_path / "special_tokens_map.json").write_text('{"pad_token": {"content": "<x>"}}')
+    assert vocabulary._template(MESSAGES) == "<x><x>Hi"
+
+
+def test_how_a_tokenizer_was_last_used_is_forgotten(directory, tmp_path):
+    """Its file keeps truncation and padding, and every text would be cut."""
+    import tokenizers
+
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=8)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = "one two three four"
+    assert vocabulary_of(tmp_path).encode(text) == vocabulary_of(directory).encode(text)
 
 
 def test_an_end_of_text_that_is_no_special_token_is_stripped(directory, tmp_path):

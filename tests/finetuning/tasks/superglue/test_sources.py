@@ -177,6 +177,17 @@ def test_held_out_rows_can_be_drawn():
     assert HeldOut(source, 50, 0).rows("cb", "test") == source.rows("cb", "validation")
 
 
+@pytest.mark.parametrize(("task", "text"), [("multirc", "paragraph"), ("record", "passage")])
+@pytest.mark.parametrize("rng_seed", [None, 0])
+def test_rows_about_one_text_are_held_out_together(task, text, rng_seed):
+    source = SyntheticSource(train_size=40)
+    rows = {split: HeldOut(source, 11, rng_seed).rows(task, split) for split in ("train", "validation")}
+    texts = {split: {row["idx"][text] for row in part} for split, part in rows.items()}
+    assert not texts["train"] & texts["validation"]
+    assert sum(map(len, rows.values())) == len(source.rows(task, "train"))
+    assert 11 <= len(rows["validation"]) < 20
+
+
 def test_diagnostics_have_nothing_to_hold_out():
     assert HeldOut(SyntheticSource(), 10).rows("axg", "test") == SyntheticSource().rows("axg", "test")
 
