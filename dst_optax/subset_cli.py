@@ -42,7 +42,8 @@ def run(command: Callable[[], dict[str, Any]], as_json: bool, show: Callable[[di
 
 def table(columns: list[str], rows: list[list[Any]], title: str | None = None) -> None:
     """Prints a table whose first column is text and whose others are right-aligned."""
-    grid = Table(*columns[:1], title=title and Text(title))
+    grid = Table(title=title and Text(title))
+    grid.add_column(columns[0], overflow="fold")  # names of one layer begin alike
     for column in columns[1:]:
         grid.add_column(column, justify="right")
     for row in rows:

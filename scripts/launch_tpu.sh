@@ -6,8 +6,8 @@
 #     --gin.TASKS='["rte"]'
 #
 # Commands: create, install, run, fetch, delete, or all of them in this order. `run` starts T5X on every
-# worker; where the TPU was preempted it is made anew, and T5X goes on from its last checkpoint in
-# --model_dir. `fetch` writes the subset to --out (default runs/<name>).
+# worker; where the TPU was preempted it is made anew, as soon as there is one, and T5X goes on from its last
+# checkpoint in --model_dir. What is installed is the last commit. `fetch` writes the subset to --out (default runs/<name>).
 # Options: --project=, --version= (runtime), --spot, --out=. --dry-run prints the commands and runs none.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -58,7 +58,7 @@ esac
 case "$command" in
   run | all)
     [ ${#gin[@]} -gt 0 ] || fail "no gin flags after --."
-    [[ "${gin[*]}" == *dst.gin* ]] || fail "no dst.gin among the gin files: all parameters would be tuned."
+    [[ " ${gin[*]} " == *configs/t5x/dst.gin\ * ]] || fail "no dst.gin among the gin files: all parameters would be tuned."
     ;;
 esac
 out=${out:-runs/$name}
@@ -90,9 +90,12 @@ create() {
 }
 
 install() {
-  local archive=dst-optax.tar.gz
-  run git archive --format=tar.gz --output="/tmp/$archive" HEAD
-  tpu scp "/tmp/$archive" "$name:$archive" --worker=all
+  local archive=dst-optax.tar.gz local_copy=/tmp/dst-optax.tar.gz
+  $dry_run || local_copy=$(mktemp)
+  [ -z "$(git status --porcelain --untracked-files=no)" ] ||
+    echo "launch_tpu.sh: the last commit is installed, without the changes that are not committed." >&2
+  run git archive --format=tar.gz --output="$local_copy" HEAD
+  tpu scp "$local_copy" "$name:$archive" --worker=all
   on all "{ python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 { echo 'Python 3.11 or newer is needed; give another --version.'; exit 1; }; } && \
 rm -rf dst-optax && mkdir dst-optax && tar -xzf $archive -C dst-optax && cd dst-optax && \
@@ -112,10 +115,13 @@ train() {
   local flags
   printf -v flags '%q ' "${gin[@]}" "--gin.MODEL_DIR=\"$model_dir\""
   until on all "cd dst-optax && .venv/bin/python -m t5x_integration.train $flags"; do
-    preempted || fail "training failed; its output is above."
+    preempted || fail "training failed; its output is above. $name is still there and costs money: $0 delete --name=$name --zone=$zone"
     echo "launch_tpu.sh: $name was preempted; making it anew."
     delete
-    create
+    until create; do
+      echo "launch_tpu.sh: there is none now; trying again in five minutes. Ctrl-C ends that; nothing is lost."
+      sleep "${RETRY_SECONDS:-300}"
+    done
     install
   done
 }

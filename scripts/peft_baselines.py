@@ -148,7 +148,8 @@ def settings(given: argparse.Namespace) -> dict[str, Any]:
         "warmup",
         "batch_size",
     )
-    return {"method": f"PEFT {given.method}"} | {name: getattr(given, name) for name in names}
+    where = {"model": Path(given.checkpoint).resolve().name, "source": Path(given.data).resolve().name}
+    return {"method": f"PEFT {given.method}"} | where | {name: getattr(given, name) for name in names}
 
 
 def main() -> None:

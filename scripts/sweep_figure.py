@@ -54,7 +54,7 @@ def complete(rows: list[Row]) -> list[Row]:
 
     def is_whole(row: Row) -> bool:
         tried = seeds[tuple(row.get(name) for name in KEY[:3])]
-        return tried[row.get("learning_rate")] == max(tried.values(), key=len)
+        return len(tried[row.get("learning_rate")]) == max(map(len, tried.values()))
 
     return [row for row in rows if is_whole(row)]
 
@@ -120,6 +120,10 @@ def main() -> None:
     parser.add_argument("--pair", nargs=2, metavar="METHOD", help="methods to compare run by run")
     given = parser.parse_args()
     rows = joined(given.results)
+    if len({row.get("test_score") is None for row in rows}) > 1:
+        parser.error("some rows have a test score and some have none; their scores cannot be compared.")
+    if given.figure and len({row["task"] for row in rows}) > 1:
+        parser.error("--figure: the rows are of several tasks; give those of one.")
     if given.rows:
         storage.write_text(given.rows, "".join(json.dumps(row) + "\n" for row in rows))
     whole = complete(rows)

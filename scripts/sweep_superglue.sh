@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Tunes a T5 with T5X on every task, with every fraction of free parameters and every seed of randomness.
+# Tunes a T5 with T5X on every task, with every fraction of free parameters and every random seed.
 #
 #   scripts/sweep_superglue.sh [--dry-run] --model=t5_1_1_small --out=gs://bucket/sweep \
-#     [--tasks=cb,rte] [--fractions=0.1,0.01,full] [--seeds=0,1,2] [-- --gin.TRAIN_STEPS=1005000 ...]
+#     [--tasks=cb,rte] [--fractions=0.1@1e-3,0.01@3e-3,full] [--seeds=0,1,2] [-- --gin.TRAIN_STEPS=1005000 ...]
 #
-# The fraction "full" tunes all parameters. Each run lies in <out>/<task>/<fraction>/<seed>; what was
-# started goes on, what is done is passed over quickly. --dry-run prints the commands and runs none.
+# Runs on the machine where it is started; on a pod, start it on every worker. The fraction "full" tunes all
+# parameters. A learning rate may follow a fraction: smaller budgets want larger ones (docs/budget.md). Each run
+# lies in <out>/<task>/<fraction>/<seed>; what was started goes on, what is done is passed over quickly, and a
+# run that fails is named at the end. --dry-run prints the commands and runs none.
 # `python -m t5x_integration.collect gs://bucket/sweep runs/sweep` makes one table of them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -15,7 +17,7 @@ fail() {
   exit 2
 }
 
-dry_run=false model='' out='' more=()
+dry_run=false model='' out='' more=() failed=()
 tasks=boolq,cb,copa,multirc,record,rte,wic,wsc fractions=0.1,0.01,0.001,full seeds=0
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -30,20 +32,32 @@ while [ $# -gt 0 ]; do
       more=("$@")
       break
       ;;
+    -h | --help)
+      sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
+      exit 0
+      ;;
     *) fail "unknown argument '$1'; the head of this file says what there is." ;;
   esac
   shift
 done
 [ -f "configs/t5x/$model.gin" ] || fail "--model='$model' has no file configs/t5x/<model>.gin."
 [ -n "$out" ] || fail "no --out."
+for fraction in ${fractions//,/ }; do
+  [[ "$fraction" =~ ^(full|0?\.[0-9]+([eE]-?[0-9]+)?|[0-9](\.[0-9]+)?[eE]-[0-9]+|1)(@[0-9.]+([eE]-?[0-9]+)?)?$ ]] ||
+    fail "--fractions: '$fraction' is no share from 0 to 1 or 'full', with or without '@' and a learning rate."
+done
+[[ "$seeds" =~ ^[0-9]+(,[0-9]+)*$ ]] || fail "--seeds: '$seeds' is no list of numbers."
 
 python=.venv/bin/python
 [ -x "$python" ] || python=python3
 for task in ${tasks//,/ }; do
-  for fraction in ${fractions//,/ }; do
+  for each in ${fractions//,/ }; do
+    fraction=${each%@*}
     for seed in ${seeds//,/ }; do
       flags=("--gin_file=configs/t5x/$model.gin")
       [ "$fraction" = full ] || flags+=(--gin_file=configs/t5x/dst.gin "--gin.FRACTION=$fraction")
+      [ "$fraction" = "$each" ] ||
+        flags+=("--gin.utils.create_learning_rate_scheduler.base_learning_rate=${each#*@}")
       flags+=(
         "--gin.TASKS=[\"$task\"]" "--gin.RANDOM_SEED=$seed" "--gin.train/utils.DatasetConfig.seed=$seed"
         "--gin.MODEL_DIR=\"$out/$task/$fraction/$seed\"" ${more[@]+"${more[@]}"}
@@ -52,8 +66,12 @@ for task in ${tasks//,/ }; do
         printf '%q ' "$python" -m t5x_integration.train "${flags[@]}"
         echo
       else
-        "$python" -m t5x_integration.train "${flags[@]}"
+        "$python" -m t5x_integration.train "${flags[@]}" || failed+=("$task/$fraction/$seed")
       fi
     done
   done
 done
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "sweep_superglue.sh: these runs failed, start it again to try them again: ${failed[*]}" >&2
+  exit 1
+fi

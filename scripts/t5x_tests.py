@@ -2,7 +2,7 @@
 
     python scripts/t5x_tests.py [wrapper|chain|theirs [FILE[.CLASS[.TEST]]]]
 
-Needs T5X, as README says ("T5X on TPU"), and `t5`, which its tests import. Where a test makes an optimizer
+Needs T5X, as docs/t5x.md says, and `t5`, which its tests import. Where a test makes an optimizer
 of T5X, it gets ours around it ("wrapper"), or a chain that ends in DST ("chain"); "theirs" changes nothing.
 Every entry is free, by a schedule, so that the seed is kept and results must be those of T5X's optimizer.
 Each file runs in a process of its own. What fails must be what DIFFERENT lists, with the reason.
@@ -17,14 +17,16 @@ from typing import Any
 from optax_tests import cases
 
 OPTAX = ("optimizers_test", "partitioning_test", "train_state_test", "trainer_test")
-FILES = {"wrapper": ("adafactor_test", *OPTAX), "chain": OPTAX}
+FILES = {"wrapper": ("adafactor_test", *OPTAX), "chain": OPTAX, "theirs": ("adafactor_test", *OPTAX)}
 FIELD = "it compares the state with one that has no field of ours"
 MADE = "it makes the state by hand, without ours"
 BOTH = {
     "BasicTest.test_adamw_state_serialization": FIELD,
     "BasicTest.test_logical_axes_adamw": FIELD,
 }
+DEFAULT = ("wrapper", "chain")
 DIFFERENT = {
+    "theirs": {},
     "chain": BOTH,
     "wrapper": BOTH
     | {
@@ -110,7 +112,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) == 2:
         return int(not run(*arguments))
     failed = [
-        f"{name}, {way}" for way in arguments or FILES for name in FILES[way] if not run_alone(way, name)
+        f"{name}, {way}" for way in arguments or DEFAULT for name in FILES[way] if not run_alone(way, name)
     ]
     print(f"failed: {', '.join(failed)}" if failed else "T5X's tests pass on DST, but for those listed")
     return int(bool(failed))

@@ -23,9 +23,9 @@ RATE = re.compile(r"^utils\.create_learning_rate_scheduler\.base_learning_rate =
 def collect(sweep: str | os.PathLike[str], out: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Reads ``<sweep>/<task>/<fraction>/<seed>``, one T5X run each.
 
-    A score is the mean of a task's metrics, of the best evaluation; the number of free parameters is what
-    the last checkpoint's state says, or the model's size where all were tuned. Runs that are not
-    evaluated yet are passed over and named.
+    A score is the mean of a task's metrics in the last evaluation; the number of free parameters is what the
+    last checkpoint's state says, or the model's size where all were tuned. Runs that are not evaluated yet
+    are passed over and named.
 
     Args:
       sweep: directory, local or ``gs://``.
@@ -33,7 +33,7 @@ def collect(sweep: str | os.PathLike[str], out: str | os.PathLike[str]) -> list[
 
     Returns:
       Rows as :func:`dst_optax.finetuning.experiments.score_vs_budget.score_vs_budget` returns them;
-      ``seconds`` is NaN.
+      ``seconds`` is 0, since T5X does not say.
 
     Raises:
       ValueError: no run has been evaluated, one does not say its learning rate, or ``out`` is not local.
@@ -43,7 +43,7 @@ def collect(sweep: str | os.PathLike[str], out: str | os.PathLike[str]) -> list[
     rows: list[dict[str, Any]] = []
     for run in sorted(as_path(sweep).glob("*/*/*")):
         task, fraction, seed = run.parts[-3:]
-        score = _best_score(run / "inference_eval" / f"superglue_{task}-metrics.jsonl")
+        score = _last_score(run / "inference_eval" / f"superglue_{task}-metrics.jsonl")
         if score is None:
             print(f"{task}/{fraction}/{seed} is not evaluated yet.")
             continue
@@ -59,7 +59,7 @@ def collect(sweep: str | os.PathLike[str], out: str | os.PathLike[str]) -> list[
                 "free_params": size if whole else free,
                 "score": score,
                 "test_score": None,
-                "seconds": float("nan"),
+                "seconds": 0.0,
             }
         )
     if not rows:
@@ -76,11 +76,16 @@ def collect(sweep: str | os.PathLike[str], out: str | os.PathLike[str]) -> list[
     return rows
 
 
-def _best_score(file: Any) -> float | None:
-    if not file.exists():
+def _last_score(file: Any) -> float | None:
+    """That of the model whose parameters are exported: the best one would be chosen on what is reported."""
+    text = file.read_text() if file.exists() else ""
+    lines = text[: text.rfind("\n") + 1].splitlines()  # the last one may be half written
+    if not lines:
         return None
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    return max(float(np.mean([v for k, v in line.items() if k != "step"])) for line in lines)
+    try:
+        return float(np.mean([v for k, v in json.loads(lines[-1]).items() if k != "step"]))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{file}:{len(lines)} is no line of metrics: {error}.") from error
 
 
 def _counts(run: Any) -> tuple[int, int]:
@@ -98,7 +103,10 @@ def _learning_rate(config: Any) -> float:
             f"{config} names no utils.create_learning_rate_scheduler.base_learning_rate; T5X writes it into "
             "the directory of every run that has its scheduler."
         )
-    return float(match[1])
+    try:
+        return float(match[1])
+    except ValueError as error:
+        raise ValueError(f"{config}: base_learning_rate is {match[1]}; give runs a number.") from error
 
 
 def main(

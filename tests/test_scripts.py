@@ -1,6 +1,7 @@
 """The shell scripts: every command they would run, and what shellcheck says."""
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 LAUNCH = ["launch_tpu.sh", "--dry-run", "--name=dst", "--zone=z", "--type=v5litepod-8", "--project=p"]
-RUN = ["--model_dir=gs://b/rte", "--", "--gin_file=dst.gin", '--gin.TASKS=["rte"]']
+RUN = ["--model_dir=gs://b/rte", "--", "--gin_file=configs/t5x/dst.gin", '--gin.TASKS=["rte"]']
 
 
 def run(*arguments):
@@ -49,11 +50,49 @@ def test_launching_from_creation_to_deletion():
     assert fetch[5:7] == ["dst:dst-optax/subset", "runs/dst"]
 
 
+def stubbed(tmp_path, name, text):
+    """An environment in which a program is a script of ours."""
+    (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+    (tmp_path / name).chmod(0o755)
+    return {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(tmp_path / "log")}
+
+
+def test_a_preempted_tpu_is_made_anew_when_there_is_one(tmp_path):
+    env = stubbed(
+        tmp_path,
+        "gcloud",
+        'echo "$4" >>"$LOG"\n'
+        'case "$4 $(grep -c "^$4" "$LOG")" in\n'
+        '"create 2") exit 1 ;; "ssh 2") exit 1 ;; describe*) echo PREEMPTED ;;\nesac',
+    )
+    arguments = [a for a in LAUNCH if a != "--dry-run"]
+    command = [str(SCRIPTS / arguments[0]), *arguments[1:], "all", f"--out={tmp_path}/out", *RUN]
+    done = subprocess.run(command, env={**env, "RETRY_SECONDS": "0"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    verbs = (tmp_path / "log").read_text().split()
+    wanted = ["create", "scp", "ssh", "ssh", "describe", "delete", "create", "create", "scp", "ssh", "ssh"]
+    assert verbs == [*wanted, "ssh", "scp", "delete"]
+
+
+def test_a_sweep_goes_on_after_a_failure_and_names_it(tmp_path):
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(SCRIPTS / "sweep_superglue.sh", tmp_path / "scripts")
+    (tmp_path / "configs/t5x").mkdir(parents=True)
+    (tmp_path / "configs/t5x/t.gin").write_text("")
+    env = stubbed(tmp_path, "python3", 'echo "$@" >>"$LOG"\n[[ "$*" != *cb* ]]')
+    flags = ["--model=t", "--out=o", "--tasks=cb,rte", "--fractions=0.1"]
+    command = ["bash", str(tmp_path / "scripts/sweep_superglue.sh"), *flags]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.endswith("these runs failed, start it again to try them again: cb/0.1/0\n")
+    assert len((tmp_path / "log").read_text().splitlines()) == 2
+
+
 def test_gin_flags_reach_the_workers_unchanged():
     (train,) = commands(run(*LAUNCH, "run", *RUN))
     (remote,) = [a.removeprefix("--command=") for a in train if a.startswith("--command=")]
     assert shlex.split(remote)[-3:] == [
-        "--gin_file=dst.gin",
+        "--gin_file=configs/t5x/dst.gin",
         '--gin.TASKS=["rte"]',
         '--gin.MODEL_DIR="gs://b/rte"',
     ]
@@ -69,10 +108,13 @@ def test_gin_flags_reach_the_workers_unchanged():
         ([*LAUNCH, "all", "--", "x"], "--model_dir"),  # before a TPU is made
         ([*LAUNCH, "all", "--model_dir=gs://b"], "no gin flags"),
         ([*LAUNCH, "all", "--model_dir=gs://b", "--", "--gin_file=t5_1_1_xxl.gin"], "dst.gin"),
+        ([*LAUNCH, "all", "--model_dir=gs://b", "--", "--gin_file=dst.gin"], "dst.gin"),  # another file
         (["launch_tpu.sh", "--nmae=a"], "--nmae"),
         ([*LAUNCH, "fetch", "--model_dir=gs://b", "--out=scripts"], "scripts exists"),
         (["sweep_superglue.sh", "--dry-run", "--model=t6", "--out=o"], "t6"),
         (["sweep_superglue.sh", "--dry-run", "--model=t5_1_1_small"], "--out"),
+        (["sweep_superglue.sh", "--dry-run", "--model=t5_1_1_small", "--out=o", "--fractions=1.5"], "1.5"),
+        (["sweep_superglue.sh", "--dry-run", "--model=t5_1_1_small", "--out=o", "--seeds=a"], "'a'"),
     ],
 )
 def test_bad_arguments(arguments, words):
@@ -87,7 +129,7 @@ def test_a_sweep_is_every_combination():
         "--model=t5_1_1_small",
         "--out=gs://b/s",
         "--tasks=cb,rte",
-        "--fractions=0.01,full",
+        "--fractions=0.01@3e-3,full",
         "--seeds=0,1",
     ]
     found = commands(run("sweep_superglue.sh", "--dry-run", *flags, "--", "--gin.TRAIN_STEPS=9"))
@@ -96,6 +138,7 @@ def test_a_sweep_is_every_combination():
     for c in found:
         tuned_by_dst = "--gin_file=configs/t5x/dst.gin" in c
         assert tuned_by_dst == ("--gin.FRACTION=0.01" in c) == ("/0.01/" in " ".join(c))
+        assert tuned_by_dst == any(flag.endswith("base_learning_rate=3e-3") for flag in c)
         assert c[-1] == "--gin.TRAIN_STEPS=9"
 
 

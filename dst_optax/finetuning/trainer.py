@@ -53,7 +53,7 @@ def finetune(
     reference_seed: bool = False,
     config: str = "",
 ) -> list[dict[str, Any]]:
-    """Tunes a seed model with each method and each seed of randomness, and compares them.
+    """Tunes a seed model with each method and each random seed, and compares them.
 
     Rerun the command to resume it: runs go on from their last checkpoint, and finished ones are not
     repeated. Several processes train on one mesh after ``jax.distributed.initialize``; they share the file
@@ -142,7 +142,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Run:
-    """One method with one seed of randomness.
+    """One method with one random seed.
 
     Attributes:
       context: what it shares with other runs.

@@ -376,7 +376,7 @@ def test_convergence_of_known_subsets(tmp_path):
 
     panels = figures.convergence(found).axes
     assert [a.get_title() for a in panels] == [
-        "churn of a step", "thresholds: median, least and most", "snapshots of a run", "seeds of randomness",
+        "churn of a step", "thresholds: median, least and most", "snapshots of a run", "random seeds",
     ]  # fmt: skip
     lines = {line.get_label(): list(line.get_ydata()) for line in panels[2].get_lines()}
     assert lines["rng_0, with the last"] == [1 / 4, 1.0]

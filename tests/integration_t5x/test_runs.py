@@ -230,12 +230,19 @@ def test_export_before_the_first_step_asks_for_the_seed(tmp_path, tuned):
 def test_cb_through_training_and_evaluation(root):
     """The official CB with T5's vocabulary; a subset on its seed predicts what the tuned model does."""
     vocabulary = f'seqio.SentencePieceVocabulary.sentencepiece_model_file="{REAL_DATA}/t5_vocab/spiece.model"'
-    data = [vocabulary, f'sources.JsonlSource.directory="{REAL_DATA}/superglue"']
+    official = ["SOURCE=@sources.JsonlSource()", f'sources.JsonlSource.directory="{REAL_DATA}/superglue"']
+    data = [vocabulary, *official]
     small, own = "t5x/examples/t5/t5_1_1/small.gin", "tests/integration_t5x/cb.gin"
 
     def train(name, steps, files, initial):
         directory = f'MODEL_DIR="{root / name}"'
-        settings = [directory, f"TRAIN_STEPS={steps}", f"INITIAL_CHECKPOINT_PATH={initial}", "EVAL_STEPS=1"]
+        settings = [
+            directory,
+            "DROPOUT_RATE=0.0",
+            f"TRAIN_STEPS={steps}",
+            f"INITIAL_CHECKPOINT_PATH={initial}",
+            "EVAL_STEPS=1",
+        ]
         settings += ["BATCH_SIZE=8", f"EVAL_PERIOD={steps}", f"utils.SaveCheckpointConfig.period={steps}"]
         runs.call("train", [small, "configs/t5x/superglue.gin", own, *files], [*settings, *data])
         return root / name / f"checkpoint_{steps}"

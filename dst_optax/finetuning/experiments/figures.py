@@ -46,7 +46,7 @@ def scores(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
 
     Returns:
       The figure. Methods without free parameters, the majority class and the seed model, are lines; runs of
-      one method with several seeds of randomness are a point with its spread.
+      one method with several random seeds are a point with its spread.
     """
     figure = blank(size=(6.4, 4.0))
     (axes,) = figure.axes
@@ -128,7 +128,7 @@ def convergence(results: Mapping[str, Any]) -> Any:
     churn.set(title="churn of a step", ylabel="share", ylim=(0, None))
     thresholds.set(title="thresholds: median, least and most", ylabel="distance")
     itself.set(title="snapshots of a run", ylabel="Jaccard index", ylim=(0, 1.02))
-    seeds.set(title="seeds of randomness", ylabel="Jaccard index", ylim=(0, 1.02))
+    seeds.set(title="random seeds", ylabel="Jaccard index", ylim=(0, 1.02))
     for axes in figure.axes:
         axes.set_xlabel("step")
         if axes.get_legend_handles_labels()[0]:

@@ -48,7 +48,7 @@ def regularisation(
       recipe: how to train; evaluated at the end only, so that no checkpoint is chosen.
       sizes: numbers of training examples.
       checkpoint: the seed model.
-      rng_seeds: seeds of randomness.
+      rng_seeds: random seeds.
       config: text that a resumed command must repeat.
 
     Returns:
@@ -105,7 +105,7 @@ def few(train_size: int, data: SuperGlue, label_noise: float = 0.0) -> SuperGlue
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A table: training score, score on other examples, and the gap; means over seeds of randomness.
+    """A table: training score, score on other examples, and the gap; means over random seeds.
 
     Args:
       rows: of :func:`regularisation`.

@@ -34,11 +34,11 @@ def subset_convergence(run_dir: str, *, panels: int = 4) -> dict[str, Any]:
     """Measures how the subsets of a method's runs settle.
 
     Args:
-      run_dir: of one method: it holds ``rng_<n>``, one for each seed of randomness.
+      run_dir: of one method: it holds ``rng_<n>``, one for each random seed.
       panels: steps that the map of places shows.
 
     Returns:
-      ``rng`` with, for each seed of randomness, ``logged`` series of step and value, ``overlap_final`` and
+      ``rng`` with, for each random seed, ``logged`` series of step and value, ``overlap_final`` and
       ``overlap_previous``, by step; ``overlap_seeds`` by step, the mean over pairs of seeds; ``places``, by
       step, the share of free entries of each layer and module of the first seed; ``share``, of the last
       subset's entries, by kind of tensor. Overlaps are Jaccard indices.

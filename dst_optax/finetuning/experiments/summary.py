@@ -9,7 +9,7 @@ Row = dict[str, Any]
 
 
 def best_rate(rows: Sequence[Row]) -> Any:
-    """The learning rate of the best mean score over the seeds of randomness that all rates were tried with.
+    """The learning rate of the best mean score over the random seeds that all rates were tried with.
 
     Args:
       rows: of one task, method and budget.
