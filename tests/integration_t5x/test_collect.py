@@ -38,8 +38,10 @@ def test_a_sweep_is_gathered(tmp_path, monkeypatch, capsys):
     sweep = tmp_path / "sweep"
     best, worse = {"accuracy": 80.0, "f1": 70.0}, {"accuracy": 90.0, "f1": 10.0}
     add_run(sweep, "cb", "full", 0, worse, best)
-    add_run(sweep, "cb", "0.01", 0, best, worse)
-    add_run(sweep, "cb", "0.01", 1, worse)
+    run = add_run(sweep, "cb", "0.01", 0, worse, best)
+    with (run / "inference_eval" / "superglue_cb-metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "accu')  # T5X is writing
+    add_run(sweep, "cb", "0.01", 1, best, worse)  # the last one is exported, not the best
     add_run(sweep, "rte", "1.0", 0, {"accuracy": 55.0})
     add_run(sweep, "rte", "0.01", 0)
     collect.main(str(sweep), str(tmp_path / "out"))
@@ -61,6 +63,14 @@ def test_a_sweep_is_gathered(tmp_path, monkeypatch, capsys):
         "score_vs_budget_cb.png",
         "score_vs_budget_rte.png",
     }
+
+
+def test_a_rate_that_is_no_number_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "tensors", tensors)
+    run = add_run(tmp_path / "sweep", "cb", "0.01", 0, {"accuracy": 55.0})
+    (run / "config.gin").write_text(f"{RATE} = %LR\n")
+    with pytest.raises(ValueError, match=r"cb/0\.01/0/config\.gin: base_learning_rate is %LR"):
+        collect.collect(tmp_path / "sweep", tmp_path / "out")
 
 
 def test_a_directory_without_runs_is_refused(tmp_path):

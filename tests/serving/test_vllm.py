@@ -94,6 +94,12 @@ def test_the_model_is_that_of_the_tuned_checkpoint(family, tmp_path):
     assert weights(llm) == seed
     with pytest.raises(SubsetError, match="'y' is loaded"):
         subsets.activate("y")
+    subsets.activate("x")
+    llm.collective_rpc("reload_weights")  # the seed's, under the subset's name
+    with pytest.raises(SubsetError, match="other values than the active subset 'x'"):
+        subsets.activate("x")
+    subsets = SubsetLLM(llm := started(tmp_path / "seed"))
+    subsets.load("x", tmp_path / "subset")
     content = (tmp_path / "subset" / "subset.safetensors").read_bytes()
     (tmp_path / "subset" / "subset.safetensors").write_bytes(content[:-1])
     with pytest.raises(SubsetError):
