@@ -189,3 +189,11 @@ def test_every_mutation_still_finds_its_line():
         if (SCRIPTS.parent / "dst_optax" / m.file).read_text().count(m.old) != 1
     ]
     assert lost == []
+
+
+def test_the_benchmark_of_selection_runs(tmp_path):
+    command = [sys.executable, str(SCRIPTS / "benchmark.py"), "selection", "--largest", "1e4", "--runs", "1"]
+    out = tmp_path / "record.json"
+    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(out.read_text())["cells"]

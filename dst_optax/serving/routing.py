@@ -262,7 +262,7 @@ class RoutedStore(InPlaceStore):
         return in_place.loaded(subset, pieces)
 
     def _check(self, pieces: dict[str, Piece]) -> None:
-        """Also finds weights that were loaded again, by a few entries of a tensor: loaders write all of it."""
+        """Also finds weights that were loaded again, by a few entries of each tensor: loaders write all."""
         super()._check(pieces)
         active = None if self._active is None else self._loaded[self._active].pieces
         if active is not None and pieces is not active:
