@@ -189,6 +189,9 @@ def _run(
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         raise typer.Exit(130) from stopped
+    except KeyboardInterrupt as stopped:  # before or between runs, which have their own way to stop
+        print("stopped; what is done is kept. Rerun the command to resume.", file=sys.stderr)
+        raise typer.Exit(130) from stopped
 
 
 @contextmanager

@@ -14,7 +14,11 @@ from rich.text import Text
 from dst_optax.paths import as_path
 from dst_optax.subset import Subset, compose, files, from_models, gaps, models, peft, tied
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="Look into subset files, compare, apply, extract, compose and verify them.",
+    no_args_is_help=True,
+    add_completion=False,
+)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 PLACE: dict[str, Any] = {"parser": as_path, "metavar": "PATH"}  # local, or gs://...
 Directory = Annotated[pathlib.Path, typer.Argument(help="Directory of a subset.", **PLACE)]

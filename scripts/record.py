@@ -35,7 +35,7 @@ def environment() -> dict[str, Any]:
         },
         "versions": {"python": platform.python_version(), **versions},
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": shlex.join(["python", str(script.relative_to(root)), *sys.argv[1:]]),
+        "command": shlex.join(["python", os.path.relpath(script, root), *sys.argv[1:]]),
     }
 
 
