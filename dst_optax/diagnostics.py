@@ -111,7 +111,8 @@ def _check_plan(plan: silos.SiloPlan, state: DynamicSubsetTuningState) -> None:
     if not same:
         raise ValueError(
             "plan: it is of other parameters, silos or fractions than the state; make it with those of the "
-            "transform, silos.make_plan(params, silos, fraction)."
+            "transform, silos.make_plan(params, silos, fraction), and None for a fraction that is known "
+            "at run time only, such as a schedule."
         )
 
 

@@ -52,11 +52,6 @@ def force_rounding(x: jax.Array, zero: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(own ^ zero.astype(own.dtype), x.dtype)
 
 
-@force_rounding.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-    return force_rounding(*primals), tangents[0]
-
-
 @jax.custom_jvp
 def in_memory(xs: list[jax.Array], zero: jax.Array) -> tuple[list[jax.Array], jax.Array]:
     """``xs``, computed once and not before ``zero`` is known, and a zero that waits for them.
@@ -64,7 +59,10 @@ def in_memory(xs: list[jax.Array], zero: jax.Array) -> tuple[list[jax.Array], ja
     By a loop of no turns. Otherwise XLA computes them anew for each use, or those of all batches first,
     which takes four bytes a parameter (test_temporary_memory_is_that_of_one_batch).
     """
+    return _no_turns(xs, zero)
 
+
+def _no_turns(xs: list[jax.Array], zero: jax.Array) -> tuple[list[jax.Array], jax.Array]:
     def turn(carry: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
         left, arrays = carry
         return left >> 1, [~x if x.dtype == bool else -x for x in arrays]
@@ -73,6 +71,16 @@ def in_memory(xs: list[jax.Array], zero: jax.Array) -> tuple[list[jax.Array], ja
     return xs, zero
 
 
+# What is computed beside a derivative is differentiated again for the second one, and a scan forgets these
+# rules: so it is the loop, whose own derivative is the identity's, and not the bits, whose derivative is 0.
+
+
+@force_rounding.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    (x, zero), (tangent, _) = primals, tangents
+    return _no_turns([x], zero)[0][0], tangent
+
+
 @in_memory.defjvp
 def _(primals: Any, tangents: Any) -> Any:
-    return in_memory(*primals), tangents
+    return _no_turns(*primals), tangents

@@ -20,7 +20,15 @@ from jax.experimental import checkify
 
 from dst_optax import budget
 from dst_optax.counts import Counts
-from dst_optax.tree import are_rules, by_prefix, check_prefix, first_match, is_function, named_leaves
+from dst_optax.tree import (
+    are_rules,
+    by_prefix,
+    check_prefix,
+    first_match,
+    is_function,
+    is_masked,
+    named_leaves,
+)
 
 Stacked = Sequence[tuple[str, int]]
 FractionRules = Sequence[tuple[str, float]]
@@ -333,7 +341,8 @@ def make_plan(
     if are_rules(fractions):
         patterns += [p for p, _ in fractions]
     _check_patterns(patterns, paths)
-    everywhere = [path for path, _ in named_leaves(params)]  # what a wrapper has taken out may have a value
+    # what a wrapper has taken out, whole subtrees too, may have values
+    everywhere = [path for path, _ in named_leaves(params, is_leaf=lambda x: x is None or is_masked(x))]
     for owner, values in (("fraction_of_free_params", fractions), ("silos.per_group", rule.label)):
         if values is not None and not are_rules(values) and not is_function(values):
             check_prefix(values, everywhere, owner)

@@ -136,12 +136,17 @@ def by_prefix(prefix: Any, path: str, owner: str) -> Any:
 
 
 def check_prefix(prefix: Any, paths: Sequence[str], owner: str) -> None:
-    """Raises if a pytree for :func:`by_prefix` has a value that is for no leaf."""
+    """Raises if a pytree for :func:`by_prefix` has a value that is for no leaf, nor for a part of one."""
+
+    def meet(name: str, path: str) -> bool:
+        return name in ("", path) or path.startswith(f"{name}/") or name.startswith(f"{path}/")
+
     for name, _ in named_leaves(prefix):
-        if paths and name and not any(path == name or path.startswith(f"{name}/") for path in paths):
+        if paths and not any(meet(name, path) for path in paths):
+            hint = " If it is to be called at every step, wrap it in a function." if callable(prefix) else ""
             raise ValueError(
                 f"{owner}: the pytree has a value for {name!r}, which the parameters lack; the paths are "
-                f"{', '.join(paths[:8])}{', ...' if len(paths) > 8 else ''}."
+                f"{', '.join(paths[:8])}{', ...' if len(paths) > 8 else ''}.{hint}"
             )
 
 

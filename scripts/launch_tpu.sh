@@ -96,6 +96,7 @@ install() {
     echo "launch_tpu.sh: the last commit is installed, without the changes that are not committed." >&2
   run git archive --format=tar.gz --output="$local_copy" HEAD
   tpu scp "$local_copy" "$name:$archive" --worker=all
+  $dry_run || rm -f "$local_copy"
   on all "{ python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 { echo 'Python 3.11 or newer is needed; give another --version.'; exit 1; }; } && \
 rm -rf dst-optax && mkdir dst-optax && tar -xzf $archive -C dst-optax && cd dst-optax && \
@@ -119,7 +120,7 @@ train() {
     echo "launch_tpu.sh: $name was preempted; making it anew."
     delete
     until create; do
-      echo "launch_tpu.sh: there is none now; trying again in five minutes. Ctrl-C ends that; nothing is lost."
+      echo "launch_tpu.sh: it was not made, see above; trying again in five minutes. Ctrl-C ends that; nothing is lost."
       sleep "${RETRY_SECONDS:-300}"
     done
     install

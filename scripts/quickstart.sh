@@ -3,9 +3,9 @@
 # tasks (once), then tunes it on a task that it has never seen, fully and by DST at three budgets.
 #   scripts/quickstart.sh [DIRECTORY]     results go to runs/quickstart by default
 set -euo pipefail
+out=runs/quickstart
 [ $# -eq 0 ] || out=$(mkdir -p "$1" && cd "$1" && pwd)
 cd "$(dirname "$0")/.."
-out="${out:-runs/quickstart}"
 [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
 .venv/bin/python -c 'import clu, gin, matplotlib, orbax.checkpoint, rich, seqio, dst_optax.finetuning' 2>/dev/null ||
   .venv/bin/python -m pip install -q --disable-pip-version-check -e '.[finetuning]'

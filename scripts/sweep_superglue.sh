@@ -10,7 +10,8 @@
 # run that fails is named at the end. --dry-run prints the commands and runs none.
 # `python -m t5x_integration.collect gs://bucket/sweep runs/sweep` makes one table of them.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+here=$(cd "$(dirname "$0")" && pwd)
+cd "$here/.."
 
 fail() {
   echo "sweep_superglue.sh: $1" >&2
@@ -33,7 +34,7 @@ while [ $# -gt 0 ]; do
       break
       ;;
     -h | --help)
-      sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
+      sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$here/sweep_superglue.sh"
       exit 0
       ;;
     *) fail "unknown argument '$1'; the head of this file says what there is." ;;
@@ -42,9 +43,17 @@ while [ $# -gt 0 ]; do
 done
 [ -f "configs/t5x/$model.gin" ] || fail "--model='$model' has no file configs/t5x/<model>.gin."
 [ -n "$out" ] || fail "no --out."
-for fraction in ${fractions//,/ }; do
-  [[ "$fraction" =~ ^(full|0?\.[0-9]+([eE]-?[0-9]+)?|[0-9](\.[0-9]+)?[eE]-[0-9]+|1)(@[0-9.]+([eE]-?[0-9]+)?)?$ ]] ||
-    fail "--fractions: '$fraction' is no share from 0 to 1 or 'full', with or without '@' and a learning rate."
+number='^[0-9]*\.?[0-9]+([eE]-?[0-9]+)?$' seen=,
+is_share() {
+  [[ "$1" =~ $number ]] && awk -v x="$1" 'BEGIN { exit !(x + 0 <= 1) }'
+}
+for each in ${fractions//,/ }; do
+  fraction=${each%@*} rate=${each#*@}
+  [ "$fraction" = full ] || is_share "$fraction" ||
+    fail "--fractions: '$each' is no share from 0 to 1 or 'full', with or without '@' and a learning rate."
+  [[ "$rate" = "$each" || "$rate" =~ $number ]] || fail "--fractions: '$rate' in '$each' is no learning rate."
+  [[ "$seen" != *",$fraction,"* ]] || fail "--fractions: '$fraction' is there twice; its runs would share directories."
+  seen+="$fraction,"
 done
 [[ "$seeds" =~ ^[0-9]+(,[0-9]+)*$ ]] || fail "--seeds: '$seeds' is no list of numbers."
 

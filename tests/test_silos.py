@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+import dst_optax
 from dst_optax import silos
 
 PARAMS = {
@@ -157,6 +158,16 @@ def test_labels_of_two_letters_are_no_rules(labels):
 def test_values_for_what_a_wrapper_takes_out_are_no_mistake():
     params = {"a": jnp.ones(3), "b": optax.MaskedNode()}
     assert silos.make_plan(params, None, {"a": 0.5, "b": 0.1}).budgets == (1,)
+    params = {"a": jnp.ones(3), "b": optax.MaskedNode(), "act": None}  # of a prefix mask, and equinox's
+    fractions = {"a": 0.5, "b": {"kernel": 0.1, "bias": 0.2}, "act": {"x": 0.1}}
+    assert silos.make_plan(params, None, fractions).budgets == (1,)
+    assert silos.make_plan(params, silos.per_group(fractions | {"a": "x"}), 0.5).labels == ("x",)
+    whole = {"embed": {"kernel": jnp.ones(3), "bias": jnp.ones(2)}, "out": jnp.ones(5)}
+    tx = optax.masked(
+        dst_optax.wrap(optax.sgd(0.1), {"embed": {"kernel": 0.1, "bias": 0.1}, "out": 0.5}),
+        {"embed": False, "out": True},
+    )
+    assert tx.init(whole)
 
 
 @pytest.mark.parametrize(("arguments", "error", "says"), REFUSED)

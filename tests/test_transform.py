@@ -637,6 +637,32 @@ def test_derivatives_are_those_of_the_kept_updates(apply):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
 
 
+def test_second_derivatives_through_a_scan():
+    """A scan forgets the rules of derivatives, and would make 0 of the bits."""
+
+    def loss(learning_rate, loop):
+        tx = dst_optax.wrap(optax.sgd(learning_rate), 0.5)
+        start = jnp.arange(1.0, 7.0)
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(params**2, state, params)
+            return (dst_optax.apply_updates(params, updates, state), state), None
+
+        carry = (start, tx.init(start))
+        if loop:
+            for _ in range(3):
+                carry, _ = step(carry, None)
+        else:
+            carry, _ = jax.lax.scan(step, carry, None, 3)
+        return jnp.sum(carry[0] ** 2)
+
+    expected = jax.jacfwd(jax.jacfwd(loss))(0.01, True)
+    assert abs(expected) > 100
+    np.testing.assert_allclose(jax.hessian(loss)(0.01, False), expected, rtol=1e-5)
+    np.testing.assert_allclose(jax.grad(loss)(0.01, False), jax.jacfwd(loss)(0.01, True), rtol=1e-5)
+
+
 @pytest.mark.parametrize("wrapper", ["multi_steps", "apply_if_finite"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_seed_is_the_model_before_the_first_update_bit_for_bit(wrapper, dtype):

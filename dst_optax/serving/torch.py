@@ -89,13 +89,13 @@ class SubsetStore(InPlaceStore):
     def disable_adapter(self) -> Iterator[torch.nn.Module]:
         """Gives the seed model within a block, and the active subset back after it, as PEFT does."""
         with self._lock:
-            before = self._active
-            model = self.deactivate()
+            before, uses, self._uses = self._active, self._uses, 0  # a block of `use` gets its model back
             try:
-                yield model
+                yield self.deactivate()
             finally:
                 if before in self._loaded:
                     self.activate(before)
+                self._uses = uses
 
     def _place(self, subset: Subset) -> Loaded[dict[str, Piece]]:
         subset = self._renamed(subset)
@@ -138,7 +138,12 @@ class SubsetStore(InPlaceStore):
         try:
             super()._switch(name)
         finally:
-            self._versions |= {path: _version(self._slots[path].memory) for path in touched}
+            stores = {_storage(self._slots[path].memory) for path in touched}  # views of one share a version
+            self._versions |= {
+                path: _version(slot.memory)
+                for path, slot in self._slots.items()
+                if _storage(slot.memory) in stores
+            }
 
     def _memory(self, path: str) -> torch.Tensor:
         slot = self._slots[path]
@@ -153,6 +158,10 @@ class SubsetStore(InPlaceStore):
         return slot.memory
 
 
+def _storage(memory: torch.Tensor) -> int:
+    return memory.untyped_storage()._cdata
+
+
 def _version(memory: torch.Tensor) -> int:
     """How often a tensor was written to; PyTorch does not count it in inference mode."""
     return 0 if memory.is_inference() else memory._version
@@ -160,10 +169,15 @@ def _version(memory: torch.Tensor) -> int:
 
 def _slots(model: torch.nn.Module) -> Iterator[tuple[str, _Slot]]:
     """The tensors that a checkpoint of a module has, tied ones under each of their names."""
-    if isinstance(model, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
-        model = model.module
+    wrapped = {"_orig_mod"}  # what compiled and parallel modules call the module inside
     for prefix, module in model.named_modules(remove_duplicate=False):
-        prefix = "".join(f"{part}." for part in prefix.split(".") if part not in ("", "_orig_mod"))
+        if isinstance(module, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
+            wrapped.add(f"{prefix}.module".removeprefix("."))
+        parts = prefix.split(".")
+        inside = [
+            ".".join(parts[: i + 1]) in wrapped or part in ("", "_orig_mod") for i, part in enumerate(parts)
+        ]
+        prefix = "".join(f"{part}." for part, drop in zip(parts, inside, strict=True) if not drop)
         transient = module._non_persistent_buffers_set
         buffers = {k: x for k, x in module._buffers.items() if k not in transient}
         for attribute, x in {**module._parameters, **buffers}.items():

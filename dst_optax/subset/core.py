@@ -391,7 +391,8 @@ def compose(subsets: Sequence[Subset], on_conflict: str = "error") -> Subset:
         )
     leaves = {p: e for p, (e, _) in merged.items()}
     metadata = {"collisions": counts, "composed": [s.metadata for s in subsets]}
-    coordinates = subsets[0].metadata.get(COORDINATES)  # paths are the same, so they are the same for all
+    # paths are the same, so coordinates are; some subset may have lost them
+    coordinates = next((c for s in subsets if (c := s.metadata.get(COORDINATES))), None)
     return Subset(leaves, metadata | ({COORDINATES: coordinates} if coordinates else {}))
 
 

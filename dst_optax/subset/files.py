@@ -33,6 +33,7 @@ TENSORS = "subset.safetensors"
 CONFIG = "subset_config.json"
 CARD = "README.md"
 MAX_CONFIG = 2**26  # bytes
+_CARD_MARK = "library_name: dst_optax"
 _HEX = re.compile("[0-9a-f]*")
 _ENCODINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "gaps": lambda positions: np.frombuffer(gaps.encode(positions), np.uint8),
@@ -87,7 +88,8 @@ def save(subset: Subset, directory: str | os.PathLike[str], encoding: str = "gap
     if len(text.encode()) > MAX_CONFIG:
         raise SubsetError(f"{CONFIG} would have {len(text.encode())} bytes, at most {MAX_CONFIG} are read.")
     target = as_path(directory)
-    if (target / CARD).exists() and not (target / CONFIG).exists():
+    card_of_ours = (target / CONFIG).exists() or not (target / CARD).exists()
+    if not card_of_ours and _CARD_MARK not in (target / CARD).read_text(errors="replace"):
         raise SubsetError(f"{target / CARD} is not of a subset; give the subset a directory of its own.")
     target.mkdir(parents=True, exist_ok=True)
     readme = card(subset, len(content))
@@ -246,7 +248,7 @@ def card(subset: Subset, file_bytes: int) -> str:
     seeds = "" if subset.has_seed_values else "not "
     lines = [
         "---",
-        "library_name: dst_optax",
+        _CARD_MARK,
         "tags: [dynamic-subset-tuning, subset]",
         "---",
         "# A subset of tuned parameters",

@@ -149,6 +149,14 @@ def test_lora_of_stacked_layers_is_that_of_each_layer():
         np.testing.assert_allclose(merged[:, layer], want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("rank", [0, -1, 2.5, True])
+def test_ranks_and_lengths_are_counts(rank):
+    with pytest.raises(ValueError, match=r"LoRA: rank is"):
+        LoRA(ADAM, rank=rank)
+    with pytest.raises(ValueError, match=r"prompt: length is"):
+        Prompt(ADAM, length=rank)
+
+
 def test_an_empty_prompt_is_the_seed():
     seed = seed_of()
     merged = Prompt(ADAM).merge(seed, {"prompt": seed["token_embedder"]["embedding"][:0]})

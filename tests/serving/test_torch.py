@@ -279,11 +279,44 @@ def test_only_one_store_may_write_to_a_module():
         store.activate("s1")
 
 
-def test_a_module_inside_data_parallel():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_module_inside_data_parallel(compiled):
     seed, (tuned,) = arrays(1)
-    store = SubsetStore(torch.nn.DataParallel(module(seed)))
+    parallel = torch.nn.DataParallel(inner := module(seed))
+    store = SubsetStore(torch.compile(parallel) if compiled else parallel)
     store.add("s0", subset.from_models(seed, tuned))
-    assert store.activate("s0") is not None
+    store.activate("s0")
+    assert all((x == bits(tuned[p]).reshape(-1).view(np.uint8)).all() for p, x in values(inner).items())
+
+
+def test_tensors_that_share_one_buffer_are_switched_one_by_one():
+    buffer, model = torch.zeros(6, 4), torch.nn.Module()
+    for name, x in zip("qk", buffer.chunk(2), strict=True):
+        model.register_parameter(name, torch.nn.Parameter(x, requires_grad=False))
+    seed = {name: np.zeros((3, 4), np.float32) for name in "qk"}
+    store = SubsetStore(model)
+    for name in "qk":
+        store.add(name, subset.from_models(seed, seed | {name: np.ones((3, 4), np.float32)}))
+    for name in "qkq":
+        store.activate(name)
+        assert [int(x.sum()) for x in (model.q, model.k)] == [12 * (name == "q"), 12 * (name == "k")]
+
+
+def test_a_lazy_module_is_refused():
+    with pytest.raises(SubsetError, match="'weight' has no shape yet"):
+        SubsetStore(torch.nn.LazyLinear(3))
+
+
+def test_the_seed_as_a_reference_within_a_block():
+    store, _, _ = filled(2)
+    with store.use("s0") as model:
+        tuned_bits = values(model)
+        with store.disable_adapter():
+            assert store.active is None
+        assert store.active == "s0"
+        assert all((values(model)[p] == x).all() for p, x in tuned_bits.items())
+        with pytest.raises(SubsetError, match="is not left yet"):
+            store.activate("s1")
 
 
 @pytest.mark.parametrize("after_writing", [False, True])

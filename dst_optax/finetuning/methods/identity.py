@@ -13,8 +13,8 @@ import numpy as np
 def describe(x: Any) -> str:
     """A method, an optimizer or any part of one, as text that is the same in every process.
 
-    Functions are described by their names, constants and what they enclose; so are optax's optimizers, which
-    are functions. Of objects that none of this fits only the type is told.
+    Functions are described by their names, what they enclose and, where they are not of a library, their
+    constants; so are optax's optimizers, which are functions. Other objects are described by what they hold.
 
     Args:
       x: anything.
@@ -63,9 +63,15 @@ def _describe(x: Any, within: tuple[int, ...]) -> str:
     if isinstance(x, types.MethodType):
         return f"{_describe(x.__self__, within)}.{x.__name__}"
     if isinstance(x, types.FunctionType):
-        constants = [c for c in x.__code__.co_consts if not isinstance(c, types.CodeType) and c != x.__doc__]
+        constants = [] if _is_installed(x) else x.__code__.co_consts
+        constants = [c for c in constants if not isinstance(c, types.CodeType) and c != x.__doc__]
         enclosed = [cell.cell_contents for cell in x.__closure__ or () if cell != types.CellType()]
         return f"{x.__qualname__}({all_of([constants, x.__defaults__, x.__kwdefaults__, enclosed])})"
     if hasattr(x, "__wrapped__"):
         return _describe(x.__wrapped__, within)
-    return kind
+    return f"{kind}({named(vars(x).items())})" if hasattr(x, "__dict__") else kind
+
+
+def _is_installed(function: types.FunctionType) -> bool:
+    """Whether a function is a library's, whose constants may change with its version."""
+    return function.__module__.startswith("dst_optax.") or "site-packages" in function.__code__.co_filename

@@ -25,7 +25,7 @@ class Jsonl(Pairs):
       vocabulary: of inputs and targets.
       prompt: name of the field of prompts.
       completion: name of the field of completions.
-      messages: name of the field of messages; rows that have it have no others of these.
+      messages: name of the field of messages; of rows that have it no others are read.
 
     Example:
       >>> import pathlib, tempfile
@@ -53,13 +53,15 @@ class Jsonl(Pairs):
         return said == wanted
 
     def unread(self, split: str) -> Mapping[str, int]:  # noqa: D102
-        used = {self.prompt, self.completion, self.messages}
-        fields = read_rows(as_path(self.directory) / f"{split}.jsonl", lambda row, line: row)
-        return {name: count for name, count in Counter(fields).items() if name not in used}
+        def fields(row: dict[str, Any], line: int) -> list[str]:
+            used = {self.messages} if self.messages in row else {self.prompt, self.completion}
+            return [name for name in row if name not in used]
+
+        return Counter(
+            name for name in read_rows(as_path(self.directory) / f"{split}.jsonl", fields, empty=True)
+        )
 
     def _pair(self, row: dict[str, Any]) -> Pair:
-        if both := [name for name in (self.prompt, self.completion) if self.messages in row and name in row]:
-            raise ValueError(f"there are {self.messages!r} and {both[0]!r}; leave one of them out")
         if self.messages not in row:
             return text_field(row, self.prompt), text_field(row, self.completion)
         if row.get("tools"):

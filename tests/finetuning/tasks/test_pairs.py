@@ -44,7 +44,6 @@ def test_fields_are_renamed_and_conversations_are_worded(tmp_path):
         ({"prompt": "a", "completion": " "}, "the completion is empty"),
         ({"prompt": "\ud800", "completion": "b"}, "surrogates"),
         ('{"prompt": "A", "completion": "x", "prompt": "B"}', "the field 'prompt' is there twice"),
-        ({"messages": CHAT, "prompt": "a"}, "there are 'messages' and 'prompt'"),
         ({"messages": "Hi"}, "list of two objects"),
         ({"messages": CHAT[:1]}, "list of two objects"),
         ({"messages": CHAT, "tools": [{}]}, "'tools' are not given to the chat template"),
@@ -86,6 +85,9 @@ def test_fields_that_are_never_read_are_told(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "jsonl train: fields that are never read: 'input' (in 1 rows)." in told
     assert "validation" not in told
+    data = Jsonl(written(tmp_path, train=[{"messages": CHAT, "prompt": "Hi"}]), Chatting())
+    assert data.pairs("train") == (("Hi", "Ho"),)  # as UltraChat has it
+    assert data.unread("train") == {"prompt": 1}
 
 
 def test_a_completion_that_is_cut_has_no_end(tmp_path):

@@ -102,6 +102,7 @@ def _config(given: dict[str, Any], layout: Mapping[str, Any]) -> DecoderConfig:
     activation = settings.get("hidden_activation", settings["hidden_act"])
     if activation not in _ACTIVATIONS[FAMILIES[family].activation]:
         raise ValueError(f"the activation {activation!r} is not {family}'s and not supported.")
+    rope = _rope(settings, "full_attention", settings["rope_theta"], settings.get("rope_scaling", {}))
     head_dim = settings.get("head_dim", settings["hidden_size"] // settings["num_attention_heads"])
     return DecoderConfig(
         family=family,
@@ -114,8 +115,8 @@ def _config(given: dict[str, Any], layout: Mapping[str, Any]) -> DecoderConfig:
         mlp_dim=settings["intermediate_size"],
         tie_embeddings=settings["tie_word_embeddings"],
         norm_eps=settings.get("rms_norm_eps", 1e-6),
-        max_length=settings.get("max_position_embeddings"),
-        rope=_rope(settings, "full_attention", settings["rope_theta"], settings.get("rope_scaling", {})),
+        max_length=_length(settings.get("max_position_embeddings"), rope),
+        rope=rope,
         **_sliding(settings),
         **layout,
     )
@@ -136,6 +137,11 @@ def _rope(settings: Mapping[str, Any], kind: str, theta: float, scaling: Mapping
         parameters.setdefault("original_max_position_embeddings", settings.get("max_position_embeddings"))
     values = {ours: parameters[theirs] for theirs, ours in _ROPE_KEYS[scaling_type].items()}
     return Rope(float(parameters["rope_theta"]), scaling_type, **values)
+
+
+def _length(pre_trained: int | None, rope: Rope) -> int | None:
+    """Tokens that a model has positions for; ``linear`` scaling stretches those of the pre-training."""
+    return round(pre_trained * rope.factor) if pre_trained and rope.scaling == "linear" else pre_trained
 
 
 def _sliding(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -178,10 +178,7 @@ class HeldOut:
                 f"{task}: {self.size} of {len(rows)} training rows cannot be held out; hold out from 1 to "
                 f"{len(rows) - 1}."
             )
-        text_of = [
-            next(iter(row["idx"].values())) if isinstance(row["idx"], dict) else i
-            for i, row in enumerate(rows)
-        ]
+        text_of = [_text_of(row["idx"], i) for i, row in enumerate(rows)]
         texts = list(dict.fromkeys(text_of))
         order = range(len(texts))[::-1]
         if self.rng_seed is not None:
@@ -197,6 +194,11 @@ class HeldOut:
         return [
             row for row, text in zip(rows, text_of, strict=True) if (text in held_out) == (split != "train")
         ]
+
+
+def _text_of(index: Any, row: int) -> int:
+    """Which text a row is about: MultiRC's paragraph, ReCoRD's passage; elsewhere each has one of its own."""
+    return index["paragraph" if "paragraph" in index else "passage"] if isinstance(index, dict) else row
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,17 @@ def test_what_cannot_be_carried_is_refused_by_name(tmp_path, name, change, words
     assert str(file) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("scaling", "length"),
+    [({}, 2048), ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 8192)],
+)
+def test_how_long_texts_may_be(tmp_path, scaling, length):
+    settings = json.loads(decoder.config_text(decoder.CONFIGS["smollm2_135m"]))
+    settings |= {"max_position_embeddings": 2048, **scaling}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert decoder.read_config(tmp_path).max_length == length
+
+
 def test_absent_and_damaged_configurations_are_told(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json"):
         decoder.read_config(tmp_path)
