@@ -10,10 +10,10 @@ import pytest
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("seqio")
 
-from dst_optax.finetuning import optimizers  # noqa: E402
-from dst_optax.finetuning.methods.dst import DST  # noqa: E402
-from dst_optax.finetuning.methods.full import Full  # noqa: E402
-from dst_optax.finetuning.methods.identity import describe  # noqa: E402
+from dst_optax.finetuning import optimizers
+from dst_optax.finetuning.methods.dst import DST
+from dst_optax.finetuning.methods.full import Full
+from dst_optax.finetuning.methods.identity import describe
 
 MAKERS = {
     "rate": lambda x: Full(optax.adamw(x)),
@@ -41,11 +41,13 @@ def test_functions_of_ones_own_are_told_apart_by_their_constants():
 
 
 def test_every_process_describes_alike():
-    program = (
-        "import optax; from dst_optax.finetuning.methods.dst import DST; "
-        "from dst_optax.finetuning import optimizers; from dst_optax.finetuning.methods.identity import describe;"
-        "print(describe(DST(optimizers.decayed(1e-3, steps=99), 0.1)))"
-    )
+    program = """
+import optax
+from dst_optax.finetuning import optimizers
+from dst_optax.finetuning.methods.dst import DST
+from dst_optax.finetuning.methods.identity import describe
+print(describe(DST(optimizers.decayed(1e-3, steps=99), 0.1)))
+"""
     said = {
         subprocess.check_output([sys.executable, "-c", program], env={**os.environ, "PYTHONHASHSEED": seed})
         for seed in "12"
