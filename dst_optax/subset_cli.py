@@ -279,8 +279,11 @@ def verify(
         checked = 0 if seed is None else len(loaded) - unknown
         return {"entries": loaded.count, "tensors_compared": checked, "format_version": files.VERSION}
 
-    run(
-        command,
-        as_json,
-        lambda r: print(f"the files are whole; {r['tensors_compared']} tensors of the seed agree"),
-    )
+    def show(result: dict[str, Any]) -> None:
+        compared = result["tensors_compared"]
+        print(
+            "the files are whole"
+            + (f"; {compared} tensors of the seed agree" if compared else "; no seed was compared")
+        )
+
+    run(command, as_json, show)

@@ -366,7 +366,8 @@ def compose(subsets: Sequence[Subset], on_conflict: str = "error") -> Subset:
       The subset of all positions. Its metadata name the ``collisions`` by path.
 
     Raises:
-      SubsetError: the seeds differ, or values do and ``on_conflict="error"``.
+      SubsetError: the seeds differ, or values do and ``on_conflict="error"``, or those of integers do and
+        it is ``"mean"``.
 
     Example:
       >>> import numpy as np
@@ -388,6 +389,10 @@ def compose(subsets: Sequence[Subset], on_conflict: str = "error") -> Subset:
         raise SubsetError(
             f"the subsets have different values for {sum(counts.values())} entries, most of them "
             f'({counts[worst]}) in {worst!r}; say which to take with on_conflict="first", "last" or "mean".'
+        )
+    if on_conflict == "mean" and (exact := [p for p in counts if not dtypes.is_float(subsets[0][p].dtype)]):
+        raise SubsetError(
+            f'{exact[0]!r} holds {subsets[0][exact[0]].dtype}, which have no mean; take "first" or "last".'
         )
     leaves = {p: e for p, (e, _) in merged.items()}
     metadata = {"collisions": counts, "composed": [s.metadata for s in subsets]}

@@ -331,6 +331,15 @@ def test_values_conflict_where_their_bits_differ():
     assert same(composed["w"].values, b["w"].values)
 
 
+def test_integers_have_no_mean():
+    seed = {"w": np.zeros(2, np.int32)}
+    parts = [subset.from_models(seed, {"w": np.array([x, 0], np.int32)}) for x in (1, 2)]
+    with pytest.raises(SubsetError, match=r"'w' holds int32, which have no mean"):
+        subset.compose(parts, "mean")
+    assert subset.compose(parts, "last")["w"].values.tolist() == [2]
+    assert subset.compose(parts[:1] * 2, "mean")["w"].values.tolist() == [1]
+
+
 def test_compose_refuses_other_seeds():
     one = subset.from_models({"w": np.zeros(3, np.float32)}, {"w": np.ones(3, np.float32)})
     two = subset.from_models({"w": np.full(3, 2, np.float32)}, {"w": np.ones(3, np.float32)})
