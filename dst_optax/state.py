@@ -154,9 +154,9 @@ def _(primals: Any, tangents: Any) -> Any:
 
 
 def _placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
-    """``x`` split as ``like`` is, where the mesh has explicit axes: parameters may move after ``init``."""
-    sharding = jax.typeof(like).sharding
-    return x if jax.typeof(x).sharding == sharding else jax.sharding.reshard(x, sharding)
+    """``x`` split as ``like`` is on their mesh of explicit axes: parameters may move after ``init``."""
+    now, wanted = (jax.typeof(each).sharding for each in (x, like))
+    return jax.sharding.reshard(x, wanted) if now.mesh == wanted.mesh and now != wanted else x
 
 
 def reseed(state: DynamicSubsetTuningState, params: Any) -> DynamicSubsetTuningState:

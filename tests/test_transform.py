@@ -808,10 +808,11 @@ def test_explicit_axes_without_a_mesh_in_the_context(rule):
     placed = lambda *axes: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))  # noqa: E731
     tx = dst_optax.wrap(optax.sgd(0.1), 0.3, silos=rule)
     whole = jnp.arange(128.0).reshape(16, 8)
-    state = tx.init(jax.device_put(whole, placed(None, None)))
     params = jax.device_put(whole, placed("x", None))
-    for update in (tx.update, jax.jit(tx.update)):
-        updates, after = update(params, state, params)
+    for update, made_of in itertools.product(
+        (tx.update, jax.jit(tx.update)), (whole, jax.device_put(whole, placed(None, None)), params)
+    ):
+        updates, after = update(params, tx.init(made_of), params)
         expected, _ = tx.update(whole, tx.init(whole), whole)
         np.testing.assert_array_equal(updates, expected)
         tuned = dst_optax.apply_updates(params, updates, after)
