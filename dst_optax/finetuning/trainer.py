@@ -168,7 +168,7 @@ class Run:
           ValueError: the run was begun with another one.
         """
         file, ours = self.directory / "method.txt", describe(self.method)
-        exists, begun = file.is_file(), self.directory.exists()
+        exists, begun = file.is_file(), (self.directory / "metrics.jsonl").exists()
         processes.barrier(f"{file} is looked for")
         if exists and (theirs := file.read_text()) != ours:
             at = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), 0)
@@ -177,7 +177,7 @@ class Run:
                 f"{self.directory} was begun with another method: where it has {first!r}, this one has "
                 f"{second!r}. Give another run_dir or name; or delete {file} if the two are the same to you."
             )
-        if not begun:
+        if not exists and not begun:  # runs of earlier versions have no such file
             self.directory.mkdir(parents=True, exist_ok=True)
             storage.write_text(file, ours)
 

@@ -484,6 +484,33 @@ def test_those_who_wait_when_the_server_breaks_are_not_let_in(tmp_path):
     asyncio.run(asyncio.wait_for(main(), 10))
 
 
+def test_those_who_wait_for_the_model_as_it_was_are_not_let_in_either(tmp_path):
+    def fail(i, verb, args):
+        if i == 1 and verb == "activate" and ("activate", "b") in engines[0].log:
+            return {"error": "gone"}
+        return None
+
+    engines = []
+
+    async def body(server, engine):
+        engines.append(engine)
+        await server.activate("a")
+
+        async def request(name):
+            async with server.turn(name):
+                raise AssertionError
+
+        other = asyncio.ensure_future(request("b"))
+        while not engine.paused:
+            await asyncio.sleep(0)
+        same = asyncio.ensure_future(request("a"))
+        for attempt in (other, same):
+            with pytest.raises(BrokenServerError):
+                await attempt
+
+    run(tmp_path, body, fail=lambda *given: fail(*given) if engines else None)
+
+
 class Application:
     """The part of vLLM's server that the middleware is in front of: what it was asked, and by whom."""
 

@@ -1,5 +1,6 @@
 """Your own data: prompts and completions, or conversations, in JSONL files."""
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,13 +54,12 @@ class Jsonl(Pairs):
         return said == wanted
 
     def unread(self, split: str) -> Mapping[str, int]:  # noqa: D102
-        def fields(row: dict[str, Any], line: int) -> list[str]:
+        def fields(row: dict[str, Any], line: int) -> list[list[str]]:
             used = {self.messages} if self.messages in row else {self.prompt, self.completion}
-            return [name for name in row if name not in used]
+            return [[name for name in row if name not in used]]
 
-        return Counter(
-            name for name in read_rows(as_path(self.directory) / f"{split}.jsonl", fields, empty=True)
-        )
+        rows = read_rows(as_path(self.directory) / f"{split}.jsonl", fields)
+        return Counter(itertools.chain.from_iterable(rows))
 
     def _pair(self, row: dict[str, Any]) -> Pair:
         if self.messages not in row:

@@ -9,15 +9,12 @@ Row = TypeVar("Row")
 SHOWN = 10  # bad rows that an error names
 
 
-def read_rows(
-    path: Path, parse: Callable[[dict[str, Any], int], Iterable[Row]], empty: bool = False
-) -> list[Row]:
+def read_rows(path: Path, parse: Callable[[dict[str, Any], int], Iterable[Row]]) -> list[Row]:
     """What a file of JSON lines holds; blank lines are passed over.
 
     Args:
       path: the file.
       parse: makes rows of an object and the number of its line, or raises a ValueError.
-      empty: whether there may be no rows.
 
     Returns:
       The rows.
@@ -49,7 +46,7 @@ def read_rows(
         more = f"\n  ... and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
         listed = "\n  ".join(bad[:SHOWN])
         raise ValueError(f"{len(bad)} bad rows; correct or remove them:\n  {listed}{more}")
-    if not rows and not empty:
+    if not rows:
         raise ValueError(f"{path} has no rows.")
     return rows
 
