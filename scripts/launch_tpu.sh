@@ -6,9 +6,11 @@
 #     --gin.TASKS='["rte"]'
 #
 # Commands: create, install, run, fetch, delete, or all of them in this order. `run` starts T5X on every
-# worker; where the TPU was preempted it is made anew, as soon as there is one, and T5X goes on from its last
-# checkpoint in --model_dir. What is installed is the last commit. `fetch` writes the subset to --out (default runs/<name>).
-# Options: --project=, --version= (runtime), --spot, --out=. --dry-run prints the commands and runs none.
+# worker; a preempted TPU is made anew as soon as there is one, and T5X resumes from its last checkpoint in
+# --model_dir. For that, give `run` the --type, --version and --spot of `create`. What is installed is the last
+# commit. `fetch` writes the subset to --out (default runs/<name>).
+# Options: --project=, --version= (runtime; the default depends on --type), --spot, --out=. --dry-run prints the
+# commands and runs none.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,7 +21,7 @@ fail() {
   exit 2
 }
 
-dry_run=false spot=() project=() name='' zone='' type='' version=v2-alpha-tpuv5-lite model_dir='' out=''
+dry_run=false spot=() project=() name='' zone='' type='' version='' model_dir='' out=''
 command='' gin=()
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -39,7 +41,7 @@ while [ $# -gt 0 ]; do
       ;;
     create | install | run | fetch | delete | all) command=$1 ;;
     -h | --help)
-      sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
+      sed -n '2,/^set /s/^# \{0,1\}//p' scripts/launch_tpu.sh
       exit 0
       ;;
     *) fail "unknown argument '$1'; --help says what there is." ;;
@@ -50,16 +52,24 @@ done
 [ -n "$name" ] || fail "no --name."
 [ -n "$zone" ] || fail "no --zone."
 case "$command" in
-  create | all) [ -n "$type" ] || fail "no --type, for example v5litepod-8." ;;
+  create | run | all) [ -n "$type" ] || fail "no --type, for example v5litepod-8." ;;
 esac
 case "$command" in
-  run | fetch | all) [ -n "$model_dir" ] || fail "no --model_dir, where checkpoints outlive the TPU: gs://..." ;;
+  run | fetch | all)
+    [[ "$model_dir" == gs://?* ]] || fail "--model_dir='$model_dir' is not gs://..., where checkpoints outlive the TPU."
+    ;;
 esac
 case "$command" in
   run | all)
     [ ${#gin[@]} -gt 0 ] || fail "no gin flags after --."
     [[ " ${gin[*]} " == *configs/t5x/dst.gin\ * ]] || fail "no dst.gin among the gin files: all parameters would be tuned."
     ;;
+esac
+case "$type" in
+  v5litepod-*) version=${version:-v2-alpha-tpuv5-lite} ;;
+  v5p-*) version=${version:-v2-alpha-tpuv5} ;;
+  v6e-*) version=${version:-v2-alpha-tpuv6e} ;;
+  *) version=${version:-tpu-ubuntu2204-base} ;;
 esac
 out=${out:-runs/$name}
 case "$command" in
@@ -97,10 +107,11 @@ install() {
   run git archive --format=tar.gz --output="$local_copy" HEAD
   tpu scp "$local_copy" "$name:$archive" --worker=all
   $dry_run || rm -f "$local_copy"
-  on all "{ python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-{ echo 'Python 3.11 or newer is needed; give another --version.'; exit 1; }; } && \
-rm -rf dst-optax && mkdir dst-optax && tar -xzf $archive -C dst-optax && cd dst-optax && \
-python3 -m venv .venv && .venv/bin/pip install -q -r configs/t5x/requirements.txt 'jax[tpu]==0.10.2' && \
+  # Ubuntu 22.04, which most images are, has Python 3.10; then uv brings a newer one.
+  on all "rm -rf dst-optax && mkdir dst-optax && tar -xzf $archive -C dst-optax && cd dst-optax && \
+{ scripts/make_venv.sh || { curl -LsSf https://astral.sh/uv/install.sh | sh && \
+~/.local/bin/uv venv --seed --python 3.12 .venv; }; } && \
+.venv/bin/pip install -q -r configs/t5x/requirements.txt 'jax[tpu]==0.10.2' && \
 .venv/bin/pip install -q --no-deps $T5X && .venv/bin/pip install -q -e '.[finetuning]'"
 }
 
@@ -116,7 +127,7 @@ train() {
   local flags
   printf -v flags '%q ' "${gin[@]}" "--gin.MODEL_DIR=\"$model_dir\""
   until on all "cd dst-optax && .venv/bin/python -m t5x_integration.train $flags"; do
-    preempted || fail "training failed; its output is above. $name is still there and costs money: $0 delete --name=$name --zone=$zone"
+    preempted || fail "training failed; its output is above."
     echo "launch_tpu.sh: $name was preempted; making it anew."
     delete
     until create; do
@@ -140,6 +151,12 @@ delete() {
   tpu delete "$name" --quiet
 }
 
+remind() {
+  [ $? -eq 0 ] || echo "launch_tpu.sh: $name may still exist and cost money: scripts/launch_tpu.sh delete" \
+    "--name=$name" "--zone=$zone" ${project[@]+"${project[@]}"} >&2
+}
+
+$dry_run || trap remind EXIT
 case "$command" in
   run) train ;;
   all)

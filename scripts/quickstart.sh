@@ -6,7 +6,7 @@ set -euo pipefail
 out=runs/quickstart
 [ $# -eq 0 ] || out=$(mkdir -p "$1" && cd "$1" && pwd)
 cd "$(dirname "$0")/.."
-[ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+scripts/make_venv.sh
 .venv/bin/python -c 'import clu, gin, matplotlib, orbax.checkpoint, rich, seqio, dst_optax.finetuning' 2>/dev/null ||
   .venv/bin/python -m pip install -q --disable-pip-version-check -e '.[finetuning]'
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"

@@ -6,12 +6,11 @@
 #
 # Runs on the machine where it is started; on a pod, start it on every worker. The fraction "full" tunes all
 # parameters. A learning rate may follow a fraction: smaller budgets want larger ones (docs/budget.md). Each run
-# lies in <out>/<task>/<fraction>/<seed>; what was started goes on, what is done is passed over quickly, and a
-# run that fails is named at the end. --dry-run prints the commands and runs none.
+# lies in <out>/<task>/<fraction>/<seed>. Rerun the command to resume: finished runs are passed over quickly, and
+# a run that fails is named at the end. --dry-run prints the commands and runs none.
 # `python -m t5x_integration.collect gs://bucket/sweep runs/sweep` makes one table of them.
 set -euo pipefail
-here=$(cd "$(dirname "$0")" && pwd)
-cd "$here/.."
+cd "$(dirname "$0")/.."
 
 fail() {
   echo "sweep_superglue.sh: $1" >&2
@@ -19,7 +18,8 @@ fail() {
 }
 
 dry_run=false model='' out='' more=() failed=()
-tasks=boolq,cb,copa,multirc,record,rte,wic,wsc fractions=0.1,0.01,0.001,full seeds=0
+every_task=boolq,cb,copa,multirc,record,rte,wic,wsc
+tasks=$every_task fractions=0.1,0.01,0.001,full seeds=0
 while [ $# -gt 0 ]; do
   case "$1" in
     --dry-run) dry_run=true ;;
@@ -34,15 +34,20 @@ while [ $# -gt 0 ]; do
       break
       ;;
     -h | --help)
-      sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$here/sweep_superglue.sh"
+      sed -n '2,/^set /s/^# \{0,1\}//p' scripts/sweep_superglue.sh
       exit 0
       ;;
     *) fail "unknown argument '$1'; the head of this file says what there is." ;;
   esac
   shift
 done
-[ -f "configs/t5x/$model.gin" ] || fail "--model='$model' has no file configs/t5x/<model>.gin."
+[[ "$model" == t5_1_1_* && -f "configs/t5x/$model.gin" ]] || fail "--model='$model' is none of configs/t5x/t5_1_1_*.gin."
 [ -n "$out" ] || fail "no --out."
+[ -n "${tasks//,/}" ] || fail "--tasks is empty."
+for task in ${tasks//,/ }; do
+  [[ ",$every_task," == *",$task,"* ]] || fail "--tasks: '$task' is none of $every_task."
+done
+[ -n "${fractions//,/}" ] || fail "--fractions is empty."
 number='^[0-9]*\.?[0-9]+([eE]-?[0-9]+)?$' seen=,
 is_share() {
   [[ "$1" =~ $number ]] && awk -v x="$1" 'BEGIN { exit !(x + 0 <= 1) }'
@@ -81,6 +86,6 @@ for task in ${tasks//,/ }; do
   done
 done
 if [ ${#failed[@]} -gt 0 ]; then
-  echo "sweep_superglue.sh: these runs failed, start it again to try them again: ${failed[*]}" >&2
+  echo "sweep_superglue.sh: these runs failed, rerun the command to try them again: ${failed[*]}" >&2
   exit 1
 fi

@@ -2,7 +2,7 @@
 
     python scripts/t5x_tests.py [wrapper|chain|theirs [FILE[.CLASS[.TEST]]]]
 
-Needs T5X, as docs/t5x.md says, and `t5`, which its tests import. Where a test makes an optimizer
+Needs T5X and T5, which its tests import, as docs/t5x.md says. Where a test makes an optimizer
 of T5X, it gets ours around it ("wrapper"), or a chain that ends in DST ("chain"); "theirs" changes nothing.
 Every entry is free, by a schedule, so that the seed is kept and results must be those of T5X's optimizer.
 Each file runs in a process of its own. What fails must be what DIFFERENT lists, with the reason.
@@ -90,17 +90,22 @@ def run(way: str, name: str) -> bool:
     compat.make_importable()
     flags.FLAGS([__file__])
     replace(way)
-    tests = list(cases(unittest.defaultTestLoader.loadTestsFromName(f"t5x.{name}")))
-    names = {name_of(test) for test in tests}
+    return judge(way, name, list(cases(unittest.defaultTestLoader.loadTestsFromName(f"t5x.{name}"))))
+
+
+def judge(way: str, name: str, tests: list[unittest.TestCase]) -> bool:
+    """Runs tests; whether there were any, and just those failed that DIFFERENT lists."""
     result = unittest.TextTestRunner(verbosity=0).run(unittest.TestSuite(tests))
     failed = {name_of(test): words for test, words in result.failures + result.errors}
-    different = DIFFERENT.get(way, {}).keys() & names
+    ran = {name_of(test) for test in tests} - {name_of(test) for test, _ in result.skipped}
+    different = DIFFERENT.get(way, {}).keys() & ran
     for test in sorted(failed.keys() - different):
         print(f"  {test}: {failed[test].strip().splitlines()[-1][:200]}")
     for test in sorted(different - failed.keys()):
         print(f"  {test} passes, though DIFFERENT lists it")
-    print(f"{name}, {way}: {len(names - failed.keys())} of {len(names)} tests pass", flush=True)
-    return failed.keys() == different and bool(names)
+    skipped = f", {len(result.skipped)} were skipped" if result.skipped else ""
+    print(f"{name}, {way}: {len(ran - failed.keys())} of {len(ran)} tests pass{skipped}", flush=True)
+    return failed.keys() == different and bool(ran)
 
 
 def run_alone(way: str, name: str) -> bool:

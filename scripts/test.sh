@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
-[ -x "$python" ] || "${PYTHON:-python3}" -m venv .venv
+scripts/make_venv.sh
 "$python" -m pip install -q --disable-pip-version-check -e '.[test,dev,finetuning]' ${JAX:+"jax==$JAX"}
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 "$python" -m ruff format --check .
@@ -32,10 +32,13 @@ application() {
 
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-trap 'trap - TERM; kill 0' INT TERM
-library "$@" >"$log" 2>&1 &
+trap 'kill %1 %2 2>/dev/null; exit 130' HUP INT TERM
+set -m # each half is a job of its own: `kill` reaches all that it started, pytest's workers too, and no one else
+library "$@" </dev/null >"$log" 2>&1 &
+first=$!
+application "$@" </dev/null &
 status=0
-application "$@" || status=$?
 wait $! || status=$?
+wait "$first" || status=$?
 cat "$log"
 exit "$status"

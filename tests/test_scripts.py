@@ -2,16 +2,23 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
+import tomllib
+import unittest
 from pathlib import Path
 
 import mutations
 import pytest
+from packaging.requirements import Requirement
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
+SWEEP = ["sweep_superglue.sh", "--dry-run", "--model=t5_1_1_small", "--out=o"]
 LAUNCH = ["launch_tpu.sh", "--dry-run", "--name=dst", "--zone=z", "--type=v5litepod-8", "--project=p"]
 RUN = ["--model_dir=gs://b/rte", "--", "--gin_file=configs/t5x/dst.gin", '--gin.TASKS=["rte"]']
 
@@ -57,34 +64,171 @@ def stubbed(tmp_path, name, text):
     return {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(tmp_path / "log")}
 
 
-def test_a_preempted_tpu_is_made_anew_when_there_is_one(tmp_path):
-    env = stubbed(
-        tmp_path,
-        "gcloud",
-        'echo "$4" >>"$LOG"\n'
-        'case "$4 $(grep -c "^$4" "$LOG")" in\n'
-        '"create 2") exit 1 ;; "ssh 2") exit 1 ;; describe*) echo PREEMPTED ;;\nesac',
-    )
+def launched(tmp_path, command, cases):
+    """How launching ends, and what it asks of a gcloud whose n-th use of a verb is as the cases say."""
+    text = f'echo "$4" >>"$LOG"\ncase "$4 $(grep -c "^$4" "$LOG")" in {cases} esac'
+    env = {**stubbed(tmp_path, "gcloud", text), "RETRY_SECONDS": "0"}
     arguments = [a for a in LAUNCH if a != "--dry-run"]
-    command = [str(SCRIPTS / arguments[0]), *arguments[1:], "all", f"--out={tmp_path}/out", *RUN]
-    done = subprocess.run(command, env={**env, "RETRY_SECONDS": "0"}, capture_output=True, text=True)
+    line = [str(SCRIPTS / arguments[0]), *arguments[1:], command, f"--out={tmp_path}/out", *RUN]
+    done = subprocess.run(line, env=env, capture_output=True, text=True)
+    return done, (tmp_path / "log").read_text().split()
+
+
+def test_a_preempted_tpu_is_made_anew_when_there_is_one(tmp_path):
+    cases = '"create 2" | "ssh 2") exit 1 ;; describe*) echo PREEMPTED ;;'
+    done, verbs = launched(tmp_path, "all", cases)
     assert done.returncode == 0, done.stderr
-    verbs = (tmp_path / "log").read_text().split()
+    assert "may still exist" not in done.stderr
     wanted = ["create", "scp", "ssh", "ssh", "describe", "delete", "create", "create", "scp", "ssh", "ssh"]
     assert verbs == [*wanted, "ssh", "scp", "delete"]
 
 
-def test_a_sweep_goes_on_after_a_failure_and_names_it(tmp_path):
+@pytest.mark.parametrize(
+    ("command", "cases"),
+    [
+        ("all", '"create 1") exit 1 ;;'),
+        ("all", '"ssh 1") exit 1 ;;'),  # the installation
+        ("all", '"ssh 2") exit 1 ;; describe*) echo READY ;;'),  # the training
+        ("all", '"scp 2") exit 1 ;;'),  # what was tuned
+        ("all", '"delete 1") exit 1 ;;'),
+        ("fetch", '"ssh 1") exit 1 ;;'),
+    ],
+)
+def test_after_a_failure_the_tpu_that_may_be_left_is_named(tmp_path, command, cases):
+    done, _ = launched(tmp_path, command, cases)
+    assert done.returncode != 0
+    hint = "dst may still exist and cost money: scripts/launch_tpu.sh delete"
+    assert done.stderr.endswith(f"{hint} --name=dst --zone=z --project=p\n")
+
+
+@pytest.mark.parametrize(
+    ("kind", "version"),
+    [
+        ("v4-8", "tpu-ubuntu2204-base"),
+        ("v5litepod-8", "v2-alpha-tpuv5-lite"),
+        ("v5p-8", "v2-alpha-tpuv5"),
+        ("v6e-8", "v2-alpha-tpuv6e"),
+    ],
+)
+def test_the_runtime_is_that_of_the_type(kind, version):
+    (create,) = commands(run(*LAUNCH, f"--type={kind}", "create"))
+    assert f"--version={version}" in create
+    (create,) = commands(run(*LAUNCH, f"--type={kind}", "--version=mine", "create"))
+    assert "--version=mine" in create
+
+
+def test_a_tpu_whose_python_is_too_old_gets_another(tmp_path):
+    install = commands(run(*LAUNCH, "install"))[-1]
+    (remote,) = [a.removeprefix("--command=") for a in install if a.startswith("--command=")]
+    (tmp_path / "home").mkdir()
+    shutil.make_archive(tmp_path / "home/dst-optax", "gztar", SCRIPTS.parent, "scripts")
+    stubbed(tmp_path, "uv", 'echo uv "$@" >>"$LOG"')
+    for version in ("3", "3.11", "3.12", "3.13"):
+        stubbed(tmp_path, f"python{version}", "exit 1")
+    curl = f"echo 'mkdir -p ~/.local/bin && mv {tmp_path}/uv ~/.local/bin'"
+    env = {**stubbed(tmp_path, "curl", curl), "HOME": str(tmp_path / "home")}
+    subprocess.run(["bash", "-c", remote], cwd=tmp_path / "home", env=env, capture_output=True)
+    assert (tmp_path / "log").read_text() == "uv venv --seed --python 3.12 .venv\n"
+
+
+def checkout(tmp_path):
+    """A copy of the scripts, with nothing beside them."""
+    shutil.copytree(SCRIPTS, tmp_path / "clone/scripts", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    return tmp_path / "clone"
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])
+def test_a_python_that_does_not_fit_leaves_no_environment(tmp_path, script):
+    clone = checkout(tmp_path)
+    half = '[ "$1" = -c ] || { mkdir -p .venv/bin && cp "$0" .venv/bin/python; }; exit 1'
+    env = {**stubbed(tmp_path, "old", half), "PYTHON": str(tmp_path / "old")}
+    done = subprocess.run(["bash", f"scripts/{script}"], cwd=clone, env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no Python 3.11 to 3.13 with venv" in done.stderr
+    assert not (clone / ".venv").exists()
+
+
+def test_half_an_environment_is_removed_or_refused(tmp_path):
+    clone = checkout(tmp_path)
+    half = '[ "$1" = -c ] || { mkdir -p .venv/bin && echo exit 1 >.venv/bin/python; exit 3; }'
+    env = {**stubbed(tmp_path, "half", half), "PYTHON": str(tmp_path / "half")}
+    command = ["bash", "scripts/make_venv.sh"]
+    done = subprocess.run(command, cwd=clone, env=env, capture_output=True, text=True)
+    assert done.returncode == 3
+    assert not (clone / ".venv").exists()
+    (clone / ".venv/bin").mkdir(parents=True)
+    done = subprocess.run(command, cwd=clone, env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "remove it" in done.stderr
+    assert (clone / ".venv").exists()
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return not Path(f"/proc/{pid}/stat").exists() or Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+
+
+def wait_until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert condition()
+
+
+@pytest.mark.parametrize("by", ["Ctrl-C", "TERM"])
+def test_stopping_the_tests_ends_what_they_started_and_no_one_else(tmp_path, by):
+    clone, log = checkout(tmp_path), tmp_path / "log"
+    (clone / ".venv/bin").mkdir(parents=True)
+    workers = 'if [[ "$*" = *pytest* ]]; then sleep 60 & echo $$ $! >>"$LOG"; wait; fi'
+    env = stubbed(clone / ".venv/bin", "python", workers) | {"LOG": str(log)}
+    caller = "trap : INT; bash scripts/test.sh & echo $! >pid; wait $!; wait $!; echo the caller is alive"
+    if by == "Ctrl-C":  # a shell starts what it starts in the background without it
+        caller = "trap : INT; bash scripts/test.sh; echo the caller is alive"
+    run = subprocess.Popen(
+        ["bash", "-c", caller], cwd=clone, env=env, start_new_session=True, stdout=subprocess.PIPE, text=True
+    )
+    pids = []
+    try:
+        wait_until(lambda: log.exists() and len(log.read_text().split()) == 4)
+        pids = [int(pid) for pid in log.read_text().split()]
+        if by == "Ctrl-C":
+            os.killpg(run.pid, signal.SIGINT)
+        else:
+            os.kill(int((clone / "pid").read_text()), signal.SIGTERM)
+        assert run.communicate(timeout=20)[0].endswith("the caller is alive\n")
+        wait_until(lambda: not any(map(alive, pids)))
+    finally:
+        run.kill()
+        for pid in filter(alive, pids):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("script", ["launch_tpu.sh", "sweep_superglue.sh"])
+def test_help_is_the_head_of_the_file(tmp_path, script):
+    """From any directory, and with a sed like that of macOS, which wants `;` before `}`."""
+    strict = '[[ "$*" =~ [a-z]"}" ]] && exit 1\n' + f'exec {shutil.which("sed")} "$@"'
+    command = ["bash", script, "--help"]
+    env = stubbed(tmp_path, "sed", strict)
+    done = subprocess.run(command, cwd=SCRIPTS, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    head = (SCRIPTS / script).read_text().partition("\nset ")[0].splitlines()[1:]
+    assert done.stdout.splitlines() == [re.sub("^# ?", "", line) for line in head]
+
+
+def test_a_sweep_continues_after_a_failure_and_names_it(tmp_path):
     (tmp_path / "scripts").mkdir()
     shutil.copy(SCRIPTS / "sweep_superglue.sh", tmp_path / "scripts")
     (tmp_path / "configs/t5x").mkdir(parents=True)
-    (tmp_path / "configs/t5x/t.gin").write_text("")
+    (tmp_path / "configs/t5x/t5_1_1_t.gin").write_text("")
     env = stubbed(tmp_path, "python3", 'echo "$@" >>"$LOG"\n[[ "$*" != *cb* ]]')
-    flags = ["--model=t", "--out=o", "--tasks=cb,rte", "--fractions=0.1"]
+    flags = ["--model=t5_1_1_t", "--out=o", "--tasks=cb,rte", "--fractions=0.1"]
     command = ["bash", str(tmp_path / "scripts/sweep_superglue.sh"), *flags]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.endswith("these runs failed, start it again to try them again: cb/0.1/0\n")
+    assert done.stderr.endswith("these runs failed, rerun the command to try them again: cb/0.1/0\n")
     assert len((tmp_path / "log").read_text().splitlines()) == 2
 
 
@@ -104,7 +248,9 @@ def test_gin_flags_reach_the_workers_unchanged():
         (["launch_tpu.sh", "--dry-run", "create"], "--name"),
         (["launch_tpu.sh", "--dry-run", "--name=a", "--zone=z"], "no command"),
         (["launch_tpu.sh", "--dry-run", "--name=a", "--zone=z", "create"], "--type"),
-        (["launch_tpu.sh", "--dry-run", "--name=a", "--zone=z", "run", "--", "x"], "--model_dir"),
+        (["launch_tpu.sh", "--dry-run", "--name=a", "--zone=z", "run", *RUN], "--type"),  # to make it anew
+        ([*LAUNCH, "run", "--", "x"], "--model_dir"),
+        ([*LAUNCH, "run", "--model_dir=runs/rte", *RUN[1:]], "gs://"),
         ([*LAUNCH, "all", "--", "x"], "--model_dir"),  # before a TPU is made
         ([*LAUNCH, "all", "--model_dir=gs://b"], "no gin flags"),
         ([*LAUNCH, "all", "--model_dir=gs://b", "--", "--gin_file=t5_1_1_xxl.gin"], "dst.gin"),
@@ -112,9 +258,14 @@ def test_gin_flags_reach_the_workers_unchanged():
         (["launch_tpu.sh", "--nmae=a"], "--nmae"),
         ([*LAUNCH, "fetch", "--model_dir=gs://b", "--out=scripts"], "scripts exists"),
         (["sweep_superglue.sh", "--dry-run", "--model=t6", "--out=o"], "t6"),
+        (["sweep_superglue.sh", "--dry-run", "--model=superglue_tasks", "--out=o"], "superglue_tasks"),
+        (["sweep_superglue.sh", "--dry-run", "--model=t5_1_1", "--out=o"], "t5_1_1"),
         (["sweep_superglue.sh", "--dry-run", "--model=t5_1_1_small"], "--out"),
-        (["sweep_superglue.sh", "--dry-run", "--model=t5_1_1_small", "--out=o", "--fractions=1.5"], "1.5"),
-        (["sweep_superglue.sh", "--dry-run", "--model=t5_1_1_small", "--out=o", "--seeds=a"], "'a'"),
+        ([*SWEEP, "--tasks="], "--tasks is empty"),
+        ([*SWEEP, "--tasks=cb,rt"], "'rt'"),
+        ([*SWEEP, "--fractions=,"], "--fractions is empty"),
+        ([*SWEEP, "--fractions=1.5"], "1.5"),
+        ([*SWEEP, "--seeds=a"], "'a'"),
     ],
 )
 def test_bad_arguments(arguments, words):
@@ -140,6 +291,50 @@ def test_a_sweep_is_every_combination():
         assert tuned_by_dst == ("--gin.FRACTION=0.01" in c) == ("/0.01/" in " ".join(c))
         assert tuned_by_dst == any(flag.endswith("base_learning_rate=3e-3") for flag in c)
         assert c[-1] == "--gin.TRAIN_STEPS=9"
+
+
+def test_skipped_tests_of_t5x_do_not_pass(capsys):
+    import t5x_tests
+
+    class Some(unittest.TestCase):
+        def passes(self):
+            pass
+
+        def skips(self):
+            self.skipTest("here")
+
+    tests = {name: Some(name) for name in ("passes", "skips")}
+    assert t5x_tests.judge("theirs", "file", list(tests.values()))
+    assert "file, theirs: 1 of 1 tests pass, 1 were skipped" in capsys.readouterr().out
+    assert not t5x_tests.judge("theirs", "file", [tests["skips"]])
+
+
+def test_t5x_is_installed_as_the_page_says():
+    page = (SCRIPTS.parent / "docs/t5x.md").read_text()
+    (t5x,) = re.findall("^T5X=(.+)$", (SCRIPTS / "launch_tpu.sh").read_text(), re.M)
+    assert f"pip install --no-deps {t5x}\n" in page
+    assert "git clone" not in page  # the checkout's tests would read one in it
+
+
+@pytest.mark.parametrize(
+    ("platform", "machine", "name"),
+    [
+        ("linux", "x86_64", "tensorflow-cpu"),
+        ("linux", "aarch64", "tensorflow"),
+        ("darwin", "arm64", "tensorflow"),
+        ("win32", "AMD64", "tensorflow-cpu"),
+    ],
+)
+def test_every_platform_gets_a_tensorflow_that_it_has(platform, machine, name):
+    project = tomllib.loads((SCRIPTS.parent / "pyproject.toml").read_text())["project"]
+    pinned = (SCRIPTS.parent / "configs/t5x/requirements.txt").read_text().splitlines()
+    for lines in (project["optional-dependencies"]["finetuning"], pinned):
+        wanted = [Requirement(line) for line in lines if not line.startswith("#")]
+        here = {"sys_platform": platform, "platform_machine": machine}
+        found = [r.name for r in wanted if r.name in ("tensorflow", "tensorflow-cpu")]
+        assert len(found) == 2
+        found = [r.name for r in wanted if r.name in found and r.marker and r.marker.evaluate(here)]
+        assert found == [name]
 
 
 def test_sweeps_with_other_held_out_rows_are_joined(tmp_path):
