@@ -16,6 +16,7 @@ References:
   Floyd, Rivest, *Expected time bounds for selection*, CACM 18(3), 1975.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -255,6 +256,15 @@ class Tensors:
         return method(count, per_silo)
 
 
+class _Block(NamedTuple):
+    """Slices of a tensor that lie below each other in a matrix."""
+
+    first: int
+    number: int
+    matrix: int  # which one, by the size of its silos
+    start: tuple[jax.Array, jax.Array]  # row and column there
+
+
 class Rows:
     """Silos as rows of matrices, on one CPU device."""
 
@@ -290,24 +300,35 @@ class Rows:
         empty = zero.astype(keys[0].values.dtype)  # not a constant, or all matrices would be made first
         matrices = {n: jnp.broadcast_to(empty, (len(silos), n)) for n, silos in silos_of.items()}
 
-        def place(silo: int, offset: int) -> list[jax.Array]:
-            """Row and column of the matrix of the silo's size."""
-            return [runtime_index(silos_of[sizes[silo]].index(silo), zero), runtime_index(offset, zero)]
+        row_of = {silo: row for silos in silos_of.values() for row, silo in enumerate(silos)}
 
-        places = [[place(*slice_) for slice_ in zip(x.silos, x.offsets, strict=True)] for x in keys]
+        def blocks(x: Keys) -> list[_Block]:
+            """Slices whose rows follow each other in one matrix are moved together."""
+
+            def place(i: int) -> tuple[int, int, int]:
+                return sizes[x.silos[i]], row_of[x.silos[i]] - i, x.offsets[i]
+
+            found = []
+            for (n, above, offset), run in itertools.groupby(range(len(x.silos)), place):
+                first, *rest = run
+                start = (runtime_index(first + above, zero), runtime_index(offset, zero))
+                found.append(_Block(first, 1 + len(rest), n, start))
+            return found
+
+        places = [blocks(x) for x in keys]
         for x, at in zip(keys, places, strict=True):
-            for part, silo, start in zip(_slices(x.values, x.axis), x.silos, at, strict=True):
-                n = sizes[silo]
-                matrices[n] = lax.dynamic_update_slice(matrices[n], part.reshape(1, -1), start)
+            slices = x.values[None] if x.axis is None else jnp.moveaxis(x.values, x.axis, 0)
+            for b in at:
+                block = lax.slice_in_dim(slices, b.first, b.first + b.number).reshape(b.number, -1)
+                matrices[b.matrix] = lax.dynamic_update_slice(matrices[b.matrix], block, b.start)
 
-        def read(x: Keys, at: list[list[jax.Array]]) -> jax.Array:
-            size = x.values.size // len(x.silos)
-            shape = [n for i, n in enumerate(x.values.shape) if i != x.axis]
-            parts = [
-                lax.dynamic_slice(matrices[sizes[silo]], start, (1, size)).reshape(shape)
-                for silo, start in zip(x.silos, at, strict=True)
-            ]
-            return parts[0] if x.axis is None else jnp.stack(parts, x.axis)
+        def read(x: Keys, at: list[_Block]) -> jax.Array:
+            size, shape = x.values.size // len(x.silos), x.values.shape
+            found = [lax.dynamic_slice(matrices[b.matrix], b.start, (b.number, size)) for b in at]
+            if x.axis is None:
+                return found[0].reshape(shape)
+            slices = jnp.concatenate(found).reshape(len(x.silos), *np.delete(shape, x.axis))
+            return jnp.moveaxis(slices, 0, x.axis)
 
         rows = [Keys(matrices[n], 0, tuple(s), (0,) * len(s), zero) for n, s in silos_of.items()]
         return rows, [x._replace(values=read(x, at)) for x, at in zip(keys, places, strict=True)]
@@ -353,12 +374,6 @@ def search_order(leaves: Sequence[LeafPlan], batches: list[list[int]], sizes: Se
 def _along(values: jax.Array, axis: int | None, ndim: int) -> jax.Array:
     """A value for each slice of an axis, shaped so that it broadcasts against a tensor."""
     return values.reshape([-1 if i == axis else 1 for i in range(ndim)])
-
-
-def _slices(x: jax.Array, axis: int | None) -> list[jax.Array]:
-    if axis is None:
-        return [x]
-    return [lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])]
 
 
 @partial(jax.jit, static_argnames="axis")  # traced once for all tensors of a shape
