@@ -52,10 +52,15 @@ def share(total: int, sizes: Sequence[int]) -> list[int]:
     Returns:
       The budget of each silo; they add up to ``min(total, sum(sizes))``.
 
+    Raises:
+      ValueError: a negative total.
+
     Example:
       >>> share(3, [10, 10, 100])
       [0, 0, 3]
     """
+    if total < 0:
+        raise ValueError(f"num_free_params: got {total}; it must be 0 or more.")
     everything = max(sum(sizes), 1)
     total = min(total, sum(sizes))
     budgets = [total * size // everything for size in sizes]
@@ -68,10 +73,10 @@ def share(total: int, sizes: Sequence[int]) -> list[int]:
 def traced_rank(fraction: jax.Array, sizes: Sequence[int]) -> Counts:
     """The rank for a fraction known only at run time, in integer arithmetic.
 
-    A fraction f stands for its rounding interval: half a unit in the last place of its dtype below
-    it, so that 0.1 means 0.1 in bfloat16 too. For a float32 f = M * 2**(e-23) with a 24-bit M the lower
-    end is (2M - 1) * 2**(e-24), and the budget ceil((2M - 1) * (n - 1) / 2**(24 - e)); n at
-    f >= 1 and 0 at f <= 0.
+    A fraction f stands for the lower end of its rounding interval, halfway to the next number of its dtype
+    below it: never more entries are free than with the decimal that was rounded to f. As a float32
+    f = M * 2**(e-23) with a 24-bit M. If the number below it is 2**k of these units away, the lower end is
+    (4M - 2**(k+1)) * 2**(e-25), and the budget its product with n - 1, rounded up; n at f >= 1, 0 at f <= 0.
 
     Args:
       fraction: floating-point scalar.
@@ -81,10 +86,13 @@ def traced_rank(fraction: jax.Array, sizes: Sequence[int]) -> Counts:
       Budgets, (len(sizes),).
     """
     bits = jax.lax.bitcast_convert_type(fraction.astype(jnp.float32), jnp.uint32)
-    exponent = (bits >> 23).astype(jnp.int32) & 0xFF
-    half_unit = 1 << max(23 - jnp.finfo(fraction.dtype).nmant, 0)
-    mantissa = ((bits & 0x7FFFFF) | 0x800000) * 2 - half_unit
-    shift = jnp.clip(151 - exponent, 1, 150)  # 24 - e with e = exponent - 127
-    ranks = ceil_of_product([max(n - 1, 0) for n in sizes], mantissa, shift)
+    exponent = ((bits >> 23).astype(jnp.int32) & 0xFF) - 127
+    info = jnp.finfo(fraction.dtype)
+    subnormal = jnp.clip(info.minexp - exponent, 0, info.nmant)
+    k = max(23 - info.nmant, 0) + subnormal
+    is_power_of_two = (bits & 0x7FFFFF) == 0  # below it numbers lie half as far apart, above minexp
+    k -= (is_power_of_two & (exponent > info.minexp)).astype(jnp.int32)
+    lower_end = ((bits & 0x7FFFFF) | 0x800000) * 4 - (jnp.uint32(1) << (k + 1).astype(jnp.uint32))
+    ranks = ceil_of_product([max(n - 1, 0) for n in sizes], lower_end, jnp.clip(25 - exponent, 1, 151))
     ranks = Counts.of(sizes).where(fraction >= 1, ranks)
     return ranks.where(fraction > 0, Counts.of([0] * len(sizes)))

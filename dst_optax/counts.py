@@ -139,7 +139,7 @@ def ceil_of_product(numbers: Sequence[int], factor: jax.Array, shift: jax.Array)
     Args:
       numbers: Python integers below 2**47.
       factor: uint32 scalar.
-      shift: int32 scalar in [1, 150].
+      shift: int32 scalar in [1, 151].
 
     Returns:
       Counts of shape ``(len(numbers),)``; the results must be below 2**47.

@@ -42,8 +42,16 @@ MUTATIONS = [
         "tests/test_budget.py",
     ),
     Mutation(
-        "rank: rounding interval of a traced fraction", "budget.py", "* 2 - half_unit", "* 2",
+        "rank: rounding interval of a traced fraction", "budget.py", "(jnp.uint32(1) << (k + 1)",
+        "(0 * (k + 1)", "tests/test_budget.py",
+    ),
+    Mutation(
+        "rank: rounding interval in half precision", "budget.py", "k = max(23 - info.nmant, 0)", "k = 0",
         "tests/test_budget.py",
+    ),
+    Mutation(
+        "rank: rounding interval of a power of two", "budget.py", "(exponent > info.minexp)",
+        "(exponent < -200)", "tests/test_budget.py",
     ),
     Mutation(
         "rank: ties at the threshold are reverted", "select.py", "(x.values > above) |",

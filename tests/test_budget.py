@@ -20,9 +20,8 @@ def exact_rank(fraction, n):
         return n
     if fraction <= 0:
         return 0
-    mantissa, exponent = np.frexp(fraction)
-    low = Fraction(2 * int(np.float64(mantissa) * 2**24) - 1) * Fraction(2) ** int(exponent - 25)
-    product = low * (n - 1)
+    below = np.nextafter(fraction, fraction.dtype.type(-1))
+    product = (Fraction(float(below)) + Fraction(float(fraction))) / 2 * (n - 1)
     return -(-product.numerator // product.denominator)
 
 
@@ -33,12 +32,17 @@ def test_a_fraction_is_its_shortest_decimal(digit, places, tens, dtype):
     assert budget.rank(fraction, tens * 10**places + 1) == digit * tens
 
 
+FRACTIONS = st.floats(-0.5, 1.5, width=32, allow_subnormal=False) | st.integers(0, 30).map(lambda k: 0.5**k)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @settings(max_examples=300)
-@given(st.floats(-0.5, 1.5, width=32, allow_subnormal=False))
-def test_traced_rank_is_exact(fraction):
-    got = jax.jit(budget.traced_rank, static_argnums=1)(jnp.float32(fraction), SIZES)
+@given(FRACTIONS)
+def test_traced_rank_is_exact(dtype, fraction):
+    fraction = np.asarray(fraction, dtype)[()]
+    got = jax.jit(budget.traced_rank, static_argnums=1)(jnp.asarray(fraction), SIZES)
     got = np.asarray(got.high, np.int64) * 2**16 + np.asarray(got.low, np.int64)
-    assert got.tolist() == [exact_rank(np.float32(fraction), n) for n in SIZES]
+    assert got.tolist() == [exact_rank(fraction, n) for n in SIZES]
 
 
 @given(st.integers(0, 10**6), st.lists(st.integers(1, 10**5), min_size=1, max_size=20))
