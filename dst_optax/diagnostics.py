@@ -11,6 +11,7 @@ from dst_optax import silos
 from dst_optax.counting import replicated
 from dst_optax.state import DynamicSubsetTuningState, states
 from dst_optax.transform import differing
+from dst_optax.tree import named_leaves
 
 
 def _count(mask: Any) -> jax.Array:
@@ -123,7 +124,9 @@ def _per_silo(state: Any, mask: Any, plan: silos.SiloPlan) -> dict[str, jax.Arra
     if mask is None:
         return out
     sizes = jnp.zeros(len(plan.sizes), jnp.float32)
-    for leaf, free in zip(plan.leaves, jax.tree.leaves(mask), strict=True):
+    by_path = dict(named_leaves(mask))  # parameters outside of DST, too
+    for leaf in plan.leaves:
+        free = by_path[leaf.path]
         axes = tuple(i for i in range(free.ndim) if i != leaf.axis)
         counts = replicated(jnp.sum(free, axis=axes, dtype=jnp.float32))
         sizes = sizes.at[np.array(leaf.silos, np.int32)].add(jnp.atleast_1d(counts))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from dst_optax import distances
 from dst_optax.counts import Counts
-from dst_optax.floats import difference
+from dst_optax.floats import add, difference
 from dst_optax.select import Proposal, choose
 from dst_optax.silos import SiloPlan
 from dst_optax.state import Memory, new_memory
@@ -72,10 +72,12 @@ def project(
       >>> project(silos.make_plan(seed, None, 0.5), proposed, seed).params.tolist()
       [0.0, 0.0, -3.0, 2.0, 0.0]
     """
+    check_ties(ties)
     values, treedef = jax.tree.flatten(proposed)
     seeds = jax.tree.leaves(seed)
     _check(plan, values, seeds)
     _check_order(plan, proposed, seed)
+    free = [x for x, leaf in zip(values, plan.leaves, strict=True) if plan.is_free(leaf)]
     choice = choose(
         plan,
         distance,
@@ -89,7 +91,14 @@ def project(
     params = [x if plan.is_free(leaf) else s for leaf, x, s in zip(plan.leaves, values, seeds, strict=True)]
     for i, mask, x in zip(plan.ranked, choice.masks, choice.steps, strict=True):
         masks[i], params[i] = mask, jnp.where(mask, x, seeds[i])
-    return Projection(treedef.unflatten(params), treedef.unflatten(masks), choice.memory)
+    memory = _with_nonfinite(choice.memory, free)
+    return Projection(treedef.unflatten(params), treedef.unflatten(masks), memory)
+
+
+def check_ties(ties: str) -> None:
+    """Raises if there is no such rule for ties."""
+    if ties not in ("strict", "fill"):
+        raise ValueError(f"ties: got {ties!r}; it must be 'strict' or 'fill'.")
 
 
 def project_updates(
@@ -118,6 +127,7 @@ def project_updates(
       Updates of all leaves (as proposed where an entry is kept, ``seed - params`` elsewhere), masks of
       the leaves ``plan.ranked``, and the memory for the next step.
     """
+    free = [add(p, u) for p, u, leaf in zip(params, updates, plan.leaves, strict=True) if plan.is_free(leaf)]
     proposals = [Proposal(updates[i], jnp.asarray(params[i])) for i in plan.ranked]
     choice = choose(plan, distance, ties, proposals, seeds, budgets, memory)
     out = [
@@ -126,7 +136,14 @@ def project_updates(
     ]
     for i, mask, u, seed in zip(plan.ranked, choice.masks, choice.steps, seeds, strict=True):
         out[i] = jnp.where(mask, u, difference(seed, params[i], u.dtype))
-    return out, choice.masks, choice.memory
+    return out, choice.masks, _with_nonfinite(choice.memory, free)
+
+
+def _with_nonfinite(memory: Memory, free: list[jax.Array]) -> Memory:
+    """The memory, with what is NaN or infinite where all is free at every step and nothing competes."""
+    counts = [jnp.sum(~jnp.isfinite(x), dtype=jnp.float32) for x in free]
+    number = sum(counts, start=memory.diagnostics.num_nonfinite)
+    return memory._replace(diagnostics=memory.diagnostics._replace(num_nonfinite=number))
 
 
 def _check_order(plan: SiloPlan, proposed: Any, seed: Any) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from dst_optax import distances
 from dst_optax import silos as silos_lib
 from dst_optax import state as state_lib
-from dst_optax.project import project, project_updates
+from dst_optax.project import check_ties, project, project_updates
 from dst_optax.silos import SiloPlan
 from dst_optax.state import DynamicSubsetTuningState
 from dst_optax.tree import are_rules, is_function, named_leaves
@@ -49,8 +49,11 @@ class SubsetRule:
     ties: str = "strict"
 
     def __post_init__(self):
-        if self.ties not in ("strict", "fill"):
-            raise ValueError(f"ties: got {self.ties!r}; it must be 'strict' or 'fill'.")
+        check_ties(self.ties)
+        if self.distance is not None and not callable(self.distance):
+            raise TypeError(
+                f"distance: got {self.distance!r}; it must be a function, for example distances.relative."
+            )
         if self.distance is not None and not isinstance(self.distance, Hashable):
             raise TypeError(
                 f"distance: {self.distance!r} cannot be hashed, by which jax knows compiled programs; make "

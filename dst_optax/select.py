@@ -287,7 +287,7 @@ def _cut(scale: _Scale, ties: str, count: Count, silos: _Silos) -> tuple[_Cut, _
         threshold=jnp.where(all_free | none_free, 0.0, scale.to_distance(t)),
         passes=bracket.passes,
         num_free=m.where(lacking, num_free),
-        num_nonfinite=none.where(none_free | all_free, total - bracket.ranked),
+        num_nonfinite=none.where(none_free, total - bracket.ranked),
     )
     return cut, facts
 

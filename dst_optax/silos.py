@@ -24,6 +24,7 @@ from dst_optax.tree import (
     are_rules,
     by_prefix,
     check_prefix,
+    compiled,
     first_match,
     is_function,
     is_masked,
@@ -46,7 +47,7 @@ class Silos:
       patterns: regexes that must match at least one path.
     """
 
-    label: Callable[[str, int | None], str] | Any
+    label: Callable[[str, int | None], Any] | Any
     stacked: tuple[tuple[str, int], ...] = ()
     patterns: tuple[str, ...] = ()
 
@@ -65,11 +66,26 @@ def per_tensor(stacked: Stacked = ()) -> Silos:
       >>> from dst_optax import silos
       >>> rule = silos.per_tensor(stacked=[("^layers/", 0)])
     """
+    stacked = _checked_stacked(stacked, "per_tensor")
+    return Silos(_Own, stacked, tuple(p for p, _ in stacked))
 
-    def label(path: str, index: int | None) -> str:
-        return path if index is None else f"{path}[{index}]"
 
-    return Silos(label, tuple(stacked), tuple(p for p, _ in stacked))
+@dataclasses.dataclass(frozen=True)
+class _Own:
+    """The label of a silo of one tensor or slice, which no group has, nor a path that is spelled like it."""
+
+    path: str
+    index: int | None
+
+    def __str__(self):
+        return self.path if self.index is None else f"{self.path}[{self.index}]"
+
+
+def _checked_stacked(stacked: Stacked, owner: str) -> tuple[tuple[str, int], ...]:
+    """Raises if these are no pairs of a regex and an axis."""
+    if (len(stacked) > 0 and not are_rules(stacked)) or any(type(axis) is not int for _, axis in stacked):
+        raise TypeError(f"silos.{owner}: stacked={stacked!r} is no list of pairs (regex, axis).")
+    return tuple((pattern, axis) for pattern, axis in stacked)
 
 
 def per_layer(pattern: str, stacked: Stacked = ()) -> Silos:
@@ -77,7 +93,8 @@ def per_layer(pattern: str, stacked: Stacked = ()) -> Silos:
 
     Args:
       pattern: regex whose groups name the layer, for example ``r"(encoder|decoder)/layers_(\d+)"``.
-        A tensor that it does not match is a silo of its own.
+        A tensor that it does not match is a silo of its own. Groups that do not take part in a match are left
+        out of the name: layer 0 of ``enc_(\d+)|dec_(\d+)`` is one silo, of ``(enc|dec)_(\d+)`` two.
       stacked: ``(regex, axis)`` pairs; slice ``i`` belongs to the layer named by the groups and ``i``.
 
     Returns:
@@ -87,20 +104,22 @@ def per_layer(pattern: str, stacked: Stacked = ()) -> Silos:
       >>> from dst_optax import silos
       >>> rule = silos.per_layer(r"(encoder|decoder)/layers_(\d+)")
     """
-    if not re.compile(pattern).groups and not stacked:
+    if not compiled(pattern).groups and not stacked:
         raise ValueError(
             f"per_layer got the pattern {pattern!r} without a group; put the part that names the layer "
             r"in parentheses, for example 'layers_(\d+)'."
         )
 
-    def label(path: str, index: int | None) -> str:
+    stacked = _checked_stacked(stacked, "per_layer")
+
+    def label(path: str, index: int | None) -> str | _Own:
         match = re.search(pattern, path)
-        own = [] if index is None else [str(index)]
         if match is None:
-            return "/".join([path, *own])
+            return _Own(path, index)
+        own = [] if index is None else [str(index)]
         return "/".join(["layer", *(g for g in match.groups() if g is not None), *own])
 
-    return Silos(label, tuple(stacked), (pattern, *(p for p, _ in stacked)))
+    return Silos(label, stacked, (pattern, *(p for p, _ in stacked)))
 
 
 def per_group(groups: Callable[[str], str] | Sequence[tuple[str, str]] | Any) -> Silos:
@@ -233,6 +252,8 @@ class SiloPlan:
         """
         if self.budgets is not None:
             return Counts.of(self.budgets)
+        if fraction is None:
+            raise ValueError("the plan has no budgets (its fraction is known at run time only); give them.")
         now = jnp.asarray(fraction(step) if is_function(fraction) else fraction)
         check_scalar(now, "fraction_of_free_params")
         if not jnp.issubdtype(now.dtype, jnp.floating):
@@ -282,8 +303,9 @@ def check_fraction(value: Any, where: str) -> None:
     """Raises if a concrete fraction is not a number in [0, 1]."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
         raise TypeError(
-            f"{where}: a fraction must be a number, a traced scalar, an optax schedule, a list of (regex, "
-            f"number) or a pytree of numbers, got {value!r} of type {type(value).__name__}."
+            f"{where}: got {value!r} of type {type(value).__name__}; it must be a number, a list of (regex, "
+            "number), a pytree of numbers or, for the whole model, an optax schedule or a JAX scalar (plans "
+            "are made with None then)."
         )
     if not 0 <= value <= 1:
         raise ValueError(
@@ -331,9 +353,7 @@ def make_plan(
     for path, leaf in named:
         _check_leaf(path, leaf)
     paths = [path for path, _ in named]
-    path, times = next(iter(Counter(paths).most_common(1)), ("", 1))
-    if times > 1:
-        raise ValueError(f"{times} parameters have the path {path!r}; rename them.")
+    _refuse_duplicates(paths, "parameters have the path", "rename them")
     fractions = fraction_of_free_params
     if num_free_params is not None:
         fractions = None
@@ -347,7 +367,7 @@ def make_plan(
         if values is not None and not are_rules(values) and not is_function(values):
             check_prefix(values, everywhere, owner)
 
-    indices: dict[str, int] = {}
+    indices: dict[str | _Own, int] = {}
     sizes: list[int] = []
     per_silo: dict[int, tuple[float, str]] = {}
     leaves = []
@@ -358,7 +378,7 @@ def make_plan(
         ids, offsets = [], []
         for index in slices:
             name = _label(rule, path, index)
-            if not isinstance(name, str):
+            if not isinstance(name, str | _Own):
                 raise TypeError(f"silos: the label of parameter {path!r} must be a str, got {name!r}.")
             silo = indices.setdefault(name, len(sizes))
             if silo == len(sizes):
@@ -367,7 +387,7 @@ def make_plan(
             offsets.append(sizes[silo])
             sizes[silo] += size
             if fractions is not None:
-                _assign_fraction(per_silo, silo, name, fractions, path)
+                _assign_fraction(per_silo, silo, str(name), fractions, path)
         leaves.append(
             LeafPlan(path, tuple(leaf.shape), np.dtype(leaf.dtype).name, axis, tuple(ids), tuple(offsets))
         )
@@ -377,7 +397,9 @@ def make_plan(
         budgets = tuple(budget.rank(per_silo[i][0], n) for i, n in enumerate(sizes))
     else:
         budgets = None
-    plan = SiloPlan(tuple(leaves), tuple(indices), tuple(sizes), budgets)
+    labels = tuple(map(str, indices))
+    _refuse_duplicates(labels, "silos are called", "rename the parameter or the group")
+    plan = SiloPlan(tuple(leaves), labels, tuple(sizes), budgets)
     for leaf in (plan.leaves[i] for i in plan.ranked):
         if np.dtype(leaf.dtype).itemsize == 1:
             raise TypeError(
@@ -385,6 +407,12 @@ def make_plan(
                 "entries. Keep it in bfloat16, mask it (optax.masked), or give it the fraction 0."
             )
     return plan
+
+
+def _refuse_duplicates(names: Sequence[str], they_have: str, remedy: str) -> None:
+    for name, times in Counter(names).most_common(1):
+        if times > 1:
+            raise ValueError(f"{times} {they_have} {name!r}; {remedy}.")
 
 
 def _label(rule: Silos, path: str, index: int | None) -> Any:
@@ -430,7 +458,7 @@ def _check_patterns(patterns: Sequence[str], paths: Sequence[str]) -> None:
     if not paths:  # optax.tree.map_params calls init with an empty tree
         return
     for pattern in patterns:
-        if not any(re.search(pattern, path) for path in paths):
+        if not any(compiled(pattern).search(path) for path in paths):
             raise ValueError(
                 f"the pattern {pattern!r} matches no parameter; the paths are {', '.join(paths[:8])}"
                 f"{', ...' if len(paths) > 8 else ''}. Correct it or take it out."

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 from jax.core import Tracer
@@ -175,7 +174,10 @@ def reseed(state: DynamicSubsetTuningState, params: Any) -> DynamicSubsetTuningS
         seed=map_named(renew, state.seed),
         mask=jax.tree.map(lambda x: ~_nowhere(x), state.seed) if has_mask else state.mask,
         captured=jax.tree.map(jnp.ones_like, state.captured),  # may be a flax variable
-        memory=jax.tree.map(jnp.zeros_like, state.memory),
+        memory=state.memory._replace(
+            threshold=jax.tree.map(jnp.zeros_like, state.memory.threshold),
+            threshold_delta=jax.tree.map(jnp.zeros_like, state.memory.threshold_delta),
+        ),
     )
 
 
@@ -229,10 +231,15 @@ def leaf_states(state: Any) -> dict[str, LeafState]:
     """What the DST states in a pytree know of each leaf, by path.
 
     Raises:
-      ValueError: two states know of one leaf.
+      ValueError: two states know of one leaf, or a state is that of several models.
     """
     by_path: dict[str, LeafState] = {}
     for dst in states(state):
+        if jnp.ndim(dst.captured):
+            raise ValueError(
+                f"the state is one of {dst.captured.shape[0]} models, as vmap makes it: call this inside the "
+                "vmap, or take one of them, jax.tree.map(lambda x: x[0], (params, state))."
+            )
         masks = dict(named_leaves(dst.mask))
         for path, seed in named_leaves(dst.seed):
             if is_masked(seed) and not isinstance(seed, Free | Frozen):
@@ -334,15 +341,21 @@ def check_structure(plan: SiloPlan, updates: Any, state: DynamicSubsetTuningStat
             f"updates are in the order {named_updates[:4]}, params in the order {list(given)[:4]}: make both "
             "of the same containers."
         )
+    ranked = [plan.leaves[i].path for i in plan.ranked]
+    for path, u in named_leaves(updates, is_leaf=lambda x: False):
+        dtype = jnp.result_type(u)
+        if not jnp.issubdtype(dtype, jnp.floating) or (dtype.itemsize == 1 and path in ranked):
+            raise TypeError(
+                f"the update of {path!r} has the dtype {dtype}; it must be a float of 16 bits or more."
+            )
     # the same leaves are ranked, in as many silos
     seeds = named_leaves(state.seed, is_leaf=lambda x: False)
-    expected = [plan.leaves[i].path for i in plan.ranked]
     threshold = state.memory.threshold
-    if [path for path, _ in seeds] != expected or threshold.shape != (len(plan.sizes),):
-        differing = sorted({path for path, _ in seeds} ^ set(expected))
+    if [path for path, _ in seeds] != ranked or threshold.shape != (len(plan.sizes),):
+        differing = sorted({path for path, _ in seeds} ^ set(ranked))
         raise ValueError(
             f"the state was made by another transform: it has {threshold.shape[0]} silos and "
-            f"{len(seeds)} seeds, this transform {len(plan.sizes)} and {len(expected)}"
+            f"{len(seeds)} seeds, this transform {len(plan.sizes)} and {len(ranked)}"
             f"{f' (first difference: {differing[0]!r})' if differing else ''}; use the silos and fractions "
             "it was made with or call tx.init again."
         )
@@ -350,7 +363,7 @@ def check_structure(plan: SiloPlan, updates: Any, state: DynamicSubsetTuningStat
         _check_like(path, given[path], "its seed", seed)
     if isinstance(state.fingerprint, Tracer):
         return
-    fingerprint = int(np.asarray(state.fingerprint).max())  # one, or one a member of vmapped states
+    fingerprint = int(state.fingerprint)
     if fingerprint != plan.fingerprint:
         raise ValueError(
             f"the state carries the plan fingerprint {fingerprint:#010x}, this transform has "

@@ -19,7 +19,7 @@ from dst_optax import state as state_lib
 from dst_optax.floats import add, bits
 from dst_optax.rule import SubsetRule
 from dst_optax.state import DynamicSubsetTuningState, Free, Frozen, LeafState
-from dst_optax.tree import is_masked, named_leaves
+from dst_optax.tree import is_masked, named_leaves, paths
 
 NO_PARAMS = "dynamic_subset_tuning needs the current parameters: call tx.update(updates, state, params)."
 
@@ -59,8 +59,9 @@ def dynamic_subset_tuning(
     Raises:
       ValueError: a fraction outside [0, 1], a rule that matches nothing or a leaf that no rule
         matches, both kinds of budget, ``params=None``, a state of other parameters, or an update inside
-        ``shard_map`` that sees only a part of each tensor.
-      TypeError: parameters that are not floating-point arrays.
+        ``shard_map`` that sees only a part of each tensor. Fractions that are known inside ``jit`` only,
+        such as a schedule's after the first step, are checked where ``checkify`` is used.
+      TypeError: parameters or updates that are not floating-point arrays.
 
     Example:
       >>> import dst_optax, jax.numpy as jnp, optax
@@ -137,7 +138,8 @@ def apply_updates(params: Any, updates: Any, state: Any) -> Any:
       The new parameters; outside the subset they equal the seed bit for bit.
 
     Raises:
-      ValueError: the state holds no DST state, or one of other parameters.
+      ValueError: the state holds no DST state, or one of other parameters; or an update has no parameter, or
+        another shape than its own.
 
     Example:
       >>> import dst_optax, jax.numpy as jnp, optax
@@ -148,16 +150,20 @@ def apply_updates(params: Any, updates: Any, state: Any) -> Any:
       >>> dst_optax.apply_updates(params, updates, state).tolist()
       [1.0, 2.5, 3.0]
     """
-    moves = dict(named_leaves(updates))
+    moves = {path: u for path, u in named_leaves(updates) if u is not None and not is_masked(u)}
+    if unknown := sorted(moves.keys() - set(paths(params))):
+        raise ValueError(f"updates: {unknown[0]!r} is no parameter; pass those that tx.update returned.")
 
     def apply(path: str, p: Any, leaf: LeafState | None) -> Any:
         u = moves.get(path)
-        if u is None or is_masked(u) or u.dtype == jax.dtypes.float0:
+        if u is None or getattr(u, "dtype", None) == jax.dtypes.float0:
             return p
+        if jnp.shape(u) != jnp.shape(p):
+            raise ValueError(f"updates: {path!r} has the shape {jnp.shape(u)}, its parameter {jnp.shape(p)}.")
         if leaf is not None and isinstance(leaf.seed, Frozen):
             return p
         p = jnp.asarray(p)
-        moved = add(p, u)
+        moved = add(p, jnp.asarray(u))
         if leaf is not None and leaf.mask is not None:
             # an update of nothing, as MultiSteps makes before the first step, must not turn -0.0 of what will
             # be the seed into 0.0

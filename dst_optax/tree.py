@@ -87,6 +87,14 @@ def first_match(rules: Sequence[tuple[str, Any]], path: str, owner: str) -> Any:
     )
 
 
+def compiled(pattern: str) -> re.Pattern:
+    """The regex, or a ValueError that names it."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}.") from error
+
+
 def are_rules(x: Any) -> TypeGuard[Sequence[tuple[str, Any]]]:
     """Whether ``x`` is a sequence of ``(regex, value)`` pairs."""
     return (
@@ -111,6 +119,8 @@ def is_function(x: Any) -> TypeGuard[Callable[..., Any]]:
 def by_prefix(prefix: Any, path: str, owner: str) -> Any:
     """The value for a leaf in a pytree of values that has the leaves' structure, or a prefix of it.
 
+    Where one name begins with another, as haiku's ``mlp`` and ``mlp/~/linear_0`` do, the longer one wins.
+
     Args:
       prefix: pytree of values.
       path: a leaf path.
@@ -127,9 +137,9 @@ def by_prefix(prefix: Any, path: str, owner: str) -> Any:
       0.1
     """
     named = named_leaves(prefix)
-    for name, value in named:
-        if name in ("", path) or path.startswith(f"{name}/"):
-            return value
+    above = [(name, value) for name, value in named if name in ("", path) or path.startswith(f"{name}/")]
+    if above:
+        return max(above, key=lambda pair: len(pair[0]))[1]
     raise ValueError(
         f"{owner}: the pytree has no value for the parameter {path!r}; it has {[name for name, _ in named]}."
     )

@@ -20,7 +20,7 @@ import dst_optax
 from dst_optax import reference, silos
 
 STEPS = 4
-SHAPES = {"a": (64, 96), "bias": (512,), "half": (8, 512), "stack": (4, 32, 24)}
+SHAPES = {"a": (64, 96), "bias": (4096,), "half": (8, 512), "stack": (4, 32, 24)}
 UNEVEN = {"a": (13, 7), "bias": (5,), "half": (3, 11), "stack": (4, 5, 3)}
 SPECS = {"a": P("x", "y"), "bias": P("y"), "half": P(None, "x"), "stack": P("x", None, "y")}
 RULES = {

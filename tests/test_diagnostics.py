@@ -8,6 +8,7 @@ import pytest
 
 import dst_optax
 from dst_optax import diagnostics, silos
+from dst_optax.rule import SubsetRule
 
 SHAPES = {"b": (31,), "stack": (4, 3, 10), "w": (24, 10)}
 FRACTION = 0.1
@@ -126,6 +127,26 @@ def test_frozen_and_free_leaves():
     assert int(got["subset_size/w"]) == 0
 
 
+@pytest.mark.parametrize("fraction", [0.5, optax.constant_schedule(1.0), 1.0])
+def test_entries_that_are_not_finite_are_counted_where_all_are_free_too(fraction):
+    tx, params = dst_optax.wrap(optax.identity(), fraction), jnp.zeros(4)
+    updates = jnp.array([jnp.nan, 1.0, 2.0, 3.0])
+    _, state = tx.update(updates, tx.init(params), params)
+    assert int(diagnostics.metrics(state)["num_nonfinite"]) == 1
+    rule = SubsetRule(fraction)
+    _, state = rule.project(updates, params, rule.init(params))
+    assert int(diagnostics.metrics(state)["num_nonfinite"]) == 1
+
+
+def test_a_plan_describes_a_part_of_a_model():
+    params = {"w": jnp.zeros(8), "statistics": jnp.zeros(3)}
+    tx = optax.masked(dst_optax.wrap(optax.sgd(1.0), 0.5), {"w": True, "statistics": False})
+    updates, state = tx.update({"w": jnp.arange(8.0), "statistics": jnp.ones(3)}, tx.init(params), params)
+    plan = silos.make_plan({"w": params["w"]}, None, 0.5)
+    got = diagnostics.metrics(state, dst_optax.apply_updates(params, updates, state), plan=plan)
+    assert int(got["subset_size/w"]) == int(got["budget/w"]) == 4
+
+
 def test_entries_that_are_not_finite_are_counted():
     params = {"a": jnp.ones(50)}
     tx = dst_optax.wrap(optax.identity(), FRACTION)
@@ -179,4 +200,6 @@ def test_a_plan_of_another_transform_is_refused():
             diagnostics.metrics(state, params, plan=plan)
     with pytest.raises(ValueError, match="pass params, too"):
         diagnostics.metrics(state, previous=params)
-    assert diagnostics.metrics(state, params, plan=silos.make_plan(params, None, FRACTION))
+    own = silos.make_plan(params, None, FRACTION)
+    got = diagnostics.metrics(state, params, plan=own)
+    assert [int(got[f"budget/{name}"]) for name in own.labels] == list(own.budgets)

@@ -1,5 +1,8 @@
 """Rules become plans: which entries compete, for how many places, and what is refused."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,6 +143,9 @@ REFUSED = [
     (dict(fraction_of_free_params=[("decoder", 0.1), ("zz", 0.2), ("", 1)]), ValueError, "'zz'"),
     (dict(fraction_of_free_params=[("", 2)]), ValueError, r"2.*\[0, 1\]"),
     (dict(fraction_of_free_params=True), TypeError, "True of type bool"),
+    (dict(fraction_of_free_params=optax.constant_schedule(0.1)), TypeError, "made with None"),
+    (dict(fraction_of_free_params=[("(embed", 0.1)]), ValueError, r"'\(embed' is no regular expression"),
+    (dict(num_free_params=-3), ValueError, "-3"),
     (dict(fraction_of_free_params=float("nan")), ValueError, "nan"),
     (
         dict(silos=silos.whole_model(), fraction_of_free_params=[("embed", 0.1), ("", 0.2)]),
@@ -176,9 +182,36 @@ def test_bad_rules_are_refused(arguments, error, says):
         silos.make_plan(PARAMS, **arguments)
 
 
+@pytest.mark.parametrize("stacked", [("scan", 0), {"scan": 0}, [("scan", "0")], [("scan", 1.0)], "scan"])
+@pytest.mark.parametrize("rule", [silos.per_tensor, functools.partial(silos.per_layer, "(decoder)")])
+def test_stacked_tensors_are_named_with_their_axes(stacked, rule):
+    with pytest.raises(TypeError, match=r"stacked=.* list of pairs \(regex, axis\)"):
+        rule(stacked=stacked)
+
+
+SPELLED_ALIKE = {
+    "w[0]": (silos.per_tensor([("^w$", 0)]), {"w": jnp.zeros((2, 10)), "w[0]": jnp.zeros(10)}),
+    "layer/0": (silos.per_layer(r"block_(\d+)"), {"block_0": jnp.zeros(10), "layer": [jnp.zeros(7)]}),
+}
+
+
+@pytest.mark.parametrize("name", SPELLED_ALIKE)
+def test_silos_that_are_only_spelled_alike_are_not_one(name):
+    rule, params = SPELLED_ALIKE[name]
+    with pytest.raises(ValueError, match=rf"2 silos are called '{re.escape(name)}'"):
+        silos.make_plan(params, rule)
+
+
 def test_a_layer_pattern_needs_a_group():
     with pytest.raises(ValueError, match=r"'layers_.*'.*parentheses"):
         silos.per_layer(r"layers_\d+")
+    with pytest.raises(ValueError, match=r"'\(layers' is no regular expression"):
+        silos.per_layer("(layers")
+
+
+def test_a_plan_without_budgets_says_so():
+    with pytest.raises(ValueError, match="no budgets"):
+        silos.make_plan(PARAMS, None, None).budgets_at()
 
 
 @pytest.mark.parametrize(

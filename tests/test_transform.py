@@ -284,6 +284,44 @@ def test_reseed():
     np.testing.assert_array_equal(state[-1].seed, 1)
 
 
+def test_a_new_seed_leaves_the_parameters_as_they_are():
+    tx = dst_optax.wrap(optax.sgd(0.1), 0.2)
+    params = jnp.arange(20.0)
+    _, state = tx.update(params, tx.init(params), params)
+    assert float(state[-1].memory.threshold[0]) > 0
+    state = dst_optax.reseed(state, params + 7)
+    np.testing.assert_array_equal(dst_optax.finalize(params, state), params)
+    assert dst_optax.subset_mask(params, state).all()
+    assert not np.any([state[-1].memory.threshold, state[-1].memory.threshold_delta])
+    plan = silos.make_plan(params, None, 0.2)
+    assert int(diagnostics.metrics(state, params, plan=plan)["subset_size"]) == 20
+
+
+MISPLACED = [
+    ({"params": {"w": jnp.ones(4)}}, "'params/w' is no parameter"),
+    ({"w": jnp.float32(7)}, r"'w' has the shape \(\), its parameter \(4,\)"),
+    ({"w": jnp.ones((3, 4))}, r"'w' has the shape \(3, 4\)"),
+]
+
+
+@pytest.mark.parametrize(("updates", "says"), MISPLACED)
+def test_updates_of_other_parameters_are_not_applied(updates, says):
+    params = {"w": jnp.ones(4)}
+    _, state = (tx := dst_optax.wrap(optax.sgd(0.1))).update(params, tx.init(params), params)
+    with pytest.raises(ValueError, match=says):
+        dst_optax.apply_updates(params, updates, state)
+
+
+def test_states_of_several_models_are_told_apart_from_one():
+    tx, params = dst_optax.wrap(optax.sgd(0.1), 0.2), jnp.ones((4, 5))
+    states = jax.vmap(tx.init)(params)
+    updates, states = jax.vmap(tx.update)(params, states, params)
+    inside = jax.vmap(dst_optax.apply_updates)(params, updates, states)
+    assert inside.shape == params.shape
+    with pytest.raises(ValueError, match=r"one of 4 models.*inside the vmap"):
+        dst_optax.apply_updates(params, updates, states)
+
+
 def test_stacked_equals_unstacked():
     key = jax.random.key(0)
     stacked = {"w": jax.random.normal(key, (7, 5, 4)), "b": jnp.zeros((3, 5))}
@@ -541,6 +579,7 @@ REFUSED = [
     (dict(fraction_of_free_params={"a": 0.1, "b": 0.1, "head": 1.0}), ValueError, "'head'.*lack"),
     (dict(silos=silos.per_group({"a": "x", "b": "y", "head": "z"})), ValueError, "'head'.*lack"),
     (dict(distance=Unhashable()), TypeError, "hashed"),
+    (dict(distance="absolute"), TypeError, "'absolute'.*function"),
 ]
 
 
@@ -570,6 +609,10 @@ def test_bad_parameters_are_refused():
         dst_optax.dynamic_subset_tuning(silos=silos.per_tensor(stacked=[("a", 0)])).update(
             params, state, params
         )
+    with pytest.raises(TypeError, match="update of 'a' has the dtype int32"):
+        tx.update({"a": jnp.ones(3, jnp.int32)}, state, params)
+    with pytest.raises(TypeError, match="update of 'a' has the dtype float8"):
+        tx.update({"a": jnp.ones(3, jnp.float8_e5m2)}, state, params)
     with pytest.raises(ValueError, match="no DynamicSubsetTuningState"):
         dst_optax.apply_updates(params, params, optax.EmptyState())
 
@@ -689,6 +732,8 @@ def test_leaves_in_another_order_are_refused():
         tx.update(updates, tx.init(params), params)
     with pytest.raises(ValueError, match=r"order \['b', 'a'\]"):
         project(silos.make_plan(params, None, 0.3), updates, OrderedDict(b=jnp.zeros(4), a=jnp.zeros(4)))
+    with pytest.raises(ValueError, match=r"ties: got 'filled'"):
+        project(silos.make_plan(params, None, 0.3), params, params, ties="filled")
 
 
 def test_fractions_and_labels_in_the_shape_of_a_module_that_can_be_called():
@@ -712,7 +757,9 @@ def test_fractions_and_labels_in_the_shape_of_a_module_that_can_be_called():
     _, state = tx.update(params, tx.init(params), params)
     assert int(state[-1].memory.diagnostics.budget) == 3
     schedule = functools.partial(lambda value, step: value, 0.3)
-    assert dst_optax.wrap(optax.sgd(1.0), schedule).init(params) is not None
+    tx = dst_optax.wrap(optax.sgd(1.0), schedule)
+    _, state = tx.update(params, tx.init(params), params)
+    assert int(state[-1].memory.diagnostics.budget) == 3
 
 
 def test_fractions_as_a_pytree():

@@ -58,6 +58,13 @@ def test_a_prefix_of_the_tree_is_enough():
         tree.by_prefix(prefix, "decoder/kernel", "fractions")
 
 
+def test_of_names_that_begin_alike_the_longer_one_wins():
+    """As haiku names modules of modules."""
+    values = {"mlp": 0.1, "mlp/~/linear_0": 0.2}
+    assert tree.by_prefix(values, "mlp/~/linear_0/w", "fractions") == 0.2
+    assert tree.by_prefix(values, "mlp/scale", "fractions") == 0.1
+
+
 @pytest.mark.parametrize(
     ("value", "are"),
     [([("a", 1)], True), ((("a", 1), ("b", 2)), True), ([], False), ([1, 2], False), ("ab", False)],
