@@ -112,12 +112,14 @@ class SubsetStore(Store[Any, _Pieces]):
                 )
             before = self._active
             copies: dict[str, Any] = {p: [] for p in chosen}
-            for name in names:
-                self._become(name)
-                for path in chosen:
-                    copies[path].append(jnp.copy(self._params[path]))
-            self._become(before)
-            stacked = [jnp.stack(copies[p]) if p in chosen else x for p, x in self._params.items()]
+            try:
+                for name in names:
+                    self._become(name)
+                    for path in chosen:
+                        copies[path].append(jnp.copy(self._params[path]))
+            finally:
+                self._become(before)
+            stacked = [scatter.stack(copies[p]) if p in chosen else x for p, x in self._params.items()]
             axes = [0 if p in chosen else None for p in self._params]
             return jax.tree.unflatten(self._treedef, stacked), jax.tree.unflatten(self._treedef, axes)
 

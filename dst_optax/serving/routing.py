@@ -238,10 +238,9 @@ class RoutedStore(InPlaceStore):
 
     def _loaded_as(self, name: str, subset: Subset) -> str:
         """The tensor that the loader takes where it passes over a copy, such as that of a tied embedding."""
-        e, others = subset[name], (n for n in subset if self._routes[n])
-        if self._routes[name] or not len(e):
+        if self._routes[name] or not len(subset[name]):
             return name
-        return next((n for n in others if tied.same_entries(e, subset[n])), name)
+        return tied.original_of(name, subset, (n for n in subset if self._routes[n])) or name
 
     def _place(self, subset: Subset) -> Loaded[dict[str, Piece]]:
         subset.check_structure({n: (tuple(x.shape), np.dtype(x.dtype)) for n, x in self.checkpoint.items()})

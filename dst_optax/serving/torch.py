@@ -87,13 +87,15 @@ class SubsetStore(InPlaceStore):
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[torch.nn.Module]:
-        """Gives the seed model within a block, and the active subset back after it, as PEFT does."""
+        """Gives the seed model within a block, and after it the model of before, as PEFT does."""
         with self._lock:
             before, uses, self._uses = self._active, self._uses, 0  # a block of `use` gets its model back
             try:
                 yield self.deactivate()
             finally:
-                if before in self._loaded:
+                if before is None:
+                    self.deactivate()
+                elif before in self._loaded:
                     self.activate(before)
                 self._uses = uses
 

@@ -80,6 +80,7 @@ class Turns:
         except asyncio.CancelledError:
             if waiter in self._waiting:
                 self._waiting.remove(waiter)
+                self._advance()  # it may have been the one for whom the others waited
             elif not waiter.admitted.cancelled() and waiter.admitted.exception() is None:
                 self._leave()
             raise

@@ -43,6 +43,7 @@ _NO_TURN = re.compile(
     r"/(de)?tokenize|/abort_requests|/(start|stop)_profile|/ping|/v1/messages/count_tokens"
     r"|.*/(cancel|render|derender)"
 )
+_POLICY_VIOLATION = 1008  # of a websocket
 
 
 def register() -> None:
@@ -316,6 +317,10 @@ class _ByName:
         self._app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "websocket":
+            reason = "a session could outlive its turn: the model may be switched meanwhile"
+            await send({"type": "websocket.close", "code": _POLICY_VIOLATION, "reason": reason})
+            return
         path = _path(scope)
         if scope["type"] != "http" or scope["method"] != "POST" or path.startswith(f"{ROUTES}/"):
             await self._app(scope, receive, send)

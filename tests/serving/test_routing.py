@@ -233,6 +233,20 @@ def test_the_copy_of_a_tied_tensor_that_the_loader_passes_over():
     assert memory_of(model) == memory_of(wanted)
 
 
+def test_a_sibling_that_the_loader_passes_over_is_no_copy():
+    class First(Packed):
+        def load(self, name, x):
+            if name != "expert.1":
+                super().load(name.replace("expert.0", "embed"), x)
+
+    seed = checkpoint(np.random.default_rng(0))
+    embed = seed.pop("embed.weight")
+    seed |= {"expert.0.weight": embed, "expert.1.weight": embed}
+    tuned = seed | {name: embed + 1 for name in ("expert.0.weight", "expert.1.weight")}
+    store = RoutedStore(First(), seed)
+    assert set(store.missed(subset.from_models(seed, tuned))) == {"expert.1.weight"}
+
+
 def test_weights_that_the_engine_replaced_are_left_alone():
     rng = np.random.default_rng(0)
     seed = checkpoint(rng)

@@ -552,6 +552,20 @@ def test_requests_get_the_subset_that_they_name(tmp_path):
     run(tmp_path, body)
 
 
+def test_no_session_outlives_its_turn(tmp_path):
+    async def body(server, engine):
+        sent, app = [], Application(server)
+
+        async def send(message):
+            sent.append(message)
+
+        await _ByName(app)({"type": "websocket", "path": "/v1/realtime", "app": app}, None, send)
+        assert [(m["type"], m["code"]) for m in sent] == [("websocket.close", 1008)]
+        assert app.requests == []
+
+    run(tmp_path, body)
+
+
 def test_no_request_outlives_its_turn(tmp_path):
     pytest.importorskip("fastapi", reason="vLLM's server brings it")
 

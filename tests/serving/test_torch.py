@@ -409,7 +409,10 @@ def test_pefts_verbs(tmp_path):
     store.deactivate()
     with store.disable_adapter() as model:
         assert same(model, seed)
+        store.set_adapter("boolq")
+        assert same(model, tuned[1])
     assert same(model, seed)
+    assert store.active is None
 
 
 def test_a_transformers_model(tmp_path):

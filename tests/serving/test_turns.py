@@ -131,6 +131,23 @@ def test_a_request_that_is_given_up_does_not_hold_its_turn(when):
     asyncio.run(main())
 
 
+def test_who_joined_the_turn_behind_a_request_that_is_given_up_comes_in():
+    async def main():
+        model = Model(patience=0)
+        running = asyncio.ensure_future(model.request(None, 10))
+        await asyncio.sleep(0)
+        gone = asyncio.ensure_future(model.request("a"))
+        await asyncio.sleep(0.005)
+        late = asyncio.ensure_future(model.request(None))
+        await asyncio.sleep(0.005)
+        assert not late.done()
+        gone.cancel()
+        await asyncio.wait_for(late, 1)
+        running.cancel()
+
+    asyncio.run(main())
+
+
 def test_nobody_comes_in_while_it_is_closed():
     async def main():
         model = Model(patience=10)
