@@ -76,6 +76,11 @@ def publish(temporary: Path, path: Path) -> None:
     sync(path.parent)
 
 
+def unfinished(path: Path) -> list[Path]:
+    """What is being written for a file, or was left behind where a program was killed while it wrote it."""
+    return list(path.parent.glob(f".tmp-{path.name}-*"))
+
+
 def _beside(path: Path) -> Path:
     return path.with_name(f".tmp-{path.name}-{secrets.token_hex(8)}")
 

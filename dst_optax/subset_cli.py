@@ -1,8 +1,10 @@
 """``dst-optax subset ...``: look into subset files, compare, apply, extract, compose and verify them."""
 
+import contextlib
+import enum
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dst_optax.paths import as_path
-from dst_optax.subset import Subset, compose, files, from_models, gaps, models, peft, tied
+from dst_optax.subset import Subset, SubsetError, compose, files, from_models, models, peft, tied
 
 app = typer.Typer(
     help="Look into subset files, compare, apply, extract, compose and verify them.",
@@ -26,6 +28,22 @@ Out = Annotated[pathlib.Path, typer.Option(help="Directory to write.", **PLACE)]
 Seed = Annotated[
     pathlib.Path, typer.Option(help="Safetensors file or directory, or a T5X or Orbax checkpoint.", **PLACE)
 ]
+
+
+class Coordinates(enum.StrEnum):
+    """Whose names and layouts a subset has."""
+
+    HF = "hf"
+    JAX = "jax"
+
+
+class OnConflict(enum.StrEnum):
+    """What to do where subsets have different values."""
+
+    ERROR = "error"
+    FIRST = "first"
+    LAST = "last"
+    MEAN = "mean"
 
 
 def run(command: Callable[[], dict[str, Any]], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:
@@ -60,19 +78,18 @@ def inspect(directory: Directory, as_json: Json = False) -> None:
     """What a subset holds: a row for each tensor, and a histogram of its values' magnitudes."""
 
     def command() -> dict[str, Any]:
-        loaded = Subset.load(directory)
+        loaded, stored = Subset.load(directory), files.stored_bytes(directory)
         rows = []
         for path, e in loaded.items():
-            stream = len(gaps.encode(e.positions))
-            stored = e.values.nbytes * (2 if loaded.has_seed_values else 1)
+            positions = stored.get(f"{path}.positions", 0)
             rows.append(
                 {
                     "tensor": path,
                     "entries": len(e),
                     "share": len(e) / e.size if e.size else 0.0,
                     "dtype": e.dtype.name,
-                    "bytes": stream + stored,
-                    "bits_per_position": 8 * stream / len(e) if len(e) else 0.0,
+                    "bytes": sum(stored.get(f"{path}.{kind}", 0) for kind in files.KINDS),
+                    "bits_per_position": 8 * positions / len(e) if len(e) else 0.0,
                 }
             )
         total = {"entries": loaded.count, "parameters": loaded.size, "seed_values": loaded.has_seed_values}
@@ -81,30 +98,36 @@ def inspect(directory: Directory, as_json: Json = False) -> None:
     def show(result: dict[str, Any]) -> None:
         rows = result["leaves"]
         table(list(rows[0]) if rows else ["tensor"], [list(r.values()) for r in rows], str(directory))
-        counts = result["magnitudes"]["counts"]
+        magnitudes = result["magnitudes"]
+        counts = {f"1e{k:+d}": n for k, n in zip(magnitudes["decades"], magnitudes["counts"], strict=True)}
+        others = {"0": magnitudes["zero"], "inf or NaN": magnitudes["nonfinite"]}
+        counts |= {name: n for name, n in others.items() if n}
         kind = "change from the seed" if result["seed_values"] else "value"
-        bars = [
-            [f"1e{low:+d}", n, "#" * round(40 * n / max([*counts, 1]))]
-            for low, n in zip(result["magnitudes"]["decades"], counts, strict=True)
-        ]
+        bars = [[name, n, "#" * round(40 * n / max(counts.values()))] for name, n in counts.items()]
         table([f"magnitude of the {kind}", "entries", ""], bars)
 
     run(command, as_json, show)
 
 
-def _magnitudes(subset: Subset) -> dict[str, list[int]]:
+def _magnitudes(subset: Subset) -> dict[str, Any]:
     """Entries by decade of their change, or of their value where no seed values are stored."""
     counts: dict[int, int] = {}
+    zero = nonfinite = 0
     for e in subset.values():
         x = e.values.astype(np.float64)
         if subset.has_seed_values and e.seed_values is not None:
-            x = x - e.seed_values.astype(np.float64)
-        x = np.abs(x[np.isfinite(x) & (x != 0)])
+            with np.errstate(invalid="ignore"):
+                x = x - e.seed_values.astype(np.float64)
+        finite = np.isfinite(x)
+        zero += int(np.count_nonzero(x == 0))
+        nonfinite += int(np.count_nonzero(~finite))
+        x = np.abs(x[finite & (x != 0)])
         decades, number = np.unique(np.floor(np.log10(x)).astype(int), return_counts=True)
         for d, n in zip(decades.tolist(), number.tolist(), strict=True):
             counts[d] = counts.get(d, 0) + n
     ordered = sorted(counts)
-    return {"decades": ordered, "counts": [counts[d] for d in ordered]}
+    of_decades = {"decades": ordered, "counts": [counts[d] for d in ordered]}
+    return {**of_decades, "zero": zero, "nonfinite": nonfinite}
 
 
 @app.command()
@@ -113,7 +136,8 @@ def diff(a: Directory, b: Directory, as_json: Json = False) -> None:
 
     def command() -> dict[str, Any]:
         first, second = Subset.load(a), Subset.load(b)
-        both, joined = first.intersection(second), compose([first, second], "first")
+        with _counted([a, b]):
+            both, joined = first.intersection(second), compose([first, second], "first")
         collisions = joined.metadata["collisions"]
         rows = [
             {
@@ -134,6 +158,16 @@ def diff(a: Directory, b: Directory, as_json: Json = False) -> None:
         table(list(rows[0]) if rows else ["tensor"], [list(r.values()) for r in rows], title)
 
     run(command, as_json, show)
+
+
+@contextlib.contextmanager
+def _counted(directories: Sequence[pathlib.Path]) -> Iterator[None]:
+    """Says in errors which directories the subsets are of that the library counts."""
+    try:
+        yield
+    except SubsetError as e:
+        names = ", ".join(f"{i} is {directory}" for i, directory in enumerate(directories, 1))
+        raise SubsetError(f"{e} Of the subsets, {names}.") from e
 
 
 @app.command()
@@ -186,7 +220,7 @@ def extract(
 def convert(
     directory: Directory,
     to: Annotated[
-        str, typer.Option(help="hf for Hugging Face's names and layouts, jax for those of training.")
+        Coordinates, typer.Option(help="hf for Hugging Face's names and layouts, jax for those of training.")
     ],
     seed: Annotated[
         pathlib.Path, typer.Option(help="Hugging Face directory of the seed, with config.json.", **PLACE)
@@ -198,17 +232,17 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Write a subset in other coordinates, for another engine."""
+    if stacked and to is Coordinates.HF:
+        raise typer.BadParameter("--stacked is for --to jax: checkpoints of Hugging Face stack no layers.")
     from dst_optax.finetuning.models import huggingface
 
     def command() -> dict[str, Any]:
         loaded, model = Subset.load(directory), models.open_model(seed)
-        if to == "hf":
+        if to is Coordinates.HF:
             table = huggingface.tensors_of(seed, stacked=huggingface.is_stacked(loaded, seed))
             converted = loaded.to_hf(table, model)
-        elif to == "jax":
-            converted = loaded.from_hf(huggingface.tensors_of(seed, stacked=stacked), model)
         else:
-            raise ValueError(f'--to: got {to!r}; it is "hf" or "jax".')
+            converted = loaded.from_hf(huggingface.tensors_of(seed, stacked=stacked), model)
         converted.save(out)
         return {"out": str(out), "entries": converted.count, "parameters": converted.size}
 
@@ -221,13 +255,17 @@ def compose_(
         list[pathlib.Path], typer.Argument(help="Directories of subsets of one seed.", **PLACE)
     ],
     out: Out,
-    on_conflict: Annotated[str, typer.Option(help="error, first, last or mean.")] = "error",
+    on_conflict: Annotated[
+        OnConflict, typer.Option(help="Where values differ: refuse, or take one of them or their mean.")
+    ] = OnConflict.ERROR,
     as_json: Json = False,
 ) -> None:
     """One subset out of several."""
 
     def command() -> dict[str, Any]:
-        composed = compose([Subset.load(d) for d in subsets], on_conflict)
+        loaded = [Subset.load(d) for d in subsets]
+        with _counted(subsets):
+            composed = compose(loaded, on_conflict)
         composed.save(out)
         totals = {"entries": composed.count, "parameters": composed.size}
         return {"out": str(out), **totals, "collisions": composed.metadata["collisions"]}
@@ -277,13 +315,21 @@ def verify(
             loaded.check(model)
         unknown = sum(e.seed_fingerprint is None for e in loaded.values())
         checked = 0 if seed is None else len(loaded) - unknown
-        return {"entries": loaded.count, "tensors_compared": checked, "format_version": files.VERSION}
+        if seed is not None and not checked:
+            raise SubsetError(
+                f"{directory} knows no fingerprint of its seed, so nothing of {seed} was compared: extract "
+                "it again from its two models."
+            )
+        counts = {"entries": loaded.count, "tensors": len(loaded), "tensors_compared": checked}
+        return {**counts, "format_version": files.VERSION}
 
     def show(result: dict[str, Any]) -> None:
         compared = result["tensors_compared"]
+        others = result["tensors"] - compared
         print(
             "the files are whole"
             + (f"; {compared} tensors of the seed agree" if compared else "; no seed was compared")
+            + (f", {others} without a fingerprint were not compared" if compared and others else "")
         )
 
     run(command, as_json, show)

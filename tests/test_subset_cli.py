@@ -1,5 +1,6 @@
 """The command line, on sharded safetensors, and the documented reader."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -90,6 +91,57 @@ def test_the_whole_way(disk):
         assert len(result.output) > 20
 
 
+@pytest.mark.parametrize("encoding", ["gaps", "raw"])
+@pytest.mark.parametrize("with_seed_values", [False, True])
+def test_inspect_counts_the_bytes_that_are_stored(tmp_path, encoding, with_seed_values):
+    seed = {"w": np.zeros((4, 10), np.float32), "b": np.zeros(3, np.float32)}
+    tuned = seed | {"w": np.eye(4, 10, dtype=np.float32)}
+    subset.from_models(seed, tuned, with_seed_values=with_seed_values).save(tmp_path, encoding)
+    stored = safetensors.numpy.load_file(tmp_path / files.TENSORS)
+    rows = {row["tensor"]: row for row in call("inspect", tmp_path)["leaves"]}
+    assert rows["w"]["bytes"] == sum(x.nbytes for x in stored.values())
+    assert rows["w"]["bits_per_position"] == 8 * stored["w.positions"].nbytes / 4
+    assert rows["b"]["bytes"] == rows["b"]["bits_per_position"] == 0
+
+
+def test_inspect_hides_no_entry(tmp_path):
+    seed = {"w": np.array([1, 1, 1, np.inf, -0.0, 0], np.float32)}
+    tuned = {"w": np.array([3, np.nan, np.inf, -np.inf, 0.0, 0], np.float32)}
+    for stored, zero in ((True, 1), (False, 1)):
+        subset.from_models(seed, tuned, with_seed_values=stored).save(tmp_path)
+        shown = call("inspect", tmp_path)["magnitudes"]
+        assert shown == {"decades": [0], "counts": [1], "zero": zero, "nonfinite": 3}
+        result = CliRunner().invoke(app, ["inspect", str(tmp_path)])
+        assert "inf or NaN" in result.output
+
+
+def test_a_seed_of_which_nothing_could_be_compared_is_not_verified(disk):
+    call("extract", "--seed", disk / "seed", "--tuned", disk / "a", "--out", disk / "sa")
+    known = Subset.load(disk / "sa")
+    forgotten = {p: dataclasses.replace(e, seed_fingerprint=None) for p, e in known.items()}
+    Subset({**known, "scale": forgotten["scale"]}).save(disk / "some")
+    Subset(forgotten).save(disk / "none")
+    found = call("verify", disk / "some", "--seed", disk / "seed")
+    assert (found["tensors_compared"], found["tensors"]) == (3, 4)
+    shown = CliRunner().invoke(app, ["verify", str(disk / "some"), "--seed", str(disk / "seed")]).output
+    assert "3 tensors of the seed agree, 1 without a fingerprint were not compared" in shown
+    assert "nothing of" in call("verify", disk / "none", "--seed", disk / "seed", code=1)["error"]
+    assert call("verify", disk / "none")["tensors_compared"] == 0
+
+
+def test_errors_say_which_directory_is_meant(disk):
+    zeros = {"w": np.zeros(3, np.float32)}
+    for name, seed in (("one", zeros), ("two", zeros), ("three", {"w": zeros["w"] + 1})):
+        subset.from_models(seed, {"w": seed["w"] + 2}).save(disk / name)
+    names = [disk / name for name in ("one", "two", "three")]
+    error = call("compose", *names, "--out", disk / "both", code=1)["error"]
+    assert "subsets 1 and 3 are of different seeds" in error
+    assert f"3 is {disk / 'three'}" in error
+    assert f"2 is {disk / 'three'}" in call("diff", disk / "one", disk / "three", code=1)["error"]
+    (disk / "two" / files.CONFIG).write_text("{")
+    assert str(disk / "two" / files.CONFIG) in call("compose", *names, "--out", disk / "b", code=1)["error"]
+
+
 def test_errors_have_exit_codes(disk):
     call("extract", "--seed", disk / "seed", "--tuned", disk / "a", "--out", disk / "sa")
     assert "not the seed's" in call("verify", disk / "sa", "--seed", disk / "a", code=1)["error"]
@@ -101,7 +153,9 @@ def test_errors_have_exit_codes(disk):
     content = (disk / "sa" / files.TENSORS).read_bytes()
     (disk / "sa" / files.TENSORS).write_bytes(content[:-1] + b"x")
     assert "damaged" in call("verify", disk / "sa", code=1)["error"]
-    assert CliRunner().invoke(app, ["inspect"]).exit_code == 2
+    two = [str(disk / "sa"), str(disk / "sa"), "--out", str(disk / "both")]
+    for wrong in (["inspect"], ["compose", *two, "--on-conflict", "sum"]):
+        assert CliRunner().invoke(app, wrong).exit_code == 2
 
 
 def test_models_are_mapped_not_read(disk):

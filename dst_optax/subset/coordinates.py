@@ -7,7 +7,7 @@ one table of how the two relate. Every entry is mapped by it exactly, at a cost 
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,7 +70,8 @@ def to_hf(subset: Subset, table: Sequence[Tensor], seed: Mapping[str, Any]) -> S
       seed: the seed's tensors by name or by path, of either side; read once.
 
     Returns:
-      The subset for the checkpoint. What the seed has beyond the table is left as it is.
+      The subset for the checkpoint. What the seed has beyond the table is left as it is. Fingerprints are
+      known where the subset's own recognise the seed.
 
     Raises:
       SubsetError: paths or shapes are not the table's, or the seed is another one.
@@ -92,11 +93,12 @@ def to_hf(subset: Subset, table: Sequence[Tensor], seed: Mapping[str, Any]) -> S
     both = _Seed(seed, rows)
     leaves = {}
     for path, e in subset.items():
-        _check_print(path, e, lambda path=path: both.parameter(path, subset[path].shape))
+        known = _is_known(path, e, both.parameter(path, e.shape))
         for row, chosen, local in _split(e, rows[path]):
             part = dataclasses.replace(e.take(chosen), shape=_untransposed(row), positions=local)
             part = _transposed(part) if row.transposed else part
-            leaves[row.name] = dataclasses.replace(part, seed_fingerprint=fingerprint(both.tensor(row)))
+            mark = fingerprint(both.tensor(row)) if known else None
+            leaves[row.name] = dataclasses.replace(part, seed_fingerprint=mark, before_astype=None)
     for row in table:
         leaves |= {copy: leaves[row.name] for copy in row.copies if copy in both.named}
     if both.is_hf:
@@ -131,6 +133,7 @@ def from_hf(subset: Subset, table: Sequence[Tensor], seed: Mapping[str, Any]) ->
       >>> converted["proj/kernel"].positions.tolist(), converted["proj/kernel"].values.tolist()
       ([2], [7.0])
     """
+    rows = _rows(table)
     names = {row.name for row in table} | {copy for row in table for copy in row.copies}
     for row in table:
         if row.name not in subset or subset[row.name].shape != row.shape:
@@ -142,22 +145,19 @@ def from_hf(subset: Subset, table: Sequence[Tensor], seed: Mapping[str, Any]) ->
             raise SubsetError(f"{name!r} has {len(e)} entries, and the model has no place for them.")
     for row in table:
         for copy in row.copies:
-            if copy in subset and len(subset[copy]) and not tied.same_values(subset[copy], subset[row.name]):
+            if copy in subset and not tied.same_values(subset[copy], subset[row.name]):
                 raise SubsetError(
                     f"{copy!r} and {row.name!r} are one tensor in the model, and the subset gives them "
                     "different values."
                 )
-    rows = _rows(table)
     both = _Seed(seed, rows)
     leaves = {}
     for path, parts in rows.items():
-        entries = []
-        for row in parts:
-            e = subset[row.name]
-            _check_print(row.name, e, lambda row=row: both.tensor(row))
-            entries.append(_transposed(e) if row.transposed else e)
+        known = all([_is_known(row.name, subset[row.name], both.tensor(row)) for row in parts])
+        entries = [_transposed(subset[row.name]) if row.transposed else subset[row.name] for row in parts]
         e = _joined(entries) if parts[0].layer is not None else entries[0]
-        leaves[path] = dataclasses.replace(e, seed_fingerprint=fingerprint(both.parameter(path, e.shape)))
+        mark = fingerprint(both.parameter(path, e.shape)) if known else None
+        leaves[path] = dataclasses.replace(e, seed_fingerprint=mark, before_astype=None)
     return Subset(leaves, {k: v for k, v in subset.metadata.items() if k != COORDINATES})
 
 
@@ -191,10 +191,18 @@ class _Seed:
 
 
 def _rows(table: Sequence[Tensor]) -> dict[str, list[Tensor]]:
-    """The table by our paths."""
+    """The table by our paths, in the order of the layers."""
     rows: dict[str, list[Tensor]] = {}
     for row in table:
         rows.setdefault(row.path, []).append(row)
+    for path, parts in rows.items():
+        layers = [row.layer for row in parts]
+        if layers != [None] and set(layers) != set(range(len(parts))):
+            raise SubsetError(
+                f"{path!r} has the layers {layers} in the table; it must have each of 0 to {len(parts) - 1} "
+                "once, or be one tensor without a layer."
+            )
+        parts.sort(key=lambda row: row.layer or 0)
     return rows
 
 
@@ -281,11 +289,29 @@ def _untouched(x: Any, with_seed_values: bool) -> Entries:
     )
 
 
-def _check_print(name: str, e: Entries, seed: Callable[[], np.ndarray]) -> None:
-    x = seed()
-    if x.dtype != e.dtype:
+def _is_known(name: str, e: Entries, x: np.ndarray) -> bool:
+    """Whether a tensor is known to be the seed's; raises if it is known to be another one."""
+    if (x.dtype, x.shape) != (e.dtype, e.shape):
         raise SubsetError(
-            f"{name!r} is {x.dtype} in the seed, {e.dtype} in the subset; convert it with astype."
+            f"{name!r} is {x.dtype}{list(x.shape)} in the seed, {e.dtype}{list(e.shape)} in the subset; give "
+            "the seed that the subset was made for, or convert the subset with astype."
         )
     if e.seed_fingerprint is not None and fingerprint(x) != e.seed_fingerprint:
         raise SubsetError(f"{name!r} is not the seed's that the subset was made for.")
+    if e.seed_values is not None:
+        differ = trees.bits(x.reshape(-1)[e.positions]) != trees.bits(e.seed_values)
+        if differ.any():
+            raise SubsetError(
+                f"{name!r} is not the seed's that the subset was made for: it differs from the seed values "
+                f"that are stored at {differ.sum()} of {len(e)} positions."
+            )
+    return e.seed_fingerprint is not None or _was_converted(e, x)
+
+
+def _was_converted(e: Entries, x: np.ndarray) -> bool:
+    """Whether a tensor becomes the one that entries were converted from when it is converted back."""
+    if e.before_astype is None:
+        return False
+    dtype, mark = e.before_astype
+    with np.errstate(over="ignore", invalid="ignore"):
+        return fingerprint(x.astype(dtype)) == mark

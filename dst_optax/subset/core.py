@@ -27,6 +27,8 @@ class Entries:
       values: (k,) values of the tuned tensor, in its dtype.
       seed_values: (k,) values of the seed, or None.
       seed_fingerprint: of the seed's tensor, or None where the seed is not known.
+      before_astype: dtype and fingerprint of the seed's tensor before :meth:`Subset.astype`, by which
+        conversions recognise it; not written to files.
 
     Example:
       >>> import numpy as np
@@ -41,6 +43,7 @@ class Entries:
     values: np.ndarray
     seed_values: np.ndarray | None = None
     seed_fingerprint: str | None = None
+    before_astype: tuple[np.dtype, str] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(map(int, self.shape)))
@@ -164,17 +167,18 @@ class Subset(Mapping[str, Entries]):
             {p: _written(x, self[p].positions, self[p].values) for p, x in named.items() if len(self[p])},
         )
 
-    def revert(self, tuned: Any) -> Any:
+    def revert(self, tuned: Any, *, verify: bool = True) -> Any:
         """The seed model, bit for bit: the inverse of :meth:`apply`.
 
         Args:
           tuned: pytree of numpy or jax arrays, any sharding; it is not changed.
+          verify: compare the result's fingerprints with the seed's, which reads it once.
 
         Returns:
           Pytree like ``tuned``, same shardings.
 
         Raises:
-          SubsetError: no seed values are stored, or ``tuned`` does not hold this subset's values.
+          SubsetError: no seed values are stored, or ``tuned`` is not the model that :meth:`apply` makes.
         """
         if not self.has_seed_values:
             raise SubsetError("this subset has no seed values; extract it with with_seed_values=True.")
@@ -189,7 +193,9 @@ class Subset(Mapping[str, Entries]):
                     f"{path!r} does not hold this subset's values; revert takes the model that apply made."
                 )
             new[path] = _written(x, e.positions, e.seed_values)
-        return trees.map_leaves(tuned, new)
+        reverted = trees.map_leaves(tuned, new)
+        self.check(reverted, verify=verify)
+        return reverted
 
     def check(self, seed: Any, *, verify: bool = True) -> dict[str, Any]:
         """Raises unless this subset is for the model ``seed``.
@@ -254,6 +260,9 @@ class Subset(Mapping[str, Entries]):
         Returns:
           A subset for the converted seed, whose fingerprints are not known where a dtype is new. Where seed
           values are stored, entries that have become equal to the seed are left out.
+
+        Raises:
+          SubsetError: the dtype is none of floating-point numbers, or too narrow for a value.
 
         Example:
           >>> import jax.numpy as jnp, numpy as np
@@ -320,7 +329,7 @@ class Subset(Mapping[str, Entries]):
           The subset.
 
         Raises:
-          SubsetError: the files are damaged or of another version.
+          SubsetError: the files are damaged, of another version, or still being saved.
         """
         from dst_optax.subset import files
 
@@ -423,6 +432,7 @@ def _merge(entries: Sequence[Entries], on_conflict: str) -> tuple[Entries, int]:
         positions=positions[first],
         values=chosen,
         seed_values=np.concatenate(seeds)[order][first] if has_seed_values else None,
+        before_astype=None,
     )
     return merged, len(conflicts)
 
@@ -453,22 +463,40 @@ def _converted(path: str, e: Entries, dtype: np.dtype) -> Entries:
     with np.errstate(over="ignore", invalid="ignore"):
         values = e.values.astype(dtype)
         seeds = None if e.seed_values is None else e.seed_values.astype(dtype)
-    out = Entries(e.shape, e.positions, values, seeds)
+    lost = e.values[_is_finite(e.values) & ~_is_finite(values)]
+    if len(lost):
+        raise SubsetError(
+            f"{dtype} cannot hold {len(lost)} of the values of {path!r}, the first of them {lost[0]}; choose "
+            "a dtype of a wider range, for this tensor alone with a rule."
+        )
+    before = None if e.seed_fingerprint is None else (e.dtype, e.seed_fingerprint)
+    out = Entries(e.shape, e.positions, values, seeds, before_astype=before)
     return out if seeds is None else out.take(np.flatnonzero(trees.bits(values) != trees.bits(seeds)))
 
 
+def _is_finite(values: np.ndarray) -> np.ndarray:
+    return np.isfinite(values.astype(np.float64))
+
+
 def _check_same_seed(subsets: Sequence[Subset]) -> None:
+    """Raises an error that counts the subsets from 1."""
     if not subsets:
         raise SubsetError("no subset was given.")
     structure = {p: (e.shape, e.dtype) for p, e in subsets[0].items()}
-    for other in subsets[1:]:
-        other.check_structure(structure)
+    for i, other in enumerate(subsets[1:], 2):
+        try:
+            other.check_structure(structure)
+        except SubsetError as e:
+            raise SubsetError(f"subset {i} is not for the model of subset 1: {e}") from e
     for path in structure:
-        known = [x[path].seed_fingerprint for x in subsets]
-        prints = sorted({x for x in known if x is not None})
-        if len(prints) > 1:
+        first: dict[str, int] = {}
+        for i, each in enumerate(subsets, 1):
+            if (mark := each[path].seed_fingerprint) is not None:
+                first.setdefault(mark, i)
+        if len(first) > 1:
+            (a, i), (b, j), *_ = first.items()
             raise SubsetError(
-                f"the subsets are of different seeds: {path!r} has the fingerprints {', '.join(prints)}."
+                f"subsets {i} and {j} are of different seeds: {path!r} has the fingerprints {a} and {b}."
             )
 
 

@@ -13,6 +13,7 @@ import os
 import pathlib
 import re
 import stat
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from dst_optax.atomic import unfinished
 from dst_optax.paths import as_path, is_local, write_files
 from dst_optax.subset import gaps
 from dst_optax.subset.core import Entries, Subset
@@ -33,6 +35,8 @@ TENSORS = "subset.safetensors"
 CONFIG = "subset_config.json"
 CARD = "README.md"
 MAX_CONFIG = 2**26  # bytes
+_RETRIES = 5
+KINDS = ("values", "positions", "seed_values")  # of arrays, for each tensor with entries
 _CARD_MARK = "library_name: dst_optax"
 _HEX = re.compile("[0-9a-f]*")
 _ENCODINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -50,10 +54,16 @@ def save(subset: Subset, directory: str | os.PathLike[str], encoding: str = "gap
       encoding: of positions: ``"gaps"``, or ``"raw"`` for plain integers, which other programs read.
 
     Raises:
-      SubsetError: a dtype that safetensors lacks, metadata that JSON cannot express, or another README.md.
+      SubsetError: a dtype that safetensors lacks, seed values of some tensors only, metadata that JSON cannot
+        express, or another README.md.
     """
     if encoding not in _ENCODINGS:
         raise SubsetError(f"encoding: got {encoding!r}; it is one of {list(_ENCODINGS)}.")
+    without = [path for path, e in subset.items() if e.seed_values is None]
+    if 0 < len(without) < len(subset):
+        raise SubsetError(
+            f"{without[0]!r} has no seed values, others have; give them to all tensors or to none."
+        )
     tensors: dict[str, np.ndarray] = {}
     leaves: dict[str, Any] = {}
     for path, e in subset.items():
@@ -92,15 +102,45 @@ def save(subset: Subset, directory: str | os.PathLike[str], encoding: str = "gap
     if not card_of_ours and _CARD_MARK not in (target / CARD).read_text(errors="replace"):
         raise SubsetError(f"{target / CARD} is not of a subset; give the subset a directory of its own.")
     target.mkdir(parents=True, exist_ok=True)
-    readme = card(subset, len(content))
-    write_files(target, {TENSORS: content, CONFIG: text.encode(), CARD: readme.encode()})
+    readme = card(subset, len(content)).encode(errors="backslashreplace")  # file names may be no UTF-8
+    write_files(target, {TENSORS: content, CONFIG: text.encode(), CARD: readme})
 
 
 def load(directory: str | os.PathLike[str]) -> Subset:
     """Reads a subset; see :meth:`Subset.load`."""
     source = as_path(directory)
-    config = parse_config(read_file(source / CONFIG, MAX_CONFIG))
-    content = read_file(source / TENSORS)
+    for _ in range(_RETRIES):
+        try:
+            return _load(source)
+        except _ChangingError:
+            time.sleep(0.02)
+    return _load(source)
+
+
+class _ChangingError(SubsetError):
+    """The files are being replaced, one after another, so that those read may not belong together."""
+
+
+def _load(source: pathlib.Path) -> Subset:
+    config = read_file(source / CONFIG, MAX_CONFIG)
+    try:
+        return _decoded(source, config)
+    except SubsetError as e:
+        is_written = is_local(source) and unfinished(source / CONFIG)
+        if is_written or read_file(source / CONFIG, MAX_CONFIG) != config:
+            raise _ChangingError(
+                f"{e} It is being saved, or a program was killed while it did so: load it later, or save it "
+                "again."
+            ) from e
+        raise
+
+
+def _decoded(source: pathlib.Path, config_text: bytes) -> Subset:
+    try:
+        config = parse_config(config_text)
+    except SubsetError as e:
+        raise SubsetError(f"{source / CONFIG}: {e}") from e
+    content = read_file(source / TENSORS, _max_bytes(config))
     with ThreadPoolExecutor(1) as pool:  # hashing and decoding run side by side
         digest = pool.submit(lambda: hashlib.sha256(content).hexdigest())
         try:
@@ -110,6 +150,25 @@ def load(directory: str | os.PathLike[str]) -> Subset:
         finally:
             if digest.result() != config["sha256"][TENSORS]:
                 raise SubsetError(f"{source / TENSORS} is damaged: its checksum is not the one in {CONFIG}.")
+
+
+def _max_bytes(config: Mapping[str, Any]) -> int:
+    """What a safetensors file can have at most: 100 MB of header, and for an entry 12 bytes of position."""
+    copies = 1 + config["seed_values"]
+    sizes = [x["entries"] * (copies * x["dtype"].itemsize + 12) for x in config["leaves"].values()]
+    return 2**27 + sum(sizes)
+
+
+def stored_bytes(directory: str | os.PathLike[str]) -> dict[str, int]:
+    """The bytes of each array in a subset's safetensors file, by its name there.
+
+    Args:
+      directory: of a subset that :func:`load` has accepted.
+    """
+    content = read_file(as_path(directory) / TENSORS)
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    offsets = {name: x["data_offsets"] for name, x in header.items() if name != "__metadata__"}
+    return {name: stop - start for name, (start, stop) in offsets.items()}
 
 
 def parse_config(content: bytes) -> dict[str, Any]:
@@ -126,15 +185,18 @@ def parse_config(content: bytes) -> dict[str, Any]:
     """
     try:
         config = json.loads(
-            content.decode(), object_pairs_hook=_no_duplicates, parse_constant=_refuse_constant
+            content.decode(),
+            object_pairs_hook=_no_duplicates,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
         )
     except (ValueError, RecursionError) as e:  # JSON and unicode errors are ValueErrors
-        raise SubsetError(f"{CONFIG} cannot be read: {str(e)[:200]}.") from e
+        raise SubsetError(f"it cannot be read: {str(e)[:200]}.") from e
     _expect(isinstance(config, dict), "an object")
     _expect(config.get("format") == FORMAT, f'"format" to be {FORMAT!r}')
     if config.get("version") != VERSION or isinstance(config["version"], bool):
         raise SubsetError(
-            f"{CONFIG}: version {str(config.get('version'))[:40]} is not known; this is version {VERSION}."
+            f"version {str(config.get('version'))[:40]} is not known; this is version {VERSION}."
         )
     keys = {"format", "version", "seed_values", "leaves", "metadata", "sha256"}
     _expect(set(config) == keys, f"the keys {sorted(keys)}")
@@ -177,7 +239,7 @@ def parse(config: Mapping[str, Any], content: bytes) -> Subset:
     except safetensors.SafetensorError as e:
         raise SubsetError(f"it is no safetensors file: {str(e)[:200]}.") from e
     del content
-    kinds = ["values", "positions", *(["seed_values"] if config["seed_values"] else [])]
+    kinds = KINDS if config["seed_values"] else KINDS[:2]
     filled = {path: leaf for path, leaf in config["leaves"].items() if leaf["entries"]}
     expected = {f"{path}.{kind}" for path in filled for kind in kinds}
     if expected != set(tensors):
@@ -290,10 +352,16 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON value")
 
 
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        _refuse_constant(text)
+    return number
+
+
 def _is_hex(value: Any, digits: int) -> bool:
     return isinstance(value, str) and len(value) == digits and _HEX.fullmatch(value) is not None
 
 
 def _expect(condition: bool, what: str) -> None:
     if not condition:
-        raise SubsetError(f"{CONFIG}: expected {what}.")
+        raise SubsetError(f"expected {what}.")

@@ -14,9 +14,12 @@ import numpy as np
 import safetensors.numpy
 
 from dst_optax.atomic import atomic_file
+from dst_optax.paths import require_local
 from dst_optax.subset.core import Entries, Subset
 from dst_optax.subset.errors import SubsetError
 
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
 NOT_LINEAR = (
     r"embed(?!_out)|shared|wte|wpe|relative_attention_bias"  # torch.nn.Embedding
     r"|(c_attn|q_attn|c_fc|c_proj)\.weight|(gate|router)\.weight"  # GPT-2's Conv1D; routers of experts
@@ -35,13 +38,15 @@ def save_shira(
 
     Args:
       subset: with seed values; its paths are PyTorch's, ``a.b.weight``, as safetensors of Hugging Face have.
-      directory: made if it is missing.
+      directory: local; made if it is missing. An adapter of SHiRA in it is replaced.
       base_model: name or path of the seed model for the adapter's configuration.
       not_linear: regex of matrices that belong to no ``torch.nn.Linear``.
 
     Raises:
       SubsetError: seed values are missing, or a tensor with entries cannot be expressed: it is no matrix of a
-        linear layer, or so many entries differ elsewhere that it cannot be filled up. Nothing is written.
+        linear layer, or so many entries differ elsewhere that it cannot be filled up; or another adapter is
+        in the directory. Nothing is written.
+      ValueError: the directory lies in an object store.
 
     Example:
       >>> import os, tempfile
@@ -56,13 +61,19 @@ def save_shira(
       ...     print(sorted(os.listdir(directory)))
       ['adapter_config.json', 'adapter_model.safetensors']
     """
+    target = require_local(directory, "directory")
+    _check_replaceable(target)
+    try:
+        others = re.compile(not_linear)
+    except re.error as e:
+        raise SubsetError(f"not_linear: {not_linear!r} is no regular expression: {e}.") from e
     if not subset.has_seed_values:
         raise SubsetError("SHiRA stores differences: extract the subset with with_seed_values=True.")
     filled = {path: e for path, e in subset.items() if len(e)}
     if not filled:
         raise SubsetError("the subset is empty; there is nothing to export.")
     for path, e in filled.items():
-        if len(e.shape) != 2 or not path.endswith(".weight") or re.search(not_linear, path):
+        if len(e.shape) != 2 or not path.endswith(".weight") or others.search(path):
             raise SubsetError(
                 f"{path!r} of shape {list(e.shape)} has {len(e)} entries and is not the weight of a linear "
                 "layer; SHiRA cannot express it. Merge the subset into the model instead; where not_linear "
@@ -94,12 +105,26 @@ def save_shira(
         "modules_to_save": None,
         "task_type": None,
     }
-    target = pathlib.Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    with atomic_file(target / "adapter_model.safetensors") as temporary:
+    with atomic_file(target / WEIGHTS) as temporary:
         safetensors.numpy.save_file(tensors, temporary, {"format": "pt"})
-    with atomic_file(target / "adapter_config.json") as temporary:
+    with atomic_file(target / CONFIG) as temporary:
         temporary.write_text(json.dumps(config, indent=1))
+
+
+def _check_replaceable(directory: pathlib.Path) -> None:
+    """Raises if an adapter of another kind is there."""
+    if not any((directory / name).exists() for name in (WEIGHTS, CONFIG)):
+        return
+    try:
+        kind = json.loads((directory / CONFIG).read_text())["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        kind = "unknown"
+    if kind != "SHIRA":
+        raise SubsetError(
+            f"{directory} holds an adapter of the kind {kind!r}, which would be overwritten; give this one a "
+            "directory of its own."
+        )
 
 
 def _filled_up(e: Entries, count: int) -> tuple[np.ndarray, np.ndarray]:

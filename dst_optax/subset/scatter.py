@@ -6,7 +6,7 @@ nothing is written.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,19 +37,28 @@ def pieces(wanted: Iterable[tuple[jax.Array, np.ndarray, np.ndarray]]) -> list[l
       wanted: an array, (k,) row-major sorted positions, and (k,) values of its dtype.
 
     Returns:
-      For each array one piece per shard that this process holds, in the order of ``addressable_shards``.
+      For each array one piece per shard that this process holds, in the order of ``addressable_shards``;
+      committed to the shard's device if the array is.
     """
-    host: list[list[Piece]] = []
+    host: dict[bool, list[list[Piece]]] = {True: [], False: []}
     devices: list[Any] = []
+    committed = []
     for x, positions, values in wanted:
-        host.append([])
+        committed.append(x.committed)
+        host[x.committed].append([])
         for shard in x.addressable_shards:
             shape = shard.data.shape
             chosen, local = trees.to_box(positions, shape, trees.box_start(shard.index), x.shape)
-            host[-1].append(_padded_piece(shape, local, values[chosen]))
-            devices += [shard.device] * len(jax.tree.leaves(host[-1][-1]))
-    flat, treedef = jax.tree.flatten(host)
-    return jax.tree.unflatten(treedef, jax.device_put(flat, devices))
+            host[x.committed][-1].append(_padded_piece(shape, local, values[chosen]))
+            if x.committed:
+                devices += [shard.device] * len(jax.tree.leaves(host[True][-1][-1]))
+    flat, treedef = jax.tree.flatten(host[True])
+    # a committed piece would commit an array that jit may now move to other devices
+    placed = {
+        True: iter(treedef.unflatten(jax.device_put(flat, devices))),
+        False: iter(jax.device_put(host[False])),
+    }
+    return [next(placed[x]) for x in committed]
 
 
 def _padded_piece(shape: tuple[int, ...], local: np.ndarray, values: np.ndarray) -> Any:
@@ -81,6 +90,11 @@ def scatter(x: jax.Array, entries: list[Piece], donate: bool = False) -> jax.Arr
     if isinstance(x.sharding, jax.sharding.SingleDeviceSharding):
         return new[0]
     return jax.make_array_from_single_device_arrays(x.shape, x.sharding, new)
+
+
+def stack(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Arrays of one shape and dtype as one with a new first axis, bit for bit."""
+    return _from_bits(jnp.stack([_bits(x) for x in arrays]), arrays[0].dtype)
 
 
 def gather(x: jax.Array, entries: list[Piece]) -> list[Piece]:

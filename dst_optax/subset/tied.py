@@ -1,6 +1,10 @@
-"""Copies of tied tensors, an embedding's for one: some checkpoints repeat them, others leave them out."""
+"""Copies of tied tensors, an embedding's for one: some checkpoints repeat them, others leave them out.
 
-from collections.abc import Mapping
+Tensors whose names differ in numbers alone are never copies: experts and layers may begin equal, too.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,7 +30,7 @@ def without_copies(model: Mapping[str, Any], other: Mapping[str, Any]) -> dict[s
       ['shared.weight']
     """
     common = {name: x for name, x in model.items() if name in other}
-    copies = all(_original(x, common) for name, x in model.items() if name not in common)
+    copies = all(_original(name, x, common) for name, x in model.items() if name not in common)
     return common if copies else dict(model)
 
 
@@ -43,19 +47,45 @@ def for_model(subset: Subset, model: Mapping[str, Any]) -> Subset:
     common = [name for name in subset if name in model]
     present = {name: model[name] for name in common}
     leaves = {
-        name: e
-        for name, e in subset.items()
-        if name in present or not any(same_entries(e, subset[other]) for other in common)
+        name: e for name, e in subset.items() if name in present or original_of(name, subset, common) is None
     }
     for name, x in model.items():
-        if name not in leaves and (original := _original(x, present)):
+        if name not in leaves and (original := _original(name, x, present)):
             leaves[name] = subset[original]
     return Subset(leaves, dict(subset.metadata))
 
 
-def _original(x: Any, tensors: Mapping[str, Any]) -> str | None:
+def original_of(name: str, subset: Subset, others: Iterable[str]) -> str | None:
+    """Which of some tensors a subset changes as it changes another one, which may be its copy.
+
+    Args:
+      name: of the tensor that may be a copy.
+      subset: has entries of it.
+      others: names of other tensors in the subset.
+
+    Returns:
+      The first of them that had the same seed and became the same tuned tensor; None where none did.
+
+    Example:
+      >>> from dst_optax import subset
+      >>> seed = dict.fromkeys(["shared.weight", "lm_head.weight"], np.zeros((2, 3)))
+      >>> extracted = subset.from_models(seed, {name: x + 1 for name, x in seed.items()})
+      >>> original_of("lm_head.weight", extracted, ["shared.weight"])
+      'shared.weight'
+    """
+    return next(
+        (n for n in others if not _are_siblings(n, name) and _same_entries(subset[n], subset[name])), None
+    )
+
+
+def _original(name: str, x: Any, tensors: Mapping[str, Any]) -> str | None:
     """The name of a tensor that ``x`` is a copy of."""
-    return next((name for name, y in tensors.items() if _same(x, y)), None)
+    return next((n for n, y in tensors.items() if not _are_siblings(n, name) and _same(x, y)), None)
+
+
+def _are_siblings(a: str, b: str) -> bool:
+    """Whether names differ in numbers alone, as those of experts and layers do."""
+    return re.sub(r"\d+", "0", a) == re.sub(r"\d+", "0", b)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -66,7 +96,7 @@ def _same(a: Any, b: Any) -> bool:
     return bool((first[0] == second[0]).all() and (first == second).all() and (first != first.flat[0]).any())
 
 
-def same_entries(a: Entries, b: Entries) -> bool:
+def _same_entries(a: Entries, b: Entries) -> bool:
     """Whether two matrices had one seed and became one tuned tensor."""
     return (
         len(a.shape) > 1

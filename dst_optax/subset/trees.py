@@ -4,7 +4,7 @@ Where jax is not imported there are no jax arrays, and no trees but of dictionar
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
@@ -68,18 +68,24 @@ def _flat_plain(tree: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
         for key in sorted(tree):
             yield from _flat_plain(tree[key], (*keys, str(key)))
     elif isinstance(tree, list | tuple):
-        for i, x in enumerate(tree):
-            yield from _flat_plain(x, (*keys, str(i)))
+        for key, x in zip(_fields(tree), tree, strict=True):
+            yield from _flat_plain(x, (*keys, key))
     elif tree is not None:
         yield "/".join(keys), tree
 
 
 def _map_plain(tree: Any, new: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
     if isinstance(tree, dict):
-        return {key: _map_plain(x, new, (*keys, str(key))) for key, x in tree.items()}
+        return tree | {key: _map_plain(x, new, (*keys, str(key))) for key, x in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(_map_plain(x, new, (*keys, str(i))) for i, x in enumerate(tree))
+        parts = [_map_plain(x, new, (*keys, key)) for key, x in zip(_fields(tree), tree, strict=True)]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
     return new.get("/".join(keys), tree)
+
+
+def _fields(tree: Any) -> Sequence[str]:
+    """The keys of a list, a tuple or a named tuple, as jax spells them."""
+    return getattr(tree, "_fields", [str(i) for i in range(len(tree))])
 
 
 def spans_processes(x: Any) -> bool:

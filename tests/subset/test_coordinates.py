@@ -114,9 +114,51 @@ def test_a_copy_of_a_tied_tensor_that_became_another_is_refused(tmp_path):
     tuned = hf_tuned | {"lm_head.weight": hf_tuned["model.embed_tokens.weight"]}
     both = subset.from_models(seed, tuned)
     assert both.from_hf(table, seed).count == subset.from_models(hf_seed, hf_tuned).count
-    only = subset.from_models(seed, hf_seed | {"lm_head.weight": hf_tuned["model.embed_tokens.weight"]})
-    with pytest.raises(SubsetError, match=r"'lm_head.weight' and 'model.embed_tokens.weight' are one tensor"):
-        only.from_hf(table, seed)
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):  # one of them alone
+        only = subset.from_models(seed, seed | {name: hf_tuned["model.embed_tokens.weight"]})
+        says = r"'lm_head.weight' and 'model.embed_tokens.weight' are one tensor"
+        with pytest.raises(SubsetError, match=says):
+            only.from_hf(table, seed)
+
+
+@pytest.mark.parametrize("name", ["llama stacked", "t5 stacked"])
+def test_rows_may_come_in_any_order(name, tmp_path):
+    table, seed, tuned, hf_seed, hf_tuned = case(name, tmp_path)
+    ours, theirs = subset.from_models(seed, tuned), subset.from_models(hf_seed, hf_tuned)
+    assert same(theirs.from_hf(table[::-1], hf_seed).apply(seed), tuned)
+    assert same(ours.to_hf(table[::-1], hf_seed).apply(hf_seed), hf_tuned)
+    missing = next(row for row in table if row.layer == 0)
+    twice = next(row for row in table if (row.path, row.layer) == (missing.path, 1))
+    for wrong in ([row for row in table if row is not missing], [*table, twice]):
+        for convert, given in ((theirs.from_hf, hf_seed), (ours.to_hf, seed)):
+            with pytest.raises(SubsetError, match=f"{missing.path!r} has the layers .* in the table"):
+                convert(wrong, given)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5 stacked"])
+def test_only_a_seed_that_is_recognised_is_vouched_for(name, tmp_path):
+    """As one that is cast back to what the subset was made for."""
+    family, config = FAMILIES[name]
+    rng = np.random.default_rng(0)
+    halves = {p: rng.normal(size=s).astype(ml_dtypes.bfloat16) for p, s in family.shapes(config).items()}
+    seed = {p: x.astype(np.float32) for p, x in halves.items()}
+    tuned = {p: x + (rng.random(x.shape) < 0.2).astype(np.float32) for p, x in seed.items()}
+    right, wrong = (
+        saved(family, x, config, tmp_path / where)
+        for where, x in (("right", halves), ("wrong", {p: x + 1 for p, x in halves.items()}))
+    )
+    table = table_of(family, config)
+    for stored in (False, True):
+        ours = subset.from_models(seed, tuned, with_seed_values=stored).astype(ml_dtypes.bfloat16)
+        theirs = ours.to_hf(table, right)
+        assert all(theirs[n].seed_fingerprint == subset.fingerprint(x) for n, x in right.items())
+        if stored:
+            with pytest.raises(SubsetError, match=r"is not the seed's .* it differs from the seed values"):
+                ours.to_hf(table, wrong)
+            continue
+        unknown = ours.to_hf(table, wrong)
+        assert {e.seed_fingerprint for e in unknown.values()} == {None}
+        assert {e.seed_fingerprint for e in unknown.from_hf(table, wrong).values()} == {None}
 
 
 def test_composed_subsets_keep_their_coordinates(tmp_path):
@@ -201,8 +243,7 @@ def test_the_command(name, tmp_path):
     ]
     assert run(app, back).exit_code == 0
     assert same(subset.Subset.load(tmp_path / "back").apply(seed), tuned)
-    wrong = run(
-        app, ["convert", str(tmp_path / "ours"), "--to", "tf", *arguments, "--out", str(tmp_path / "no")]
-    )
-    assert wrong.exit_code == 1
+    for wrong in (["--to", "tf"], ["--to", "hf", "--stacked"]):
+        out = [*wrong, *arguments, "--out", str(tmp_path / "no")]
+        assert run(app, ["convert", str(tmp_path / "ours"), *out]).exit_code == 2
     assert not (tmp_path / "no").exists()

@@ -217,6 +217,10 @@ def test_revert_refuses_what_apply_did_not_make():
     found = subset.from_models(seed, {"w": np.array([0, 1, 0, 2], np.float32)}, with_seed_values=True)
     with pytest.raises(SubsetError, match="does not hold this subset's values"):
         found.revert(seed)
+    other = {"w": np.array([9, 1, 9, 2], np.float32)}  # differs elsewhere, too
+    with pytest.raises(SubsetError, match="'w' is not the seed's"):
+        found.revert(other)
+    assert found.revert(other, verify=False)["w"].tolist() == [9, 0, 9, 0]
 
 
 @pytest.mark.parametrize(
@@ -274,7 +278,7 @@ def test_subsets_of_unknown_seeds_do_not_hide_that_others_differ():
     seed = {"w": np.zeros(3, np.float32)}
     others = [subset.from_models({"w": x}, {"w": x}) for x in (seed["w"], seed["w"] + 1)]
     unknown = Subset({"w": dataclasses.replace(others[0]["w"], seed_fingerprint=None)})
-    with pytest.raises(SubsetError, match="different seeds: 'w'"):
+    with pytest.raises(SubsetError, match="subsets 2 and 3 are of different seeds: 'w'"):
         subset.compose([unknown, *others])
 
 
@@ -343,8 +347,11 @@ def test_integers_have_no_mean():
 def test_compose_refuses_other_seeds():
     one = subset.from_models({"w": np.zeros(3, np.float32)}, {"w": np.ones(3, np.float32)})
     two = subset.from_models({"w": np.full(3, 2, np.float32)}, {"w": np.ones(3, np.float32)})
-    with pytest.raises(SubsetError, match="different seeds: 'w'"):
-        subset.compose([one, two], "first")
+    with pytest.raises(SubsetError, match="subsets 1 and 3 are of different seeds: 'w'"):
+        subset.compose([one, one, two], "first")
+    long = subset.from_models({"w": np.zeros(4, np.float32)}, {"w": np.ones(4, np.float32)})
+    with pytest.raises(SubsetError, match="subset 3 is not for the model of subset 1: 'w'"):
+        subset.compose([one, one, long], "first")
     with pytest.raises(SubsetError, match="no subset"):
         subset.compose([])
     with pytest.raises(SubsetError, match=re.escape('on_conflict: got "sum"'.replace('"', "'"))):
@@ -363,6 +370,38 @@ def test_astype_commutes_with_apply():
         found = subset.from_models(seed, tuned, with_seed_values=stored).astype(jnp.bfloat16)
         assert same(found.apply(cast(seed)), cast(tuned))
     assert found.count == subset.from_models(cast(seed), cast(tuned)).count
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.float8_e4m3fn])
+def test_astype_makes_no_value_infinite(dtype):
+    seed = {"w": np.zeros(4, np.float32)}
+    found = subset.from_models(seed, {"w": np.array([1, np.inf, -70000, np.nan], np.float32)})
+    with pytest.raises(SubsetError, match=f"{np.dtype(dtype)} cannot hold 1 of the values of 'w', .* -70000"):
+        found.astype(dtype)
+    kept = found["w"].take(np.array([0, 1, 3]))  # those that are not finite stay so
+    values = Subset({"w": kept}).astype(dtype)["w"].values.astype(np.float32)
+    assert np.isfinite(values).tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("device", [None, jax.devices()[0]])
+def test_arrays_stay_as_committed_as_they_are(device):
+    """A committed one cannot be used with those of other devices."""
+    seed, tuned = ({"w": jax.device_put(np.full(3, k, np.float32), device)} for k in (0, 1))
+    found = subset.from_models(seed, tuned, with_seed_values=True)
+    assert found.apply(seed)["w"].committed == found.revert(tuned)["w"].committed == (device is not None)
+
+
+def test_each_array_stays_as_committed_as_it_is():
+    device = jax.devices()[0]
+    seed = {
+        p: jax.device_put(np.zeros(n, np.float32), d)
+        for p, n, d in zip("abcd", (3, 4, 5, 6), [device, None] * 2, strict=True)
+    }
+    tuned = {p: np.arange(x.size, dtype=np.float32) for p, x in seed.items()}
+    after = subset.from_models(seed, tuned).apply(seed)
+    for path, x in after.items():
+        assert x.committed == seed[path].committed
+        np.testing.assert_array_equal(x, tuned[path])
 
 
 def test_astype_converts_floats_alone_and_each_as_its_rule_says():

@@ -1,10 +1,13 @@
 """Position coding, fingerprints and files: round trips, entropy, checks."""
 
+import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 import pathlib
 import re
+import threading
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -246,6 +249,54 @@ def test_a_full_disk_leaves_the_old_subset(tmp_path, monkeypatch):
     assert_equal(first, Subset.load(tmp_path))
 
 
+def test_a_subset_that_is_being_saved_is_read_whole(tmp_path):
+    versions = [example(np.random.default_rng(seed), False)[2] for seed in range(2)]
+    prints = {version["l3"].seed_fingerprint for version in versions}
+    versions[0].save(tmp_path)
+    stop = threading.Event()
+
+    def save():
+        for i in itertools.takewhile(lambda _: not stop.is_set(), itertools.count()):
+            Subset(versions[i % 2].leaves, {"save": i}).save(tmp_path)
+
+    writer = threading.Thread(target=save)
+    writer.start()
+    try:
+        for _ in range(100):
+            assert Subset.load(tmp_path)["l3"].seed_fingerprint in prints
+    finally:
+        stop.set()
+        writer.join()
+
+
+def test_a_save_that_was_killed_is_told_from_damage(tmp_path):
+    """The first file was renamed, the others were not."""
+    first, second = (example(np.random.default_rng(seed), False)[2] for seed in range(2))
+    first.save(tmp_path / "a")
+    second.save(tmp_path / "b")
+    (tmp_path / "b" / files.TENSORS).replace(tmp_path / "a" / files.TENSORS)
+    (tmp_path / "b" / files.CONFIG).replace(tmp_path / "a" / f".tmp-{files.CONFIG}-0")
+    with pytest.raises(SubsetError, match=r"a program was killed while it did so: .* save it again"):
+        Subset.load(tmp_path / "a")
+    first.save(tmp_path / "a")
+    assert_equal(first, Subset.load(tmp_path / "a"))
+
+
+def test_a_file_beyond_what_its_configuration_allows_is_not_read(tmp_path):
+    example(np.random.default_rng(0), True)[2].save(tmp_path)
+    files.os.truncate(tmp_path / files.TENSORS, 2**28)
+    with pytest.raises(SubsetError, match=rf"{files.TENSORS} has {2**28} bytes; at most \d+ are read"):
+        Subset.load(tmp_path)
+
+
+def test_seed_values_of_some_tensors_are_not_dropped(tmp_path):
+    found = example(np.random.default_rng(0), True)[2]
+    mixed = Subset({**found, "l3": dataclasses.replace(found["l3"], seed_values=None)})
+    with pytest.raises(SubsetError, match=r"'l3' has no seed values, others have"):
+        mixed.save(tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
 def test_another_readme_is_not_overwritten(tmp_path):
     (tmp_path / files.CARD).write_text("my model")
     with pytest.raises(SubsetError, match="a directory of its own"):
@@ -274,6 +325,14 @@ def test_metadata_is_kept_as_json_has_it(tmp_path):
     found = example(np.random.default_rng(0), False)[2]
     Subset(found.leaves, {"score by step": {50: 0.1, 100: (0.2, None)}}).save(tmp_path)
     assert Subset.load(tmp_path).metadata == {"score by step": {"50": 0.1, "100": [0.2, None]}}
+
+
+def test_metadata_that_are_no_unicode_are_kept(tmp_path):
+    """As the names of files may be."""
+    found = example(np.random.default_rng(0), False)[2]
+    Subset(found.leaves, {"seed": "caf\udce9"}).save(tmp_path)
+    assert Subset.load(tmp_path).metadata == {"seed": "caf\udce9"}
+    assert "caf\\udce9" in (tmp_path / files.CARD).read_text()
 
 
 def test_metadata_that_could_not_be_read_is_refused(tmp_path, monkeypatch):
@@ -380,15 +439,19 @@ def test_a_changed_configuration_is_refused(tmp_path):
 def test_odd_json_is_refused(tmp_path, text):
     example(np.random.default_rng(2), False)[2].save(tmp_path)
     (tmp_path / files.CONFIG).write_bytes(text.encode("latin1"))
-    with pytest.raises(SubsetError, match=files.CONFIG):
+    with pytest.raises(SubsetError, match=str(tmp_path / files.CONFIG)):
         Subset.load(tmp_path)
 
 
-def test_a_key_twice_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [("{", '{"version": 1,', "a key twice"), ('"score": 0.5', '"score": 1e999', "1e999 is not a JSON value")],
+)
+def test_what_json_alone_would_take_is_refused(tmp_path, old, new, message):
     example(np.random.default_rng(2), False)[2].save(tmp_path)
     text = (tmp_path / files.CONFIG).read_text()
-    (tmp_path / files.CONFIG).write_text(text.replace("{", '{"version": 1,', 1))
-    with pytest.raises(SubsetError, match="a key twice"):
+    (tmp_path / files.CONFIG).write_text(text.replace(old, new, 1))
+    with pytest.raises(SubsetError, match=message):
         Subset.load(tmp_path)
 
 

@@ -199,6 +199,26 @@ def test_a_tensor_that_is_no_copy_is_missed(tmp_path):
     assert "layer.bias" in call("verify", tmp_path / "whole", "--seed", tmp_path, code=1)["error"]
 
 
+EXPERTS = {f"experts.{i}.weight": SEED["shared.weight"] for i in range(4)}  # an upcycled model's are equal
+EXPERTS_TUNED = {name: x + i for i, (name, x) in enumerate(EXPERTS.items())}
+
+
+def test_siblings_that_begin_equal_are_no_copies(tmp_path):
+    last = "experts.3.weight"
+    fewer = {name: x for name, x in EXPERTS_TUNED.items() if name != last}
+    pruned = dict(list(EXPERTS.items())[:2])
+    for name, tensors in (("seed", EXPERTS), ("fewer", fewer), ("pruned", pruned)):
+        write(tmp_path / name / "model.safetensors", tensors)
+    pair = ("--seed", tmp_path / "seed", "--tuned", tmp_path / "fewer")
+    assert last in call("extract", *pair, "--out", tmp_path / "subset", code=1)["error"]
+    without = {name: x for name, x in EXPERTS.items() if name != last}
+    subset.from_models(without, fewer).save(tmp_path / "subset")
+    verify = ("verify", tmp_path / "subset", "--seed")
+    assert f"the subset lacks '{last}'" in call(*verify, tmp_path / "seed", code=1)["error"]
+    subset.from_models(EXPERTS, EXPERTS).save(tmp_path / "subset")
+    assert "the model lacks 'experts.2.weight'" in call(*verify, tmp_path / "pruned", code=1)["error"]
+
+
 @pytest.mark.parametrize("kind", ["F4", "F6_E2M3", "C64", "X9"])
 def test_a_file_of_an_odd_dtype_is_refused_by_tensor(tmp_path, kind):
     header = json.dumps({"w": {"dtype": kind, "shape": [4], "data_offsets": [0, 4]}}).encode()

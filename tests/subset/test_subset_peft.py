@@ -40,6 +40,34 @@ def test_what_cannot_be_expressed_is_refused_by_name(found, message, tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
+def test_an_adapter_of_another_kind_is_not_overwritten(tmp_path):
+    found = pair()[2]
+    save_shira(found, tmp_path)
+    save_shira(found, tmp_path)  # its own kind is replaced
+    for content in ('{"peft_type": "LORA"}', "[]", "{"):
+        (tmp_path / "adapter_config.json").write_text(content)
+        (tmp_path / "adapter_model.safetensors").write_bytes(b"LoRA")
+        with pytest.raises(SubsetError, match=rf"{tmp_path} holds an adapter of the kind '(LORA|unknown)'"):
+            save_shira(found, tmp_path)
+        assert (tmp_path / "adapter_model.safetensors").read_bytes() == b"LoRA"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "gs://bucket/y"], "gs://bucket/y lies in an object store"),
+        (["--out", "adapter", "--not-linear", "("], "not_linear: '(' is no regular expression"),
+    ],
+)
+def test_what_an_export_cannot_be_given(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    pair()[2].save(tmp_path / "subset")
+    result = CliRunner().invoke(app, ["export-peft", "subset", *arguments, "--json"])
+    assert result.exit_code == 1
+    assert message in json.loads(result.output)["error"]
+    assert [f.name for f in tmp_path.iterdir()] == ["subset"]
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -13,6 +13,7 @@ from dst_optax.subset import fingerprint_jax, models
 from dst_optax.subset.fingerprint import lanes
 
 PROGRAM = """
+import collections
 import sys
 
 class Refuse:
@@ -42,6 +43,11 @@ else:
     raise AssertionError
 nested = Subset({"a/w": found["w"], "c/0": found["b"]})
 assert nested.apply({"c": [seed["b"]], "a": {"w": seed["w"]}})["c"][0].tobytes() == tuned["b"].tobytes()
+Layer = collections.namedtuple("Layer", ["w", "b"])
+nested = Subset({"x/w": found["w"], "x/b": found["b"]})
+made = nested.apply(collections.OrderedDict(x=Layer(seed["w"], seed["b"])))
+assert (type(made), type(made["x"])) == (collections.OrderedDict, Layer)
+assert made["x"].b.tobytes() == tuned["b"].tobytes()
 assert not {"jax", "optax", "flax", "torch"} & set(sys.modules)
 """
 
