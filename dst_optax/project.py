@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from dst_optax import distances
 from dst_optax.counts import Counts
 from dst_optax.floats import add, difference
-from dst_optax.select import Proposal, choose
+from dst_optax.select import Proposal, check_ties, choose
 from dst_optax.silos import SiloPlan
 from dst_optax.state import Memory, new_memory
 from dst_optax.tree import paths
@@ -93,12 +93,6 @@ def project(
         masks[i], params[i] = mask, jnp.where(mask, x, seeds[i])
     memory = _with_nonfinite(choice.memory, free)
     return Projection(treedef.unflatten(params), treedef.unflatten(masks), memory)
-
-
-def check_ties(ties: str) -> None:
-    """Raises if there is no such rule for ties."""
-    if ties not in ("strict", "fill"):
-        raise ValueError(f"ties: got {ties!r}; it must be 'strict' or 'fill'.")
 
 
 def project_updates(

@@ -11,7 +11,8 @@ import numpy as np
 from dst_optax import distances
 from dst_optax import silos as silos_lib
 from dst_optax import state as state_lib
-from dst_optax.project import check_ties, project, project_updates
+from dst_optax.project import project, project_updates
+from dst_optax.select import check_ties
 from dst_optax.silos import SiloPlan
 from dst_optax.state import DynamicSubsetTuningState
 from dst_optax.tree import are_rules, is_function, named_leaves

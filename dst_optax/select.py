@@ -53,6 +53,12 @@ class Choice(NamedTuple):
     memory: Memory
 
 
+def check_ties(ties: str) -> None:
+    """Raises if there is no such rule for ties."""
+    if ties not in ("strict", "fill"):
+        raise ValueError(f"ties: got {ties!r}; it must be 'strict' or 'fill'.")
+
+
 @partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def choose(
     plan: SiloPlan,
