@@ -41,6 +41,8 @@ def main() -> None:
     parser.add_argument("--root", help="the server's DST_SUBSET_ROOT")
     parser.add_argument("--api-key", default="", help="the server's")
     arguments = parser.parse_args()
+    if arguments.url and not arguments.root:
+        parser.error("--url needs --root, the directory that the server has as DST_SUBSET_ROOT.")
     if arguments.url:
         serve = vllm_server(arguments.url, Path(arguments.root), arguments.api_key)
     else:

@@ -27,6 +27,7 @@ from peft import LoraConfig, ShiraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from dst_optax.finetuning import inputs
+from dst_optax.finetuning.evaluator import option_tokens
 from dst_optax.finetuning.methods.lora import ranks
 from dst_optax.finetuning.models.decoder.vocabulary import HuggingFaceVocabulary
 from dst_optax.finetuning.models.named import language_model
@@ -75,9 +76,9 @@ def score(model: Any, data: SuperGlue, task: str, split: str, lengths: dict[str,
     eval_split = inputs.eval_split(lm, data.provider(task), split, lengths)
     options = [data.options(eval_split, example) for example in eval_split.examples]
     pairs = [
-        (example["inputs"], data.vocabulary.encode(option))
+        (example["inputs"], tokens)
         for example, each in zip(eval_split.examples, options, strict=True)
-        for option in each
+        for tokens in option_tokens(data.vocabulary, each, lengths["targets"])
     ]
     batch, scores = inputs.batch_of(lm, pairs, lengths), []
     with torch.no_grad():
@@ -109,7 +110,8 @@ def train(
     torch.manual_seed(rng_seed)
     model = AutoModelForCausalLM.from_pretrained(given.checkpoint, dtype=torch.float32)
     model = adapted(model, given.method, given.budget, rng_seed)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)
     tuned = [p for p in model.parameters() if p.requires_grad]
     adam = torch.optim.Adam(tuned, betas=(0.9, 0.98))
     lm = language_model(given.checkpoint)
@@ -130,6 +132,7 @@ def train(
         "rng_seed": rng_seed,
         "free_params": sum(p.numel() for p in tuned),
         "seconds": time.perf_counter() - began,
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "score": score(model, data, given.task, "validation", lengths),
         "test_score": score(model, data, given.task, "test", lengths),
     }

@@ -120,20 +120,23 @@ def main() -> None:
     parser.add_argument("--pair", nargs=2, metavar="METHOD", help="methods to compare run by run")
     given = parser.parse_args()
     rows = joined(given.results)
-    if len({row.get("test_score") is None for row in rows}) > 1:
+    if len({row.get("test_score") is None for row in rows if row["score"] is not None}) > 1:
         parser.error("some rows have a test score and some have none; their scores cannot be compared.")
     if given.figure and len({row["task"] for row in rows}) > 1:
         parser.error("--figure: the rows are of several tasks; give those of one.")
     if given.rows:
         storage.write_text(given.rows, "".join(json.dumps(row) + "\n" for row in rows))
-    whole = complete(rows)
+    finished = [row for row in rows if row["score"] is not None]
+    whole = complete(finished)
     for task in dict.fromkeys(row["task"] for row in whole):
         same = [row for row in whole if row["task"] == task]
         print(f"## {task}\n", *table(same, given.every_rate), "", sep="\n")
         if given.pair:
             print(pair(same, *given.pair))
-    if len(whole) < len(rows):
-        print(f"{len(rows) - len(whole)} runs at rates that were not tried with all seeds are left out.")
+    if len(finished) < len(rows):
+        print(f"Runs that diverged and are left out: {len(rows) - len(finished)}.")
+    if len(whole) < len(finished):
+        print(f"{len(finished) - len(whole)} runs at rates that were not tried with all seeds are left out.")
     if given.figure:
         (task,) = {row["task"] for row in whole}
         means = summarise(whole)

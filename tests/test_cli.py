@@ -1,5 +1,6 @@
 """The command line: typer's and T5X's flags, errors as one line and a status."""
 
+import errno
 import os
 
 import pytest
@@ -107,6 +108,23 @@ def test_banners_are_dropped_and_nothing_else(capfd):
     assert capfd.readouterr().err == "E0000 00:00:1795646731.437189    7000 x.cc:1] something is wrong\n"
 
 
+def test_a_full_disk(monkeypatch, capsys):
+    def fail(number):
+        def write(*_, **__):
+            raise OSError(number, "full", "run/metrics.jsonl")
+
+        monkeypatch.setattr(cli, "app", write)
+
+    fail(errno.ENOSPC)
+    assert cli.main([]) == 2
+    assert capsys.readouterr().err.startswith(
+        "dst-optax: run/metrics.jsonl: the disk is full; what was finished"
+    )
+    fail(errno.EIO)
+    with pytest.raises(OSError, match="full"):
+        cli.main([])
+
+
 def test_experiments_are_named_and_checked(capsys):
     assert cli.main(["experiment", "absent", "--gin_file=x"]) == 2
     assert "subset_convergence" in capsys.readouterr().err
@@ -156,9 +174,18 @@ RUNS = [
     ("finetune", "superglue/tfds.gin"),
     ("finetune", "superglue/jsonl.gin"),
     ("finetune", "superglue/jsonl.gin", "superglue/bytes.gin"),
+    ("finetune", "superglue/jsonl.gin", "models/smollm2_135m.gin"),
+    ("finetune", "tasks/jsonl.gin", "models/smollm2_135m.gin"),
+    ("finetune", "tasks/jsonl.gin", "models/sentencepiece.gin"),
+    ("finetune", "tasks/gsm8k.gin", "models/smollm2_135m.gin"),
+    ("finetune", "tasks/gsm8k.gin", "models/sentencepiece.gin"),
     ("score_vs_budget", "experiments/score_vs_budget.gin"),
     ("score_vs_budget", "experiments/score_vs_budget_cb.gin"),
+    ("score_vs_budget", "experiments/score_vs_budget_smollm2.gin"),
+    ("score_vs_budget", "experiments/score_vs_budget_smollm2.gin", "experiments/recipe_smollm2.gin"),
+    ("score_vs_budget", "experiments/score_vs_budget_smollm2.gin", "experiments/score_vs_budget_jsonl.gin"),
     ("regularisation", "experiments/regularisation.gin"),
+    ("regularisation", "experiments/regularisation_smollm2.gin"),
     ("serving_latency", "experiments/serving_latency.gin"),
     ("subset_convergence", "experiments/subset_convergence.gin"),
 ]

@@ -46,6 +46,14 @@ def test_every_version_arrives(run):
         assert all(np.asarray(found[n]).tobytes() == x.tobytes() for n, x in model.items())
 
 
+def test_a_server_is_given_by_both_its_options(monkeypatch, capsys):
+    options = ["snapshots", "--checkpoint", "seed", "--steps", "steps", "--url", "http://localhost:8000"]
+    monkeypatch.setattr("sys.argv", ["follow_training.py", *options])
+    with pytest.raises(SystemExit):
+        follow_training.main()
+    assert "--url needs --root" in capsys.readouterr().err
+
+
 def test_a_missing_step_is_told(run):
     root, _ = run
     sent(root)

@@ -356,6 +356,23 @@ def test_sweeps_with_other_held_out_rows_are_joined(tmp_path):
         sweep_figure.joined(files)
 
 
+def test_runs_that_diverged_are_told(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tensorflow")
+    import sweep_figure
+
+    run = {"task": "cb", "method": "dst", "budget": 9, "rng_seed": 0}
+    rows = [
+        {**run, "learning_rate": 0.1, "score": 50.0, "test_score": 40.0, "free_params": 9},
+        {**run, "learning_rate": 10.0, "score": None, "diverged": True},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "rows.jsonl")])
+    sweep_figure.main()
+    said = capsys.readouterr().out
+    assert "| dst | 9 | 0.1 | 50.0 | 40.0 | 40.0 |" in said
+    assert "Runs that diverged and are left out: 1." in said
+
+
 def test_sweeps_without_a_test_split_are_compared(tmp_path):
     pytest.importorskip("tensorflow")
     import sweep_figure

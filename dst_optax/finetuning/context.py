@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from dst_optax.finetuning.display import make_console
 from dst_optax.finetuning.evaluator import Evaluator
 from dst_optax.finetuning.methods import Method, Params
 from dst_optax.finetuning.models import huggingface
+from dst_optax.finetuning.models.base import LanguageModel
 from dst_optax.finetuning.models.named import language_model
 from dst_optax.finetuning.recipe import Recipe
 from dst_optax.finetuning.run_dir import RunDir
@@ -75,12 +76,7 @@ class RunContext:
                 f"recipe: batch_size {recipe.batch_size} must be a multiple of accumulate "
                 f"{recipe.accumulate} times the {self.mesh.shape['data']} devices along data."
             )
-        longest, limit = sum(recipe.lengths.values()) - 1, getattr(plain.config, "max_length", None)
-        if limit is not None and longest > limit:
-            raise ValueError(
-                f"recipe: lengths {dict(recipe.lengths)} make texts of up to {longest} tokens, but the model "
-                f"has positions for {limit} only (max_position_embeddings)."
-            )
+        _require_positions(plain, recipe)
         # a run directory that keeps its seed needs the checkpoint no more
         needed = None if checkpoint is None or RunDir.keeps_seed(root) else hub.local_path(checkpoint)
         plain.check(data.vocabulary, needed)
@@ -102,18 +98,23 @@ class RunContext:
             "recipe": json.loads(json.dumps(asdict(recipe))),
             "checkpoint": checkpoint,
             "subset_dir": subset_dir,
+            "settings": dict(data.settings),
             "config": config,
         }
-        self.run_dir = RunDir(root, identity)
-        self.run_dir.check()
+        unclaimed = RunDir(root, identity)
+        unclaimed.check()
         processes.barrier(f"{run_dir} is free or ours")
         self._checkpoint = checkpoint
         load = None if needed is None else partial(self.model.load, needed)
-        self.seed = self.run_dir.seed(partial(self.model.init, jax.random.key(0)), load)
+        self.seed = unclaimed.seed(partial(self.model.init, jax.random.key(0)), load)
         self.seed_fingerprint = storage.fingerprint(self.seed)
         self.start = self.seed if subset_dir is None else subset.Subset.load(subset_dir).apply(self.seed)
         for method in methods:
             jax.eval_shape(partial(self._begin, method), self.seed, self.start)
+        loaded = {"seed_fingerprint": self.seed_fingerprint}
+        if subset_dir is not None:
+            loaded["start_fingerprint"] = storage.fingerprint(self.start)
+        self.run_dir = replace(unclaimed, identity=identity | loaded)
         self.run_dir.claim(None if reference_seed else self.seed)
         self.evaluator = Evaluator(self.model, data, recipe, self.mesh)
         self._programs: Programs | None = None
@@ -122,7 +123,8 @@ class RunContext:
 
     def _begin(self, method: Method, seed: Params, start: Params) -> Any:
         """What a run of the method begins with; raises where it cannot tune this model."""
-        _, tuned = method.split(start, jax.random.key(0), self.model)
+        frozen, tuned = method.split(start, jax.random.key(0), self.model)
+        _require_positions(self.model, self.recipe, method.merge(frozen, tuned).get("prompt", ()))
         return method.init(seed, tuned)
 
     @property
@@ -139,7 +141,8 @@ class RunContext:
     def baselines(self) -> list[dict[str, Any]]:
         """Rows of the most common answer and of the untuned model."""
         name = "seed model" if self.start is self.seed else "with the subset"
-        rows = self.run_dir.baselines(self.data, self.evaluator, self.start, name)
+        place = partial(placement.place_model, self.model, self.start, self.mesh)
+        rows = self.run_dir.baselines(self.data, self.evaluator, place, name)
         return [{"method": name, "free_params": 0, "seconds": 0.0, **row} for name, row in rows.items()]
 
     def place_seed_and_start(self) -> tuple[Params, Params]:
@@ -180,3 +183,13 @@ class RunContext:
         if not directory.exists():
             raise ValueError(f"{directory} does not exist any more.")
         return directory if (directory / "config.json").is_file() else None
+
+
+def _require_positions(model: LanguageModel, recipe: Recipe, prompt: Sequence[Any] = ()) -> None:
+    longest, limit = len(prompt) + sum(recipe.lengths.values()) - 1, getattr(model.config, "max_length", None)
+    if limit is not None and longest > limit:
+        after = f" after a soft prompt of {len(prompt)}" if len(prompt) else ""
+        raise ValueError(
+            f"recipe: lengths {dict(recipe.lengths)}{after} make texts of up to {longest} tokens, but the "
+            f"model has positions for {limit} only (max_position_embeddings)."
+        )

@@ -24,6 +24,10 @@ def make_console() -> Console:
     return console
 
 
+class Diverged(ValueError):  # noqa: N818
+    """The loss, the gradients or the parameters are no longer finite."""
+
+
 class Log:
     """Writes metrics to ``metrics.jsonl`` and TensorBoard and shows them; in one of several processes.
 
@@ -71,7 +75,7 @@ class Log:
           values: scalars, on the devices or off.
 
         Raises:
-          ValueError: the loss or the gradients are not finite.
+          Diverged: the loss or the gradients are not finite.
         """
         self.require_finite(step, values)
         values = {name: float(x) for name, x in values.items()}
@@ -91,13 +95,13 @@ class Log:
         self._write(step, values, shown)
 
     def require_finite(self, step: int, values: Mapping[str, Any]) -> None:
-        """Raises a ValueError unless the loss, the gradients and the parameters of a step are finite.
+        """Raises :class:`Diverged` unless the loss, the gradients and the parameters of a step are finite.
 
         Before each checkpoint, too: a run could not go on from one of a model that is NaN.
         """
         for name in ("loss", "grad_norm", "largest parameter"):
             if not math.isfinite(values.get(name, 0.0)):
-                raise ValueError(
+                raise Diverged(
                     f"the {name} is {float(values[name])} at step {step}: lower the learning rate and give "
                     "another run_dir, or check the seed model. Earlier checkpoints are untouched."
                 )

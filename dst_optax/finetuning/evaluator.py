@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import seqio
 from jax.sharding import Mesh
 
 from dst_optax.finetuning import inputs, placement
@@ -40,6 +41,33 @@ def target_scores(model: LanguageModel, params: Params, batch: inputs.Batch) -> 
         "correct": jnp.sum(right * weights, axis=1),
         "tokens": jnp.sum(weights, axis=1),
     }
+
+
+def option_tokens(vocabulary: seqio.Vocabulary, options: Sequence[str], length: int) -> list[list[int]]:
+    """Options as tokens, with an end where one begins with another, which would always be likelier.
+
+    Args:
+      vocabulary: of targets.
+      options: the texts to choose from.
+      length: of targets.
+
+    Raises:
+      ValueError: an option is longer.
+
+    Example:
+      >>> [option_tokens(seqio.ByteVocabulary(), options, 3) for options in (["a", "b"], ["a", "ab"])]
+      [[[100], [101]], [[100, 1], [100, 101, 1]]]
+    """
+    tokens = [list(vocabulary.encode(option)) for option in options]
+    if any(len(a) < len(b) and a == b[: len(a)] for a in tokens for b in tokens):
+        tokens = [[*each, vocabulary.eos_id] for each in tokens]
+    for option, each in zip(options, tokens, strict=True):
+        if len(each) > length:
+            raise ValueError(
+                f"recipe: the option {option!r} has {len(each)} tokens, but targets only {length}; make "
+                "lengths longer."
+            )
+    return tokens
 
 
 class Evaluator:
@@ -124,23 +152,9 @@ class Evaluator:
         pairs = [
             (example["inputs"], tokens)
             for example, each in zip(split.examples, options, strict=True)
-            for tokens in self._tokens_of(each)
+            for tokens in option_tokens(self._data.vocabulary, each, self._lengths["targets"])
         ]
         return options, inputs.batch_of(self._model, pairs, self._lengths)
-
-    def _tokens_of(self, options: Sequence[str]) -> list[list[int]]:
-        """Options as tokens, with an end where one begins with another, which would always be likelier."""
-        vocabulary = self._data.vocabulary
-        tokens = [list(vocabulary.encode(option)) for option in options]
-        if any(len(a) < len(b) and a == b[: len(a)] for a in tokens for b in tokens):
-            tokens = [[*each, vocabulary.eos_id] for each in tokens]
-        for option, each in zip(options, tokens, strict=True):
-            if len(each) > self._lengths["targets"]:
-                raise ValueError(
-                    f"recipe: the option {option!r} has {len(each)} tokens, but targets only "
-                    f"{self._lengths['targets']}; make lengths longer."
-                )
-        return tokens
 
     def _target_scores(self, params: Params, batch: inputs.Batch) -> dict[str, np.ndarray]:
         return self._in_batches(self._scores, params, batch)

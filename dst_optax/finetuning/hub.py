@@ -60,6 +60,23 @@ def local_path(checkpoint: str, files: Sequence[str] = FILES) -> str:
         ) from error
 
 
+def require_safetensors(checkpoint: Path) -> None:
+    """Refuses a checkpoint of Hugging Face's without safetensors; others are the hub's old, pickled ones.
+
+    Args:
+      checkpoint: where it lies on this machine.
+
+    Raises:
+      ValueError: it has a ``config.json`` but no safetensors.
+    """
+    if (checkpoint / "config.json").is_file() and not any(checkpoint.glob("*.safetensors*")):
+        raise ValueError(
+            f"{checkpoint} has no safetensors, and pickled weights are neither downloaded nor read. Load the "
+            "model in transformers; save_pretrained writes safetensors into a directory that CHECKPOINT can "
+            "name. The tokenizer's files belong there, too."
+        )
+
+
 def copy_settings(checkpoint: Path, directory: Path) -> None:
     """Copies what a checkpoint has beside its weights and ``config.json``, above all its tokenizer.
 

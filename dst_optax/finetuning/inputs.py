@@ -86,6 +86,8 @@ class EvalSplit:
 
     def metrics(self, predictions: list[Any]) -> dict[str, float]:
         """The task's metrics of these predictions."""
+        if not self.provider.metric_fns:  # the examples may have no texts
+            return {}
         post = self.provider.postprocess_fn
         targets = [post(e["targets_pretokenized"].decode(), example=e, is_target=True) for e in self.examples]
         out: dict[str, float] = {}

@@ -51,7 +51,8 @@ def decayed(
 ) -> optax.GradientTransformation:
     """A clipped optimizer whose learning rate warms up, then falls like a cosine; what sweeps compare with.
 
-    The learning rate is part of the state, so that programs of a grid are the same and compiled once.
+    The learning rate is part of the state, so that the programs of a grid are the same: where jax keeps
+    compiled programs (``jax_compilation_cache_dir``), the first one compiles for all.
 
     Args:
       learning_rate: its peak.
@@ -83,8 +84,8 @@ def decayed(
     )
 
 
-def _check(peak: float, warmup: int) -> None:
-    if warmup < 0:
+def _check(peak: float | None, warmup: int | None) -> None:
+    if warmup is None or warmup < 0:
         raise ValueError(f"warmup: got {warmup} steps; it must be 0 or more.")
-    if not 0 < peak < math.inf:
+    if peak is None or not 0 < peak < math.inf:
         raise ValueError(f"the learning rate is {peak}; it must be finite and above 0.")

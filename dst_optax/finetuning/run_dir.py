@@ -14,6 +14,8 @@ from dst_optax.finetuning.evaluator import Evaluator
 from dst_optax.finetuning.methods import Params
 from dst_optax.finetuning.tasks.base import TaskSuite
 
+LOCK = ".lock"
+
 
 @dataclass(frozen=True)
 class RunDir:
@@ -35,7 +37,7 @@ class RunDir:
         """
         file = self.root / "run.json"
         if not file.exists():
-            if self.root.exists() and any(self.root.iterdir()):
+            if self.root.exists() and any(path.name != LOCK for path in self.root.iterdir()):
                 raise ValueError(f"{self.root} is not empty and no run directory; give another run_dir.")
             return
         owner = json.loads(file.read_text())
@@ -51,8 +53,17 @@ class RunDir:
             )
 
     def claim(self, seed: Params | None) -> None:
-        """Makes the directory ours, and keeps the seed model there unless it is None."""
+        """Makes the directory ours while this process lives; keeps the seed model there unless it is None.
+
+        Raises:
+          ValueError: another process is using it, or see :meth:`check`.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
+        if processes.any_process(processes.is_primary() and not storage.lock(self.root / LOCK)):
+            raise ValueError(
+                f"{self.root}: another process is using it; wait until it ends, or give another run_dir."
+            )
+        self.check()
         claimed, kept = (self.root / "run.json").exists(), (self.root / "seed").exists()
         processes.barrier(f"{self.root} is looked at")
         if not claimed:
@@ -78,15 +89,23 @@ class RunDir:
         return jax.tree.map(np.asarray, jax.jit(init)() if load is None else load())
 
     def baselines(
-        self, data: TaskSuite, evaluator: Evaluator, params: Params, name: str = "seed model"
+        self, data: TaskSuite, evaluator: Evaluator, place: Callable[[], Params], name: str = "seed model"
     ) -> dict[str, Any]:
-        """Scores of the most common answer and of the model before tuning, by that name; computed once."""
+        """Scores of the most common answer and of the model before tuning; computed once.
+
+        Args:
+          data: tasks.
+          evaluator: scores the model.
+          place: puts the model's parameters on the devices.
+          name: what the model is called.
+        """
         file = self.root / "baseline.json"
         exists = file.exists()
         processes.barrier(f"{file} is looked for")
         if not exists:
             majority = data.majority()
             rows: dict[str, Any] = {} if majority is None else {"majority": {"score": majority}}
+            params = place()
             metrics, score = evaluator.score(params)
             rows[name] = {"score": score, "metrics": metrics}
             if evaluator.tests:

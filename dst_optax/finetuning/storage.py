@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from dst_optax.finetuning import processes
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_WORDS = ("No space left", "Disk quota exceeded", "File too large")
+_LOCKED: dict[tuple[int, int], int] = {}  # handles of locked files by device and inode
 
 
 @contextmanager
@@ -76,6 +78,43 @@ def write_text(path: Path, text: str) -> None:
         with atomic_file(path) as temporary:
             temporary.write_text(text)
     processes.barrier(f"{path} is written")
+
+
+def lock(path: Path) -> bool:
+    """Locks a file until this process ends, which may ask for it again.
+
+    Where there are no locks, as on some shared file systems and on Windows, every process has it.
+
+    Args:
+      path: the file; is made if need be.
+
+    Returns:
+      Whether we have it; False if another process does.
+
+    Example:
+      >>> import tempfile
+      >>> path = Path(tempfile.mkdtemp()) / ".lock"
+      >>> lock(path), lock(path)
+      (True, True)
+    """
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        return True
+    path.touch()
+    file = path.stat()
+    if (file.st_dev, file.st_ino) in _LOCKED:
+        return True
+    handle = os.open(path, os.O_RDWR)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return False
+    except OSError:
+        pass
+    _LOCKED[file.st_dev, file.st_ino] = handle  # to close it would unlock the file
+    return True
 
 
 def _is_full(error: BaseException) -> bool:

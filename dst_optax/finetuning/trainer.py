@@ -3,6 +3,7 @@
 A command makes one run directory:
 
     run.json             what the run is; another run is refused here
+    .lock                held by the process that is using the directory
     seed/                the seed model, once (or a reference to where it lies)
     <method>/rng_<n>/    one run each
       method.txt           what is tuned, and how; another method is refused
@@ -79,6 +80,7 @@ def finetune(
     Raises:
       ValueError: bad data, checkpoint or settings, or ``run_dir`` belongs to another run. Nothing has
         been overwritten.
+      Diverged: the loss, the gradients or the parameters of a run are no longer finite.
       Interrupted: after SIGINT or SIGTERM, with a checkpoint.
     """
     if isinstance(rng_seeds, int) or not all(isinstance(x, int) for x in rng_seeds):
@@ -182,11 +184,17 @@ class Run:
             storage.write_text(file, ours)
 
     def result(self) -> dict[str, Any]:
-        """The row of the table, of an earlier command or after training from the last checkpoint."""
+        """The row of the table, of an earlier command or after training from the last checkpoint.
+
+        Raises:
+          ValueError: see :meth:`claim`.
+          Diverged: the loss, the gradients or the parameters are no longer finite.
+          Interrupted: after SIGINT or SIGTERM, with a checkpoint.
+        """
+        self.claim()
         file = self.directory / "result.json"
         if file.is_file():
             return json.loads(file.read_text())
-        self.directory.mkdir(parents=True, exist_ok=True)
         checkpoints = storage.Checkpoints(self.directory / "checkpoints", self.context.seed_fingerprint)
         progress, state = Progress(), self.start()
         last = max(checkpoints.steps(), default=0)
@@ -309,6 +317,7 @@ class Run:
             "test_score": evaluator.score(params, "test")[1] if evaluator.tests else None,
             "free_params": progress.free_params,
             "seconds": progress.seconds,
+            "device": self.context.mesh.devices.flat[0].device_kind,
             "best_step": progress.best_step,
             "metrics": measured,
         }

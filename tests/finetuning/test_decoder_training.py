@@ -19,7 +19,7 @@ from few import Few  # noqa: E402
 from dst_optax import subset  # noqa: E402
 from dst_optax.finetuning import inputs, placement, trainer  # noqa: E402
 from dst_optax.finetuning.context import RunContext  # noqa: E402
-from dst_optax.finetuning.evaluator import Evaluator, target_scores  # noqa: E402
+from dst_optax.finetuning.evaluator import Evaluator, option_tokens, target_scores  # noqa: E402
 from dst_optax.finetuning.methods.dst import DST  # noqa: E402
 from dst_optax.finetuning.methods.full import Full  # noqa: E402
 from dst_optax.finetuning.methods.lora import LoRA  # noqa: E402
@@ -193,16 +193,13 @@ def test_likelihoods_are_also_divided_by_the_bytes_of_options():
 
 def test_an_option_that_begins_with_another_can_be_the_likeliest():
     """Without an end the shorter one always would be."""
-    model, data = decoder.CausalLM(CONFIG), replace(DATA)
-    data.register(True)
-    found = Evaluator(
-        model, data, replace(RECIPE, lengths={"inputs": 8, "targets": 12}), placement.make_mesh()
-    )
-    assert found._tokens_of([" Obama", " Obama Jr"]) == [
+    assert option_tokens(Bytes(), [" Obama", " Obama Jr"], 10) == [
         [*Bytes().encode(" Obama"), 1],
         [*Bytes().encode(" Obama Jr"), 1],
     ]
-    assert found._tokens_of([" yes", " no"]) == [Bytes().encode(" yes"), Bytes().encode(" no")]
+    assert option_tokens(Bytes(), [" yes", " no"], 4) == [Bytes().encode(" yes"), Bytes().encode(" no")]
+    with pytest.raises(ValueError, match="the option ' yes' has 4 tokens, but targets only 3"):
+        option_tokens(Bytes(), [" yes", " no"], 3)
 
 
 def test_a_token_without_an_embedding_is_refused(tmp_path):
@@ -225,7 +222,11 @@ def test_texts_longer_than_the_model_was_made_for_are_refused(tmp_path):
     short = replace(CONFIG, max_length=54)
     with pytest.raises(ValueError, match=r"up to 55 tokens, but the model has positions for 54"):
         RunContext(str(tmp_path / "run"), DATA, short, RECIPE)
+    prompts, enough = [Prompt(optax.sgd(1.0), length=n) for n in (5, 6)], replace(CONFIG, max_length=60)
+    with pytest.raises(ValueError, match=r"a soft prompt of 6 make texts of up to 61 tokens.* for 60 only"):
+        RunContext(str(tmp_path / "run"), DATA, enough, RECIPE, methods=prompts)
     assert not (tmp_path / "run").exists()
+    RunContext(str(tmp_path / "run"), DATA, enough, RECIPE, methods=prompts[:1])
 
 
 def test_of_models_that_give_no_right_answer_the_least_perplexed_is_kept(tmp_path):

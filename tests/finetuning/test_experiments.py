@@ -16,8 +16,8 @@ for needed in ("seqio", "orbax.checkpoint", "clu", "rich", "tensorboard", "matpl
 import seqio  # noqa: E402
 from few import Few  # noqa: E402
 
-from dst_optax import cli, subset  # noqa: E402
-from dst_optax.finetuning import optimizers, trainer  # noqa: E402
+from dst_optax import cli, distances, subset  # noqa: E402
+from dst_optax.finetuning import display, optimizers, trainer  # noqa: E402
 from dst_optax.finetuning.experiments import (  # noqa: E402
     figures,
     regularisation,
@@ -31,6 +31,7 @@ from dst_optax.finetuning.methods.full import Full  # noqa: E402
 from dst_optax.finetuning.models import decoder, t5  # noqa: E402
 from dst_optax.finetuning.models.base import unflatten  # noqa: E402
 from dst_optax.finetuning.models.named import language_model  # noqa: E402
+from dst_optax.finetuning.tasks.jsonl import Jsonl  # noqa: E402
 from dst_optax.finetuning.tasks.superglue.suite import SuperGlue  # noqa: E402
 
 MODEL = t5.T5Config(
@@ -54,11 +55,17 @@ OPTIMIZER = functools.partial(optimizers.decayed, steps=2, warmup=1)
 
 
 def sweep(
-    directory, rng_seeds=(0, 1), tuning_seeds=1, learning_rates=(1e-2, 1e-1), optimizer=OPTIMIZER, dst=DST
+    directory,
+    rng_seeds=(0, 1),
+    tuning_seeds=1,
+    learning_rates=(1e-2, 1e-1),
+    optimizer=OPTIMIZER,
+    dst=DST,
+    data=DATA,
 ):
     return score_vs_budget.score_vs_budget(
         str(directory),
-        DATA,
+        data,
         MODEL,
         {"full": Full, "dst": functools.partial(dst, ties="fill")},
         {"full": [None], "dst": [100]},
@@ -164,6 +171,73 @@ def test_the_rate_is_that_of_the_best_mean_over_the_tuning_seeds(tmp_path, monke
         sweep(tmp_path / "other", tuning_seeds=4)
 
 
+def test_a_sweep_over_rows_of_ones_own(tmp_path, monkeypatch):
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    for split in ("train", "validation", "test"):
+        (rows / f"{split}.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n' * 4)
+    pretend(monkeypatch, lambda run, *_: None, lambda run: SCORES)
+    found = sweep(tmp_path / "sweep", data=Jsonl(str(rows), seqio.ByteVocabulary()))
+    seed_model, *runs = found
+    assert seed_model["method"] == "seed model"
+    assert seed_model["test_score"] == 0.0
+    assert {row["task"] for row in runs} == {"jsonl"}
+    assert len(runs) == 2 * (2 + 1)
+    assert "| dst | 100 |" in (tmp_path / "sweep" / "results.md").read_text()
+    assert (tmp_path / "sweep" / "score_vs_budget_jsonl.png").exists()
+
+
+def test_another_method_under_the_name_of_a_cell_is_refused(tmp_path, monkeypatch):
+    pretend(monkeypatch, lambda *_: None, lambda run: SCORES)
+    rows = sweep(tmp_path, (0,))
+    other = functools.partial(DST, distance=distances.squared)
+    with pytest.raises(ValueError, match=r"dst 100 lr 0\.01/rng_0 was begun with another method"):
+        sweep(tmp_path, (0,), dst=other)
+    for file in tmp_path.glob("*/*/*/method.txt"):
+        file.unlink()  # as versions before 0.2 did not write it
+    assert sweep(tmp_path, (0,), dst=other) == rows
+
+
+def test_a_rate_that_diverges_does_not_end_the_sweep(tmp_path, monkeypatch, capsys):
+    trained = []
+
+    def train(run, *_):
+        trained.append(run.name)
+        if run.name in ("full all lr 0.1", "dst 100 lr 0.01", "dst 100 lr 0.1"):
+            raise display.Diverged("the loss is nan at step 7: ...")
+
+    pretend(monkeypatch, train, lambda run: SCORES)
+    rows = sweep(tmp_path)
+    said = capsys.readouterr().out
+    assert "full all lr 0.1 rng 0: the loss is nan at step 7" in said
+    assert "rte: dst 100 diverges with all learning rates; give lower ones." in said
+    diverged = [(r["method"], r["learning_rate"], r["score"]) for r in rows if r.get("diverged")]
+    assert diverged == [("full", 0.1, None), ("dst", 0.01, None), ("dst", 0.1, None)]
+    assert [s["learning_rate"] for s in summary.summarise(rows) if s["method"] in ("full", "dst")] == [0.01]
+    table = (tmp_path / "results.md").read_text().splitlines()
+    assert "| full | 0.1 | 0 |" in [line.replace("|  |", "|") for line in table]
+    assert "| dst | 100 | 0.1 | 0 |" in table
+    before = list(trained)
+    assert sweep(tmp_path) == rows
+    assert trained == before
+
+
+def test_a_run_is_timed_where_all_processes_see_it(tmp_path, monkeypatch):
+    """And not where a killed sweep left finished ones."""
+    (tmp_path / "probe" / "2").mkdir(parents=True)
+    timed = []
+
+    def context(where, recipe):
+        assert not where.exists()
+        where.mkdir(parents=True)
+        timed.append((where, recipe.steps))
+
+    monkeypatch.setattr(trainer.Run, "result", lambda self: {})
+    assert score_vs_budget._seconds_a_run(context, tmp_path / "probe", Full(optax.sgd(1.0)), RECIPE) >= 0
+    assert timed == [(tmp_path / "probe" / str(steps), steps) for steps in (2, 12)]
+    assert not list(tmp_path.iterdir())
+
+
 def test_each_method_has_its_grid(tmp_path, monkeypatch):
     trained = []
     pretend(monkeypatch, lambda run, *_: trained.append(run.name), lambda run: SCORES)
@@ -265,6 +339,28 @@ def test_rates_without_a_common_seed_are_not_compared():
         summary.best_rate([ROWS[2], ROWS[4]])
 
 
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [
+        ({1.0: [70.0], 2.0: [None]}, 1.0),
+        ({1.0: [60.0, 61.0], 2.0: [99.0, None]}, 1.0),
+        ({1.0: [60.0, None], 2.0: [99.0, None]}, 2.0),
+        ({1.0: [60.0], 2.0: [70.0, None]}, 2.0),  # it diverged after it was chosen
+        ({1.0: [60.0, None]}, 1.0),
+        ({1.0: [None], 2.0: [None]}, None),
+    ],
+)
+def test_rates_that_diverge_are_not_chosen(scores, best):
+    rows = [
+        row("dst", 64, rate, i, x, None) for rate, of_seed in scores.items() for i, x in enumerate(of_seed)
+    ]
+    assert summary.best_rate(rows) == best
+    means = [x for x in scores.get(best, ()) if x is not None]
+    assert [(s["mean"], s["runs"]) for s in summary.summarise(rows)] == (
+        [(np.mean(means), len(means))] if means else []
+    )
+
+
 def test_tables_mark_the_best_of_a_budget():
     lines = summary.markdown(ROWS).splitlines()
     assert "| dst | 64 | 64 | 1 | **71.0 ± 2.8** | 10 |" in lines
@@ -314,6 +410,8 @@ def test_decayed_scales_any_direction(direction, step):
         (lambda: optimizers.warmup_constant(1e-3, -5), "warmup: got -5 steps"),
         (lambda: optimizers.warmup_constant(float("nan"), 5), "learning rate is nan"),
         (lambda: optimizers.warmup_constant(0.0, 5), "learning rate is 0.0"),
+        (lambda: optimizers.warmup_constant(None, 5), "learning rate is None"),
+        (lambda: optimizers.decayed(1e-3, steps=100, warmup=None), "warmup: got None steps"),
         (lambda: optimizers.decayed(1e-3, steps=100, warmup=-3), "warmup: got -3 steps"),
         (lambda: optimizers.decayed(1e-3, steps=30), "warmup: 50 steps, but the run has only 30"),
         (lambda: optimizers.decayed(-1e-3, steps=100), "learning rate is -0.001"),
@@ -496,13 +594,24 @@ def test_regularisation_chooses_no_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(trainer.Run, "result", lambda self: run(self, None, None, None))
     data = functools.partial(regularisation.synthetic, vocabulary=DATA.vocabulary, names=("rte",))
-    recipe = replace(RECIPE, eval_every=1, patience=3)
+    recipe = replace(RECIPE, eval_every=1)
     rows = regularisation.regularisation(
         str(tmp_path), data, MODEL, {"full": Full(optax.sgd(1.0))}, recipe, sizes=(8, 16), rng_seeds=(0, 1)
     )
     assert asked == [(8, "full", 0), (8, "full", 1), (16, "full", 0), (16, "full", 1)]
     assert {row["gap"] for row in rows} == {50.0}
     assert json.loads((tmp_path / "regularisation.json").read_text()) == rows
+
+
+@pytest.mark.parametrize(
+    ("tasks", "patience", "says"),
+    [(("rte",), 3, "recipe: patience is 3"), (("rte", "wsc"), None, "the true candidates of WSC only")],
+)
+def test_what_regularisation_cannot_compare_is_refused(tmp_path, tasks, patience, says):
+    data = functools.partial(regularisation.synthetic, vocabulary=DATA.vocabulary, names=tasks)
+    with pytest.raises(ValueError, match=says):
+        regularisation.regularisation(str(tmp_path), data, MODEL, {}, replace(RECIPE, patience=patience))
+    assert not list(tmp_path.iterdir())
 
 
 class Page(html.parser.HTMLParser):

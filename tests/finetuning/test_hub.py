@@ -1,5 +1,6 @@
 """Names of models on the hub, from a made cache and without a network."""
 
+import fnmatch
 import sys
 from pathlib import Path
 
@@ -43,6 +44,19 @@ def test_a_cached_model_is_found_offline(name, revision):
     assert (found / "config.json").read_text() == revision
 
 
+@pytest.mark.parametrize(("given", "weights"), [((), True), ((hub.SETTINGS,), False)])
+def test_weights_are_downloaded_only_where_they_are_wanted(monkeypatch, given, weights):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *_, **kw: asked.extend(kw["allow_patterns"])
+    )
+    hub.local_path("owner/model", *given)
+    assert any(fnmatch.fnmatch("tokenizer.json", pattern) for pattern in asked)
+    assert any(fnmatch.fnmatch("model.safetensors", pattern) for pattern in asked) == weights
+
+
 def test_local_paths_win(cache):
     (cache / "google" / "t5-v1_1-small").mkdir(parents=True)
     assert hub.local_path("google/t5-v1_1-small") == "google/t5-v1_1-small"
@@ -68,6 +82,19 @@ def test_the_client_is_optional(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match=r"a/b does not exist.*dst-optax\[hub\]"):
         hub.local_path("a/b")
+
+
+@pytest.mark.parametrize("family", ["t5", "decoder"])
+def test_a_model_without_safetensors_is_told(family):
+    """The hub has old models with pickled weights only, which are not even downloaded."""
+    from dst_optax.finetuning.models import decoder, t5
+
+    load, config = {
+        "t5": (t5.load, t5.CONFIGS["tiny"]),
+        "decoder": (decoder.load, decoder.CONFIGS["smollm2_135m"]),
+    }[family]
+    with pytest.raises(ValueError, match=r"google--t5.* has no safetensors.*save_pretrained"):
+        load(hub.local_path("google/t5-v1_1-small"), config)
 
 
 def test_a_run_starts_from_a_cached_model(cache):

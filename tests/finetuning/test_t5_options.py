@@ -35,6 +35,15 @@ def log_likelihood(params, inputs, option):
     return float(jnp.sum(chosen))
 
 
+@pytest.mark.parametrize("task", ["record", "wsc"])
+def test_tasks_whose_answers_are_names_have_no_options(task):
+    """Neither label is what a T5 is trained to say, so all would be one answer."""
+    data = SuperGlue(Few(train_size=8), VOCABULARY, ("rte", task), evaluation="options")
+    with pytest.raises(ValueError, match="ReCoRD and WSC are names, not options; evaluate them by decoding"):
+        data.register()
+    data.register(decoder_only=True)
+
+
 @pytest.mark.parametrize(
     ("task", "options", "predicted"),
     [("copa", ("choice1", "choice2"), {0, 1}), ("rte", ("entailment", "not_entailment"), {0})],

@@ -1,5 +1,6 @@
 """Whole runs of a tiny model: the same bits however often a run is stopped, and clear refusals."""
 
+import errno
 import json
 import math
 import os
@@ -37,7 +38,8 @@ from dst_optax.finetuning.methods.full import Full  # noqa: E402
 from dst_optax.finetuning.methods.lora import LoRA  # noqa: E402
 from dst_optax.finetuning.models import t5  # noqa: E402
 from dst_optax.finetuning.steps import TrainState, make_step  # noqa: E402
-from dst_optax.finetuning.tasks.superglue import sources, tasks  # noqa: E402
+from dst_optax.finetuning.tasks.span_corruption import SpanCorruption  # noqa: E402
+from dst_optax.finetuning.tasks.superglue import tasks  # noqa: E402
 from dst_optax.finetuning.tasks.superglue.sources import JsonlSource  # noqa: E402
 from dst_optax.finetuning.tasks.superglue.suite import SuperGlue  # noqa: E402
 from dst_optax.subset import models  # noqa: E402
@@ -144,6 +146,7 @@ def test_a_run_leaves_what_it_promises(whole):
     assert len((run / "predictions" / "RTE.jsonl").read_text().splitlines()) == DATA.source.size
     tuned = subset.Subset.load(run / "tuned" / "subset")
     assert tuned.count == row["free_params"]
+    assert row["device"] == jax.devices()[0].device_kind
     assert (directory / "scores.png").read_bytes()[:4] == b"\x89PNG"
     assert list((run / "tensorboard").iterdir())
     best = json.loads((run / "checkpoints" / "00000006" / "progress.json").read_text())["best_step"]
@@ -323,7 +326,6 @@ def test_a_run_notices_that_its_data_has_changed(tmp_path):
         row = {"premise": "P", "hypothesis": "H", "label": label, "idx": 0}
         for name in ("train", "val", "test"):
             (tmp_path / "RTE" / f"{name}.jsonl").write_text(json.dumps(row))
-        sources._read.cache_clear()
 
     data = SuperGlue(JsonlSource(str(tmp_path)), DATA.vocabulary, ("rte",))
     write("entailment")
@@ -388,6 +390,76 @@ def test_no_checkpoint_is_written_of_a_model_that_is_nan(tmp_path):
         tune(tmp_path, methods=methods, recipe=recipe)
     checkpoints = tmp_path / "full" / "rng_0" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["00000002"]
+
+
+@pytest.mark.parametrize(
+    "change", ["evaluation", "noise_density", "mean_span", "validation_size", "corruptions"]
+)
+def test_other_examples_or_scores_of_the_same_data_are_refused(tmp_path, change):
+    (tmp_path / "a.txt").write_text("Some words of a text. " * 40)
+    texts = SpanCorruption(str(tmp_path), seqio.ByteVocabulary(extra_ids=100), 48, validation_size=4)
+    data = DATA if change == "evaluation" else texts
+    other = {
+        "evaluation": "options",
+        "noise_density": 0.1,
+        "mean_span": 2.0,
+        "validation_size": 3,
+        "corruptions": 2,
+    }
+    run = tmp_path / "run"
+    RunContext(str(run), data, MODEL, RECIPE)
+    data = replace(data, **{change: other[change]})
+    with pytest.raises(ValueError, match=f"belongs to another run: settings differ.*{change}"):
+        RunContext(str(run), data, MODEL, RECIPE)
+    forget(run, "settings")  # as versions before 0.2 did not write it
+    RunContext(str(run), data, MODEL, RECIPE)
+
+
+def forget(run, *names):
+    """Makes a run directory one of an earlier version, which did not write all that identifies it."""
+    identity = json.loads((run / "run.json").read_text())
+    assert all(identity.pop(name) is not None for name in names)
+    (run / "run.json").write_text(json.dumps(identity))
+
+
+def test_a_second_command_in_a_run_directory_is_refused(tmp_path):
+    """It would take checkpoints that the first one is writing for those of a killed run."""
+    fcntl = pytest.importorskip("fcntl")
+    run = tmp_path / "run"
+    run.mkdir()
+    with (run / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="run: another process is using it"):
+            RunContext(str(run), DATA, MODEL, RECIPE)
+    assert [path.name for path in run.iterdir()] == [".lock"]
+    for _ in range(2):  # one command may open it again
+        RunContext(str(run), DATA, MODEL, RECIPE)
+    with (run / ".lock").open() as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_file_system_without_locks_does(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    RunContext(str(tmp_path / "run"), DATA, MODEL, RECIPE)
+
+
+def test_the_model_is_placed_before_it_is_scored(tmp_path, monkeypatch):
+    """Parameters on the host would be whole on every device, in every batch."""
+    context = RunContext(str(tmp_path), DATA, MODEL, RECIPE)
+    scored = []
+    monkeypatch.setattr(
+        evaluator.Evaluator, "score", lambda self, params, *_: (scored.append(params), ({}, 0.0))[1]
+    )
+    context.baselines()
+    wanted = context.model.shardings(context.seed, context.mesh)
+    for params in scored:
+        assert jax.tree.map(lambda x: x.sharding, params) == wanted
+    assert scored
 
 
 def test_a_shape_of_a_mesh_is_a_pair(tmp_path):
@@ -513,6 +585,9 @@ def test_training_goes_on_from_a_subset(whole, tmp_path):
     second = RunContext(
         str(tmp_path / "run"), DATA, MODEL, RECIPE, checkpoint=str(seed), subset_dir=str(first)
     )
+    assert json.loads((tmp_path / "run/run.json").read_text())["start_fingerprint"] == storage.fingerprint(
+        second.start
+    )
     state = trainer.Run(second, "dst", dst(), 0).start()
     mask = jax.tree.leaves(dst_optax.subset_mask(state.tuned, state.slots))
     assert sum(int(x.sum()) for x in mask) == subset.Subset.load(first).count > 0
@@ -566,8 +641,12 @@ def test_a_referenced_seed_that_has_changed_is_refused_with_both_named(whole, tm
 
     other = jax.tree.map(lambda x: x + 1, known)
     t5.save_hf(other, MODEL, seed)
-    (run / "dst/rng_0/result.json").unlink()
     before, after = storage.fingerprint(known), storage.fingerprint(other)
+    with pytest.raises(ValueError, match=f"seed_fingerprint differ.*'{before}' and this run '{after}'"):
+        tune(run, checkpoint=str(seed), reference_seed=True)
+
+    forget(run, "seed_fingerprint")
+    (run / "dst/rng_0/result.json").unlink()
     with pytest.raises(ValueError, match=f"made from the seed model {before}, .* is {after}"):
         tune(run, checkpoint=str(seed), reference_seed=True)
 

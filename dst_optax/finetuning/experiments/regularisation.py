@@ -17,6 +17,7 @@ from dst_optax.finetuning import storage
 from dst_optax.finetuning.context import RunContext
 from dst_optax.finetuning.experiments import figures
 from dst_optax.finetuning.methods import Method
+from dst_optax.finetuning.models.named import language_model
 from dst_optax.finetuning.recipe import Recipe
 from dst_optax.finetuning.tasks.superglue.sources import Few, SyntheticSource
 from dst_optax.finetuning.tasks.superglue.suite import SuperGlue
@@ -53,12 +54,31 @@ def regularisation(
 
     Returns:
       Rows of ``method``, ``examples``, ``rng_seed``, ``free_params``, ``train``, ``score`` and ``gap``.
+
+    Raises:
+      ValueError: bad input, ``recipe`` has ``patience``, or the tasks have other examples to train on than
+        to validate on, as WSC has for a T5; or a run directory belongs to another run.
     """
+    if recipe.patience is not None:
+        raise ValueError(
+            f"recipe: patience is {recipe.patience}, but runs are evaluated at their ends only; leave it out."
+        )
+    if "wsc" in data(sizes[0]).names and not language_model(model).decoder_only:
+        raise ValueError(
+            "a T5 is trained on the true candidates of WSC only, so its scores on training examples and on "
+            "others cannot be compared; leave wsc out, or take a decoder-only model."
+        )
     root, rows = require_local(run_dir, "run_dir"), []
-    recipe = replace(recipe, eval_every=recipe.steps, patience=None, score_train=True)
+    recipe = replace(recipe, eval_every=recipe.steps, score_train=True)
     for size in sizes:
         context = RunContext(
-            str(root / str(size)), data(size), model, recipe, checkpoint=checkpoint, config=config
+            str(root / str(size)),
+            data(size),
+            model,
+            recipe,
+            checkpoint=checkpoint,
+            config=config,
+            methods=methods.values(),
         )
         for name, method in methods.items():
             for rng_seed in rng_seeds:

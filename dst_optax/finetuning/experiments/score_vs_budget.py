@@ -3,7 +3,7 @@
 For each task, method and budget the learning rate with the best score on the validation split is chosen
 from the method's grid, with the first random seeds; the runs of all seeds with that learning rate make
 the figure. Scores are reported on the test split where it has labels, as ``sources.HeldOut`` gives it.
-Rerun the command to resume a sweep:
+A run that diverges is noted and not tried again. Rerun the command to resume a sweep:
 
     <run_dir>/<task>/          a run directory of the trainer, one method a cell
     <run_dir>/results.jsonl    a line a run
@@ -12,10 +12,10 @@ Rerun the command to resume a sweep:
 Checkpoints of finished runs are removed.
 """
 
+import functools
 import itertools
 import json
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,12 +24,14 @@ from typing import Any
 
 import optax
 
-from dst_optax.finetuning import storage
+from dst_optax.finetuning import processes, storage
 from dst_optax.finetuning.context import RunContext
+from dst_optax.finetuning.display import Diverged
 from dst_optax.finetuning.experiments import figures
 from dst_optax.finetuning.experiments.summary import Row, best_rate, markdown, operational_ranges, summarise
 from dst_optax.finetuning.methods import Method
 from dst_optax.finetuning.recipe import Recipe
+from dst_optax.finetuning.tasks.base import TaskSuite
 from dst_optax.finetuning.tasks.superglue.suite import SuperGlue
 from dst_optax.finetuning.trainer import Run
 from dst_optax.paths import require_local
@@ -53,13 +55,17 @@ class Cell:
 
     def __str__(self) -> str:
         """Name of its directory."""
-        budget = "all" if self.budget is None else self.budget
-        return f"{self.method} {budget} lr {self.learning_rate:g}"
+        return f"{_named((self.method, self.budget))} lr {self.learning_rate:g}"
+
+
+def _named(group: tuple[str, int | None]) -> str:
+    name, budget = group
+    return f"{name} {'all' if budget is None else budget}"
 
 
 def score_vs_budget(
     run_dir: str,
-    data: SuperGlue,
+    data: TaskSuite,
     model: Any,
     methods: Mapping[str, Callable[..., Method]],
     budgets: Mapping[str, Sequence[int | None]],
@@ -76,7 +82,7 @@ def score_vs_budget(
 
     Args:
       run_dir: where everything goes.
-      data: tasks; each is tuned on by itself.
+      data: one task, or SuperGLUE's, of which each is tuned on by itself.
       model: shape of the network, or the name of a published one.
       methods: name to class; called with ``optimizer`` and, unless a budget is None, ``num_free_params``.
       budgets: name to budgets; the first ones of all methods are run first.
@@ -90,7 +96,8 @@ def score_vs_budget(
 
     Returns:
       Rows of all runs: ``task``, ``method``, ``budget``, ``learning_rate``, ``rng_seed``, ``free_params``,
-      ``score``, ``test_score`` and ``seconds``.
+      ``score``, ``test_score``, ``seconds`` and ``device``, the kind that the run was made on; of runs that
+      diverged, ``diverged`` and a ``score`` of None instead.
 
     Raises:
       ValueError: bad input, or ``run_dir`` belongs to another sweep.
@@ -103,8 +110,10 @@ def score_vs_budget(
     sheet = Sheet(root / "results.jsonl")
 
     def context(task: str, where: Path, recipe: Recipe, methods: Iterable[Method] = ()) -> RunContext:
-        task_data, rest = replace(data, names=(task,)), {"checkpoint": checkpoint, "config": config}
-        return RunContext(str(where), task_data, model, recipe, methods=methods, **rest)
+        alone = replace(data, names=(task,)) if isinstance(data, SuperGlue) else data
+        return RunContext(
+            str(where), alone, model, recipe, methods=methods, checkpoint=checkpoint, config=config
+        )
 
     def make(cell: Cell) -> Method:
         budget = {} if cell.budget is None else {"num_free_params": cell.budget}
@@ -115,7 +124,7 @@ def score_vs_budget(
         method, rows = make(cell), []
         for rng_seed in rng_seeds:
             cell_run = Run(shared, str(cell), method, rng_seed)
-            row = cell_run.result()
+            row = _result(cell_run)
             shutil.rmtree(cell_run.directory / "checkpoints", ignore_errors=True)
             rows.append(sheet.add({"task": shared.data.names[0], **row, **vars(cell)}))
         return rows
@@ -139,10 +148,10 @@ def score_vs_budget(
     done = sum((root / task / str(cell) / f"rng_{x}" / "result.json").exists() for task, cell, x in wanted)
     each = 0.0
     if done < runs:
-        each = _seconds_a_run(lambda *where: context(data.names[0], *where), every[0], recipe)
+        probe = functools.partial(context, data.names[0])
+        each = _seconds_a_run(probe, root / "probe", every[0], recipe)
     rates = "; ".join(
-        f"{name} {'all' if budget is None else budget}: {', '.join(f'{x.learning_rate:g}' for x in grid)}"
-        for (name, budget), grid in cells.items()
+        f"{_named(group)}: {', '.join(f'{x.learning_rate:g}' for x in grid)}" for group, grid in cells.items()
     )
     print(
         f"{runs} runs: {len(data.names)} tasks x {len(groups)} methods with budgets x (learning rates x "
@@ -158,7 +167,12 @@ def score_vs_budget(
         chosen = []
         for group in groups:
             rows = [row for cell in cells[group] for row in run(shared, cell, rng_seeds[:tuning_seeds])]
-            chosen.append(Cell(*group, best_rate(rows)))
+            if (rate := best_rate(rows)) is not None:
+                chosen.append(Cell(*group, rate))
+            else:
+                print(
+                    f"{task}: {_named(group)} diverges with all learning rates; give lower ones.", flush=True
+                )
             storage.write_text(root / "results.md", markdown(sheet.rows))
         for cell in chosen:
             run(shared, cell, rng_seeds[tuning_seeds:])
@@ -208,14 +222,34 @@ def _run_of(row: Row) -> tuple[Any, ...]:
     return tuple(row.get(name) for name in ("task", "method", "budget", "learning_rate", "rng_seed"))
 
 
-def _seconds_a_run(context: Callable[[Path, Recipe], RunContext], method: Method, recipe: Recipe) -> float:
-    """Seconds of a run, from two short ones."""
+def _result(run: Run) -> Row:
+    """The row of a run. That it diverged is noted as one: the same command would compute the same again."""
+    try:
+        return run.result()
+    except Diverged as error:
+        run.context.console.print(f"{run.name} rng {run.rng_seed}: {error}", highlight=False)
+        row = {"method": run.name, "rng_seed": run.rng_seed, "score": None, "diverged": True}
+        storage.write_text(run.directory / "result.json", json.dumps(row, indent=1))
+        return row
+
+
+def _seconds_a_run(
+    context: Callable[[Path, Recipe], RunContext], scratch: Path, method: Method, recipe: Recipe
+) -> float:
+    """Seconds of a run, from two short ones in a directory that all processes see."""
     spent, short = [], (2, 12)
-    with tempfile.TemporaryDirectory() as scratch:
-        for steps in short:
-            shared = context(Path(scratch) / str(steps), replace(recipe, steps=steps, eval_every=steps))
-            start = time.perf_counter()
-            Run(shared, "probe", method, 0).result()
-            spent.append(time.perf_counter() - start)
+    _remove(scratch)  # a killed sweep left it
+    for steps in short:
+        shared = context(scratch / str(steps), replace(recipe, steps=steps, eval_every=steps))
+        start = time.perf_counter()
+        _result(Run(shared, "probe", method, 0))
+        spent.append(time.perf_counter() - start)
+    _remove(scratch)
     step = max(spent[1] - spent[0], 0.0) / (short[1] - short[0])
     return spent[0] + step * recipe.steps
+
+
+def _remove(directory: Path) -> None:
+    if processes.is_primary():
+        shutil.rmtree(directory, ignore_errors=True)
+    processes.barrier(f"{directory} is removed")

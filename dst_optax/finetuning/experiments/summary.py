@@ -11,11 +11,13 @@ Row = dict[str, Any]
 def best_rate(rows: Sequence[Row]) -> Any:
     """The learning rate of the best mean score over the random seeds that all rates were tried with.
 
+    A rate with which fewer of these runs diverged goes first.
+
     Args:
       rows: of one task, method and budget.
 
     Returns:
-      The rate; None for a baseline.
+      The rate; None for a baseline, and where all runs diverged.
 
     Raises:
       ValueError: no seed was tried with all rates, so that they cannot be compared.
@@ -26,18 +28,25 @@ def best_rate(rows: Sequence[Row]) -> Any:
       >>> best_rate([dict(zip(names, run)) for run in runs])
       0.001
     """
-    scores: dict[Any, dict[Any, float]] = {}
+    scores: dict[Any, dict[Any, Any]] = {}  # None where the run diverged
     for row in rows:
         scores.setdefault(row.get("learning_rate"), {})[row.get("rng_seed")] = row["score"]
     common = set.intersection(*map(set, scores.values()))
     if not common:
         tried = "; ".join(f"{rate} with {sorted(of_seed)}" for rate, of_seed in scores.items())
         raise ValueError(f"learning rates: no random seed was tried with all of them: {tried}.")
-    return max(scores, key=lambda rate: sum(scores[rate][seed] for seed in common))
+    finished = {
+        rate: [of_seed[seed] for seed in common if of_seed[seed] is not None]
+        for rate, of_seed in scores.items()
+    }
+    best = max(finished, key=lambda rate: (len(finished[rate]), sum(finished[rate])))
+    return best if finished[best] else None
 
 
 def summarise(rows: Sequence[Row]) -> list[Row]:
     """One row for each task, method and budget: its best learning rate, mean and spread over seeds.
+
+    Runs that diverged are left out, and so are budgets with no other ones.
 
     Args:
       rows: as :func:`~dst_optax.finetuning.experiments.score_vs_budget.score_vs_budget` returns them.
@@ -56,7 +65,9 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
     for task, method, budget in dict.fromkeys((r["task"], r["method"], r.get("budget")) for r in rows):
         group = [r for r in rows if (r["task"], r["method"], r.get("budget")) == (task, method, budget)]
         rate = best_rate(group)
-        same = [r for r in group if r.get("learning_rate") == rate]
+        same = [r for r in group if r.get("learning_rate") == rate and r["score"] is not None]
+        if not same:
+            continue
         scores = [r["score"] if r.get("test_score") is None else r["test_score"] for r in same]
         summary.append(
             {
@@ -110,7 +121,7 @@ def operational_ranges(summary: Sequence[Row], task: str) -> dict[str, tuple[flo
 def markdown(rows: Sequence[Row]) -> str:
     """Tables, one a task: mean ± standard deviation; the best method of each budget is bold.
 
-    A second table has the :func:`operational_ranges`.
+    A second table has the :func:`operational_ranges`, a third one the runs that diverged.
 
     Args:
       rows: as :func:`~dst_optax.finetuning.experiments.score_vs_budget.score_vs_budget` returns them.
@@ -120,13 +131,21 @@ def markdown(rows: Sequence[Row]) -> str:
     """
     summary = summarise(rows)
     lines: list[str] = []
-    for task in dict.fromkeys(s["task"] for s in summary):
+    for task in dict.fromkeys(r["task"] for r in rows):
         lines += [f"## {task}", "", "| method | budget | free parameters | learning rate | score | seconds |"]
         lines += ["|---|---:|---:|---:|---:|---:|", *_table([s for s in summary if s["task"] == task]), ""]
         if ranges := operational_ranges(summary, task):
             lines += ["| works with free parameters | from | to |", "|---|---:|---:|"]
             lines += [*(f"| {method} | {a:,.0f} | {b:,.0f} |" for method, (a, b) in ranges.items()), ""]
+        if diverged := [r for r in rows if r["task"] == task and r.get("diverged")]:
+            lines += ["| diverged | budget | learning rate | random seed |", "|---|---:|---:|---:|"]
+            lines += [*map(_diverged, diverged), ""]
     return "\n".join(lines)
+
+
+def _diverged(row: Row) -> str:
+    budget = "" if row["budget"] is None else f"{row['budget']:,}"
+    return f"| {row['method']} | {budget} | {row['learning_rate']:g} | {row['rng_seed']} |"
 
 
 def _table(summary: list[Row]) -> Iterator[str]:

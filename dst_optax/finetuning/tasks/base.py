@@ -45,6 +45,11 @@ class TaskSuite(Protocol):
         """Whether evaluations have the accuracy and perplexity of target tokens as well."""
         ...
 
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What else decides on examples or scores, in values of JSON; it identifies a run directory, too."""
+        ...
+
     def register(self, decoder_only: bool) -> str:
         """Registers the seqio tasks as a model wants them, and names what to train on."""
         ...

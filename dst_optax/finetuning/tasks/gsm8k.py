@@ -4,14 +4,17 @@ References:
   Cobbe et al., *Training Verifiers to Solve Math Word Problems*, arXiv 2110.14168.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, ClassVar
 
 from dst_optax.finetuning.tasks.pairs import Pair, Pairs, read_pairs, text_field
 from dst_optax.paths import as_path
 
 MARK = "####"
+NUMBER = re.compile(r"[-+]?\d*\.?\d+", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -50,15 +53,16 @@ class Gsm8k(Pairs):
 
 
 def number(answer: str) -> str:
-    r"""The number that an answer ends with; empty if it names none.
+    r"""The number that an answer ends with, without a unit and needless zeros; empty if it names none.
 
     Example:
-      >>> number("He pays 2*$600=$1200.\n#### 1,200")
-      '1200'
+      >>> number("He pays 2*$600=$1200.\n#### 1,200"), number("#### 12.50%")
+      ('1200', '12.5')
     """
     _, mark, rest = answer.rpartition(MARK)
     words = rest.replace("$", " ").replace(",", "").split()
-    return words[0].rstrip(".") if mark and words else ""
+    word = re.sub(r"\D+$", "", words[0]) if mark and words else ""
+    return f"{Decimal(word).normalize():f}" if NUMBER.fullmatch(word) else word
 
 
 def _pair(row: dict[str, Any]) -> Pair:

@@ -16,7 +16,7 @@ from dst_optax.finetuning import processes
 from dst_optax.finetuning.inputs import EvalSplit
 from dst_optax.finetuning.tasks import features
 from dst_optax.finetuning.tasks.base import digest
-from dst_optax.finetuning.tasks.rows import read_rows
+from dst_optax.finetuning.tasks.rows import read_rows, version_of
 
 SHUFFLE = 50_000  # at most so many examples wait to be drawn
 
@@ -49,6 +49,11 @@ class OneTask:
     def names(self) -> Sequence[str]:
         """The one task."""
         return (self.name,)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Nothing that the rows do not show."""
+        return {}
 
     def provider(self, task: str) -> str:
         """Name of the seqio task."""
@@ -183,9 +188,8 @@ def _stripped(text: str, example: Any = None, is_target: bool = False) -> str:
     return text.strip()
 
 
-@lru_cache(maxsize=16)
 def read_pairs(path: Path, pair_of: Callable[[dict[str, Any]], Pair]) -> tuple[Pair, ...]:
-    """The rows of a file of JSON lines.
+    """The rows of a file of JSON lines, which is read again only after it has changed.
 
     Args:
       path: the file.
@@ -199,6 +203,12 @@ def read_pairs(path: Path, pair_of: Callable[[dict[str, Any]], Pair]) -> tuple[P
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist.")
+    return _read(path, pair_of, version_of(path))
+
+
+@lru_cache(maxsize=16)
+def _read(path: Path, pair_of: Callable[[dict[str, Any]], Pair], version: Any) -> tuple[Pair, ...]:
+    del version
     return tuple(read_rows(path, lambda row, line: [_checked(pair_of(row))]))
 
 

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dst_optax.paths import is_local
+
 Row = TypeVar("Row")
 SHOWN = 10  # bad rows that an error names
 
@@ -49,6 +51,20 @@ def read_rows(path: Path, parse: Callable[[dict[str, Any], int], Iterable[Row]])
     if not rows:
         raise ValueError(f"{path} has no rows.")
     return rows
+
+
+def version_of(path: Path) -> tuple[int, int]:
+    """What tells a file from what it was before a change: its time and its size.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "a.jsonl"
+      >>> _ = path.write_text('{"a": 1}')
+      >>> version_of(path)[1]
+      8
+    """
+    stat: Any = path.stat()
+    return (stat.st_mtime_ns, stat.st_size) if is_local(path) else (stat.mtime, stat.length)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -140,6 +140,12 @@ class SpanCorruption(OneTask):
             )
         return hashlib.sha256(self._every.tobytes()).hexdigest()
 
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """How chunks are made of the text and corrupted."""
+        names = ("tokens", "noise_density", "mean_span", "validation_size", "corruptions")
+        return {name: getattr(self, name) for name in names}
+
     def predicted_split(self, task: str) -> str:
         """The validation split."""
         del task

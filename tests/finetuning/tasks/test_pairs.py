@@ -100,6 +100,14 @@ def test_a_completion_that_is_cut_has_no_end(tmp_path):
     assert [e["targets"].tolist() for e in examples] == [BYTES.encode("abcd"), [*BYTES.encode("abc"), 1]]
 
 
+def test_rows_that_have_changed_are_read_again(tmp_path):
+    data = Jsonl(written(tmp_path, train=[{"prompt": "a", "completion": "b"}]), BYTES)
+    assert data.pairs("train") == (("a", "b"),)
+    assert data.pairs("train") is data.pairs("train")
+    written(tmp_path, train=[{"prompt": "a", "completion": "changed"}])
+    assert data.pairs("train") == (("a", "changed"),)
+
+
 def test_missing_and_empty_files_are_told(tmp_path):
     with pytest.raises(ValueError, match=r"train\.jsonl does not exist"):
         Jsonl(str(tmp_path), BYTES).register()
@@ -162,6 +170,13 @@ def test_gsm8k_splits_its_training_file(tmp_path):
         ("1200", False),
         ("#### 12", False),
         ("#### .1200", False),
+        ("#### 1200.00", True),
+        ("#### 1200%", True),
+        ("#### 1,200km/h", True),
+        ("#### 1200.5", False),
+        ("#### -1200", False),
+        ("#### 1200/2", False),
+        ("#### none", False),
     ],
 )
 def test_gsm8k_compares_what_follows_the_mark(tmp_path, said, right):

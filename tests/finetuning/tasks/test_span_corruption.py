@@ -1,7 +1,9 @@
 """Span corruption: nothing of a chunk is lost but what the targets have, and faults of texts and settings."""
 
 import json
+from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,8 +12,10 @@ from hypothesis import strategies as st
 seqio = pytest.importorskip("seqio")
 pytest.importorskip("tensorflow")
 
-from dst_optax.finetuning import inputs  # noqa: E402
+from dst_optax.finetuning import inputs, placement  # noqa: E402
+from dst_optax.finetuning.evaluator import Evaluator  # noqa: E402
 from dst_optax.finetuning.models import t5  # noqa: E402
+from dst_optax.finetuning.recipe import Recipe  # noqa: E402
 from dst_optax.finetuning.tasks.span_corruption import SpanCorruption  # noqa: E402
 
 BYTES = seqio.ByteVocabulary(extra_ids=100)
@@ -84,6 +88,20 @@ def test_chunks_are_the_text_in_order_and_each_is_corrupted_anew(tmp_path):
     assert first["inputs"].tolist()[:-1] == data.example(train[0], 0)[0].tolist()
     path = data.write(tmp_path, "span_corruption", examples["validation"], ["x"] * 5)
     assert json.loads(path.read_text().splitlines()[0])["prediction"] == "x"
+
+
+def test_scores_of_what_was_trained_on(tmp_path):
+    data = SpanCorruption(written(tmp_path, a=TEXT), BYTES, 64, validation_size=5, corruptions=1)
+    data.register()
+    model, recipe = (
+        t5.T5(replace(t5.CONFIGS["tiny"], vocab_size=384)),
+        Recipe(1, lengths={"inputs": 58, "targets": 14}),
+    )
+    params = model.init(jax.random.key(0))
+    for split, kind in (("train", "train"), ("validation", "eval")):
+        metrics, score = Evaluator(model, data, recipe, placement.make_mesh()).score(params, split)
+        assert set(metrics) == {f"{kind}/span_corruption/{name}" for name in ("token_accuracy", "perplexity")}
+        assert score == metrics[f"{kind}/span_corruption/token_accuracy"]
 
 
 def test_examples_are_shuffled_before_they_are_made(tmp_path):

@@ -105,6 +105,7 @@ def load(
       (24, 2, 16)
     """
     path, rows = Path(path), tensors(config)
+    hub.require_safetensors(path)
     try:
         held = models.open_model(path)
     except OSError as e:

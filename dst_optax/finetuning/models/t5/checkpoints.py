@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jax.typing import DTypeLike
 
+from dst_optax.finetuning import hub
 from dst_optax.finetuning.models.t5 import huggingface, parameters, t5x
 from dst_optax.finetuning.models.t5.config import T5Config
 from dst_optax.subset import models
@@ -62,10 +63,7 @@ def load(
 def _check_kind(path: Path) -> None:
     if not path.exists():
         raise ValueError(f"{path} does not exist; give a T5X or a Hugging Face checkpoint.")
-    if (path / "pytorch_model.bin").is_file() and not list(path.glob("*.safetensors*")):
-        raise ValueError(
-            f"{path} holds pickled weights; load them in transformers and save_pretrained writes safetensors."
-        )
+    hub.require_safetensors(path)
 
 
 def _values(path: Path, name: str, tensor: parameters.Tensor, dtype: DTypeLike | None) -> np.ndarray:

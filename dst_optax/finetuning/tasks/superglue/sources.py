@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dst_optax.finetuning.tasks.rows import read_rows
+from dst_optax.finetuning.tasks.rows import read_rows, version_of
 from dst_optax.finetuning.tasks.superglue import synthetic
 from dst_optax.finetuning.tasks.superglue.benchmark import flatten, spec
 from dst_optax.finetuning.tasks.superglue.text import to_text
@@ -42,12 +42,13 @@ class JsonlSource:
     directory: str
 
     def rows(self, task: str, split: str) -> list[dict[str, Any]]:
-        """Reads and checks a file.
+        """Reads and checks a file; again only after it has changed.
 
         Raises:
           ValueError: the file is missing or empty, or rows are bad: each is named by file and line.
         """
-        return _read(self._path(task, split), task, split)
+        path = self._path(task, split)
+        return _read(path, task, split, version_of(path))
 
     def _path(self, task: str, split: str) -> Path:
         task_spec = spec(task)
@@ -67,7 +68,8 @@ class JsonlSource:
 
 
 @lru_cache(maxsize=64)
-def _read(path: Path, task: str, split: str) -> list[dict[str, Any]]:
+def _read(path: Path, task: str, split: str, version: Any) -> list[dict[str, Any]]:
+    del version  # another one is read anew
     lines: dict[str, int] = {}  # where an index was read first
 
     def parse(row: Any, number: int) -> list[dict[str, Any]]:
@@ -142,7 +144,8 @@ class HeldOut:
 
     Some rows of the training split become the validation split, and the official validation split, whose
     labels are public, becomes the test split. Rows about one text stay together, MultiRC's of a paragraph and
-    ReCoRD's of a passage: there a few more than ``size`` may be held out.
+    ReCoRD's of a passage: there a few more than ``size`` may be held out. Predictions of a test split that
+    is none of the leaderboard's are named after the official one, ``RTE_validation.jsonl``.
 
     Attributes:
       source: the official splits.
@@ -194,6 +197,18 @@ class HeldOut:
         return [
             row for row, text in zip(rows, text_of, strict=True) if (text in held_out) == (split != "train")
         ]
+
+
+def official_split(source: Source, task: str) -> str:
+    """Which official split a source's test split is.
+
+    Example:
+      >>> official_split(HeldOut(SyntheticSource(), size=10), "rte"), official_split(SyntheticSource(), "rte")
+      ('validation', 'test')
+    """
+    while isinstance(source, Few):
+        source = source.source
+    return "validation" if isinstance(source, HeldOut) and "train" in spec(task).splits else "test"
 
 
 def _text_of(index: Any, row: int) -> int:

@@ -40,20 +40,26 @@ def lines(
 
 
 def write(
-    directory: str | Path, task: str, examples: Sequence[Mapping[str, Any]], predictions: Sequence[Any]
+    directory: str | Path,
+    task: str,
+    examples: Sequence[Mapping[str, Any]],
+    predictions: Sequence[Any],
+    split: str = "test",
 ) -> Path:
-    """Writes ``<directory>/<TASK>.jsonl``.
+    """Writes ``<directory>/<TASK>.jsonl``, or ``<TASK>_<split>.jsonl``, which is no submission.
 
     Args:
       directory: is made if need be.
       task: name of the task.
       examples: see :func:`lines`.
       predictions: see :func:`lines`.
+      split: the official one that was predicted.
 
     Returns:
       The path of the file.
     """
-    path = Path(directory) / f"{spec(task).directory}.jsonl"
+    name = spec(task).directory if split == "test" else f"{spec(task).directory}_{split}"
+    path = Path(directory) / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(line) + "\n" for line in lines(task, examples, predictions))
     with atomic_file(path) as temporary:

@@ -1,5 +1,6 @@
 """A choice of SuperGLUE tasks as the trainer takes it."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,11 +8,12 @@ from typing import Any
 
 import seqio
 
+from dst_optax.finetuning import processes
 from dst_optax.finetuning.inputs import EvalSplit
 from dst_optax.finetuning.tasks.base import digest
 from dst_optax.finetuning.tasks.superglue import metrics, submission, tasks
 from dst_optax.finetuning.tasks.superglue.benchmark import MAIN, spec
-from dst_optax.finetuning.tasks.superglue.sources import Source
+from dst_optax.finetuning.tasks.superglue.sources import Source, official_split
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,11 @@ class SuperGlue:
                 raise ValueError(f"{task} has no training data; put it under diagnostics, not names.")
         if not self.names:
             raise ValueError(f"no task to train on; name some of {', '.join(MAIN)}.")
-        if self.evaluation == "options" and not decoder_only and "record" in self.names:
-            raise ValueError("ReCoRD has no options in T5's wording; evaluate it by decoding.")
+        if self.evaluation == "options" and not decoder_only and {"record", "wsc"} & set(self.names):
+            raise ValueError(
+                "in T5's wording the answers of ReCoRD and WSC are names, not options; evaluate them by "
+                "decoding."
+            )
         tasks.register(
             self.source,
             self.vocabulary,
@@ -86,16 +91,31 @@ class SuperGlue:
         read = {}
         for task in (*self.names, *self.diagnostics):
             decoder_only = not seqio.TaskRegistry.get(self.provider(task)).output_features["inputs"].add_eos
-            read[task] = [
-                example
-                for split in spec(task).splits
-                for example in tasks.examples(task, split, self.source, decoder_only)
-            ]
+            splits = {
+                split: tasks.examples(task, split, self.source, decoder_only) for split in spec(task).splits
+            }
+            for split, examples in splits.items():
+                self._tell_absent_labels(task, split, examples)
+            read[task] = list(itertools.chain(*splits.values()))
             if decoder_only:
                 self._check_options(task, read[task], target_length)
             else:
                 tasks.check_labels(task, self.vocabulary, target_length)
         return digest(read)
+
+    def _tell_absent_labels(self, task: str, split: str, examples: Sequence[Mapping[str, Any]]) -> None:
+        """Says which labels of CB a split has no example of: its metric is the mean of their F1."""
+        if task != "cb" or any(example["label"] < 0 for example in examples):
+            return
+        labels = [example["label"] for example in examples]
+        absent = [label for i, label in enumerate(spec(task).labels) if i not in labels]
+        if absent and processes.is_primary():
+            best = self.score({task: metrics.accuracy(labels, labels) | metrics.macro_f1(labels, labels)})
+            print(
+                f"{task} {split}: no example is {' or '.join(map(repr, absent))}, which counts as an F1 of "
+                f"0: answers that are all right score {best:.1f}.",
+                flush=True,
+            )
 
     def _check_options(
         self, task: str, examples: Sequence[Mapping[str, Any]], target_length: int | None
@@ -110,12 +130,17 @@ class SuperGlue:
                 f"{target_length}; set the length of the targets to {size + 1} or more."
             )
 
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """How examples are scored."""
+        return {"evaluation": self.evaluation}
+
     def provider(self, task: str) -> str:
         """Name of the seqio task."""
         return f"{tasks.PREFIX}_{task}"
 
     def predicted_split(self, task: str) -> str:
-        """The official test split."""
+        """The source's test split."""
         del task
         return "test"
 
@@ -159,5 +184,5 @@ class SuperGlue:
         examples: Sequence[Mapping[str, Any]],
         predictions: Sequence[Any],
     ) -> Path:
-        """Writes predictions as the leaderboard takes them."""
-        return submission.write(directory, task, examples, predictions)
+        """Writes predictions of the test split as the leaderboard takes them."""
+        return submission.write(directory, task, examples, predictions, official_split(self.source, task))

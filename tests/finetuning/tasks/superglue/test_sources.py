@@ -37,6 +37,13 @@ def test_bad_rows_are_named_by_file_and_line(tmp_path):
         assert f"{tmp_path}/RTE/train.jsonl:{number}: " in str(error.value)
 
 
+def test_rows_that_have_changed_are_read_again(tmp_path):
+    source = write(tmp_path, "RTE/train.jsonl", json.dumps(GOOD))
+    (row,) = source.rows("rte", "train")
+    write(tmp_path, "RTE/train.jsonl", json.dumps({**GOOD, "premise": "changed"}))
+    assert source.rows("rte", "train") == [{**row, "premise": "changed"}]
+
+
 def test_long_lists_of_bad_rows_are_cut_but_counted(tmp_path):
     source = write(tmp_path, "RTE/val.jsonl", *["{}"] * 30)
     with pytest.raises(ValueError, match=r"30 bad rows[^$]*\.\.\. and 20 more"):

@@ -11,7 +11,7 @@ seqio = pytest.importorskip("seqio")
 from dst_optax.finetuning.tasks.superglue import submission, tasks  # noqa: E402
 from dst_optax.finetuning.tasks.superglue.benchmark import MAIN, TASKS  # noqa: E402
 from dst_optax.finetuning.tasks.superglue.metrics import METRICS  # noqa: E402
-from dst_optax.finetuning.tasks.superglue.sources import SyntheticSource  # noqa: E402
+from dst_optax.finetuning.tasks.superglue.sources import Few, HeldOut, SyntheticSource  # noqa: E402
 from dst_optax.finetuning.tasks.superglue.suite import SuperGlue  # noqa: E402
 
 SOURCE = SyntheticSource(train_size=50)
@@ -102,6 +102,36 @@ def test_submission_lines(task, examples, predictions, want, tmp_path):
     path = submission.write(tmp_path / "out", task, examples, predictions)
     assert path.name == f"{TASKS[task].directory}.jsonl"
     assert [tuple(json.loads(line).values()) for line in path.read_text().splitlines()] == want
+
+
+@pytest.mark.parametrize(
+    ("source", "task", "name"),
+    [
+        (SOURCE, "rte", "RTE"),
+        (HeldOut(SOURCE, 10), "rte", "RTE_validation"),
+        (Few(HeldOut(SOURCE, 10), 5), "rte", "RTE_validation"),
+        (HeldOut(Few(SOURCE, 20), 10), "rte", "RTE_validation"),
+        (HeldOut(SOURCE, 10), "axb", "AX-b"),
+    ],
+)
+def test_predictions_of_the_validation_split_look_like_no_submission(tmp_path, source, task, name):
+    data = SuperGlue(source, seqio.ByteVocabulary(), ("rte",))
+    assert data.write(tmp_path, task, [{"idx": 0}], [1]) == tmp_path / f"{name}.jsonl"
+
+
+@pytest.mark.parametrize("decoder_only", [False, True])
+def test_an_absent_label_of_cb_is_told(capsys, decoder_only):
+    class Without(SyntheticSource):
+        def rows(self, task, split):
+            return [row for row in super().rows(task, split) if split != "validation" or row["label"] < 2]
+
+    for source, told in ((SOURCE, False), (Without(train_size=50), True)):
+        data = SuperGlue(source, seqio.ByteVocabulary(), ("cb",))
+        data.register(decoder_only)
+        data.check()
+        said = capsys.readouterr().out
+        assert ("cb validation: no example is 'neutral'" in said) == told
+        assert ("answers that are all right score 83.3." in said) == told
 
 
 def test_submission_of_multirc_is_nested():
