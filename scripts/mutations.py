@@ -106,6 +106,32 @@ MUTATIONS = [
         "tests/test_contract.py -k sgd",
     ),
     Mutation(
+        "seed: a new one leaves parameters as they are", "state.py", "lambda x: ~_nowhere(x), state.seed",
+        "lambda x: _nowhere(x), state.seed", "tests/test_transform.py -k new_seed",
+    ),
+    Mutation(
+        "seed: a new one forgets thresholds", "state.py",
+        "threshold=jax.tree.map(jnp.zeros_like, state.memory.threshold),",
+        "threshold=state.memory.threshold,", "tests/test_transform.py -k new_seed",
+    ),
+    Mutation(
+        "subset: told by bits", "transform.py", "(bits(jnp.asarray(p)) != bits(leaf.seed))",
+        "(jnp.asarray(p) != leaf.seed)", "tests/test_transform.py -k told_by_bits",
+    ),
+    Mutation(
+        "silos: spelled alike are not one", "silos.py", "return Silos(_Own, stacked,",
+        "return Silos(lambda *at: str(_Own(*at)), stacked,", "tests/test_silos.py -k spelled",
+    ),
+    Mutation(
+        "silos: the longer prefix wins", "tree.py", "return max(above, key=lambda pair: len(pair[0]))[1]",
+        "return above[0][1]", "tests/test_tree.py",
+    ),
+    Mutation(
+        "nonfinite: counted where all are free at every step", "project.py",
+        "counts = [jnp.sum(~jnp.isfinite(x), dtype=jnp.float32) for x in free]", "counts = []",
+        "tests/test_diagnostics.py -k free_too",
+    ),
+    Mutation(
         "seed: init copies", "state.py", "return jnp.array(x, copy=True)", "return x",
         "tests/test_structure.py -k every_buffer",
     ),

@@ -188,7 +188,15 @@ def test_stopping_the_tests_ends_what_they_started_and_no_one_else(tmp_path, by)
     if by == "Ctrl-C":  # a shell starts what it starts in the background without it
         caller = "trap : INT; bash scripts/test.sh; echo the caller is alive"
     run = subprocess.Popen(
-        ["bash", "-c", caller], cwd=clone, env=env, start_new_session=True, stdout=subprocess.PIPE, text=True
+        ["bash", "-c", caller],
+        cwd=clone,
+        env=env,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # these tests may run without it, too
     )
     pids = []
     try:
@@ -204,6 +212,7 @@ def test_stopping_the_tests_ends_what_they_started_and_no_one_else(tmp_path, by)
         run.kill()
         for pid in filter(alive, pids):
             os.kill(pid, signal.SIGKILL)
+        run.communicate()
 
 
 @pytest.mark.parametrize("script", ["launch_tpu.sh", "sweep_superglue.sh"])

@@ -297,6 +297,19 @@ def test_a_new_seed_leaves_the_parameters_as_they_are():
     assert int(diagnostics.metrics(state, params, plan=plan)["subset_size"]) == 20
 
 
+def test_the_subset_is_told_by_bits():
+    def with_signs(theta, theta_hat, theta_seed):
+        changed = jnp.signbit(theta_hat) != jnp.signbit(theta_seed)
+        return jnp.abs(theta_hat - theta_seed) + changed.astype(theta.dtype)
+
+    seed = jnp.array([-0.0, 1.0, 2.0])
+    tx = dst_optax.wrap(optax.identity(), 0.5, distance=with_signs)
+    updates, state = tx.update(jnp.array([0.0, 0.25, 0.0]), tx.init(seed), seed)
+    params = dst_optax.apply_updates(seed, updates, state)
+    assert dst_optax.subset_mask(params, state).tolist() == [True, False, False]
+    assert subset.extract(params, state)[""].positions.tolist() == [0]
+
+
 MISPLACED = [
     ({"params": {"w": jnp.ones(4)}}, "'params/w' is no parameter"),
     ({"w": jnp.float32(7)}, r"'w' has the shape \(\), its parameter \(4,\)"),

@@ -67,9 +67,10 @@ def require_safetensors(checkpoint: Path) -> None:
       checkpoint: where it lies on this machine.
 
     Raises:
-      ValueError: it has a ``config.json`` but no safetensors.
+      ValueError: it has a ``config.json`` or pickled weights, but no safetensors.
     """
-    if (checkpoint / "config.json").is_file() and not any(checkpoint.glob("*.safetensors*")):
+    is_one = (checkpoint / "config.json").is_file() or any(checkpoint.glob("pytorch_model*.bin*"))
+    if is_one and not any(checkpoint.glob("*.safetensors*")):
         raise ValueError(
             f"{checkpoint} has no safetensors, and pickled weights are neither downloaded nor read. Load the "
             "model in transformers; save_pretrained writes safetensors into a directory that CHECKPOINT can "
