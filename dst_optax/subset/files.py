@@ -6,6 +6,7 @@ shape, dtype, number of entries and the seed's fingerprint of every tensor, and 
 content. Files are taken to be of unknown origin: nothing is allocated for a number that they only claim.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -126,12 +127,13 @@ def _load(source: pathlib.Path) -> Subset:
     try:
         return _decoded(source, config)
     except SubsetError as e:
-        is_written = is_local(source) and unfinished(source / CONFIG)
-        if is_written or read_file(source / CONFIG, MAX_CONFIG) != config:
-            raise _ChangingError(
-                f"{e} It is being saved, or a program was killed while it did so: load it later, or save it "
-                "again."
-            ) from e
+        # a save names its tensors first; where it was killed then, its configuration has no name yet
+        pending = unfinished(source / CONFIG) if is_local(source) else []
+        for other in pending:
+            with contextlib.suppress(SubsetError):
+                return _decoded(source, read_file(other, MAX_CONFIG))
+        if pending or read_file(source / CONFIG, MAX_CONFIG) != config:
+            raise _ChangingError(f"{e} It is being saved: load it later, or save it again.") from e
         raise
 
 
