@@ -279,6 +279,7 @@ def test_only_one_store_may_write_to_a_module():
         store.activate("s1")
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch.compile's own
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_module_inside_data_parallel(compiled):
     seed, (tuned,) = arrays(1)
