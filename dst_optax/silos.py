@@ -7,9 +7,10 @@ numbers that the transform is compiled with.
 
 import dataclasses
 import hashlib
+import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -72,7 +73,7 @@ def per_tensor(stacked: Stacked = ()) -> Silos:
 
 @dataclasses.dataclass(frozen=True)
 class _Own:
-    """The label of a silo of one tensor or slice, which no group has, nor a path that is spelled like it."""
+    """The label of a silo of one tensor or slice, never equal to one that is only spelled like it."""
 
     path: str
     index: int | None
@@ -83,9 +84,12 @@ class _Own:
 
 def _checked_stacked(stacked: Stacked, owner: str) -> tuple[tuple[str, int], ...]:
     """Raises if these are no pairs of a regex and an axis."""
-    if (len(stacked) > 0 and not are_rules(stacked)) or any(type(axis) is not int for _, axis in stacked):
+    pairs = tuple(stacked) if isinstance(stacked, Iterable) else None
+    if pairs == ():
+        return ()
+    if not are_rules(pairs) or any(not hasattr(axis, "__index__") for _, axis in pairs):
         raise TypeError(f"silos.{owner}: stacked={stacked!r} is no list of pairs (regex, axis).")
-    return tuple((pattern, axis) for pattern, axis in stacked)
+    return tuple((pattern, operator.index(axis)) for pattern, axis in pairs)
 
 
 def per_layer(pattern: str, stacked: Stacked = ()) -> Silos:

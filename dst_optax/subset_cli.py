@@ -166,8 +166,8 @@ def _counted(directories: Sequence[pathlib.Path]) -> Iterator[None]:
     try:
         yield
     except SubsetError as e:
-        names = ", ".join(f"{i} is {directory}" for i, directory in enumerate(directories, 1))
-        raise SubsetError(f"{e} Of the subsets, {names}.") from e
+        names = ", ".join(f"subset {i}: {directory}" for i, directory in enumerate(directories, 1))
+        raise SubsetError(f"{e} ({names})") from e
 
 
 @app.command()

@@ -36,6 +36,8 @@ def main() -> None:
         sys.exit(f"{arguments.directory} exists; name a new directory.")
     with tempfile.TemporaryDirectory() as temporary:
         rows = rated(reviews(arguments.archive or download(Path(temporary))))
+    if len(rows) < sum(SIZES.values()):
+        sys.exit(f"{len(rows)} sentences are too few for {sum(SIZES.values())} rows.")
     random.Random(RNG_SEED).shuffle(rows)
     temporary = arguments.directory.with_name(f".tmp-{arguments.directory.name}")
     temporary.mkdir(parents=True, exist_ok=True)
@@ -73,7 +75,7 @@ def rated(text: str) -> list[dict[str, str]]:
       [{'prompt': 'Review: A delight.\nSentiment:', 'completion': ' positive'}]
     """
     said: dict[str, float] = {}
-    for line in text.splitlines():
+    for line in text.replace("\r\n", "\n").strip("\n").split("\n"):
         _, rating, sentence = line.split("\t")
         said.setdefault(" ".join(sentence.split()), float(rating))
     return [

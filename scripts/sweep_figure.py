@@ -126,17 +126,17 @@ def main() -> None:
         parser.error("--figure: the rows are of several tasks; give those of one.")
     if given.rows:
         storage.write_text(given.rows, "".join(json.dumps(row) + "\n" for row in rows))
-    finished = [row for row in rows if row["score"] is not None]
-    whole = complete(finished)
+    tried = complete(rows)
+    whole = [row for row in tried if row["score"] is not None]
     for task in dict.fromkeys(row["task"] for row in whole):
         same = [row for row in whole if row["task"] == task]
         print(f"## {task}\n", *table(same, given.every_rate), "", sep="\n")
         if given.pair:
             print(pair(same, *given.pair))
-    if len(finished) < len(rows):
-        print(f"Runs that diverged and are left out: {len(rows) - len(finished)}.")
-    if len(whole) < len(finished):
-        print(f"{len(finished) - len(whole)} runs at rates that were not tried with all seeds are left out.")
+    if len(whole) < len(tried):
+        print(f"Runs that diverged and are left out: {len(tried) - len(whole)}.")
+    if len(tried) < len(rows):
+        print(f"{len(rows) - len(tried)} runs at rates that were not tried with all seeds are left out.")
     if given.figure:
         (task,) = {row["task"] for row in whole}
         means = summarise(whole)

@@ -187,17 +187,11 @@ def test_stopping_the_tests_ends_what_they_started_and_no_one_else(tmp_path, by)
     caller = "trap : INT; bash scripts/test.sh & echo $! >pid; wait $!; wait $!; echo the caller is alive"
     if by == "Ctrl-C":  # a shell starts what it starts in the background without it
         caller = "trap : INT; bash scripts/test.sh; echo the caller is alive"
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # what ignores it passes that on
     run = subprocess.Popen(
-        ["bash", "-c", caller],
-        cwd=clone,
-        env=env,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        ),  # these tests may run without it, too
+        ["bash", "-c", caller], cwd=clone, env=env, start_new_session=True, stdout=subprocess.PIPE, text=True
     )
+    signal.signal(signal.SIGINT, handler)
     pids = []
     try:
         wait_until(lambda: log.exists() and len(log.read_text().split()) == 4)

@@ -182,7 +182,9 @@ def test_bad_rules_are_refused(arguments, error, says):
         silos.make_plan(PARAMS, **arguments)
 
 
-@pytest.mark.parametrize("stacked", [("scan", 0), {"scan": 0}, [("scan", "0")], [("scan", 1.0)], "scan"])
+@pytest.mark.parametrize(
+    "stacked", [None, ("scan", 0), {"scan": 0}, [("scan", "0")], [("scan", 1.0)], "scan"]
+)
 @pytest.mark.parametrize("rule", [silos.per_tensor, functools.partial(silos.per_layer, "(decoder)")])
 def test_stacked_tensors_are_named_with_their_axes(stacked, rule):
     with pytest.raises(TypeError, match=r"stacked=.* list of pairs \(regex, axis\)"):

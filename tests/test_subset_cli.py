@@ -136,8 +136,8 @@ def test_errors_say_which_directory_is_meant(disk):
     names = [disk / name for name in ("one", "two", "three")]
     error = call("compose", *names, "--out", disk / "both", code=1)["error"]
     assert "subsets 1 and 3 are of different seeds" in error
-    assert f"3 is {disk / 'three'}" in error
-    assert f"2 is {disk / 'three'}" in call("diff", disk / "one", disk / "three", code=1)["error"]
+    assert f"subset 3: {disk / 'three'}" in error
+    assert f"subset 2: {disk / 'three'}" in call("diff", disk / "one", disk / "three", code=1)["error"]
     (disk / "two" / files.CONFIG).write_text("{")
     assert str(disk / "two" / files.CONFIG) in call("compose", *names, "--out", disk / "b", code=1)["error"]
 

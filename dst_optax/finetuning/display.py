@@ -102,8 +102,8 @@ class Log:
         for name in ("loss", "grad_norm", "largest parameter"):
             if not math.isfinite(values.get(name, 0.0)):
                 raise Diverged(
-                    f"the {name} is {float(values[name])} at step {step}: lower the learning rate and give "
-                    "another run_dir, or check the seed model. Earlier checkpoints are untouched."
+                    f"the {name} is {float(values[name])} at step {step}: lower the learning rate (in "
+                    "another run_dir), or check the seed model."
                 )
 
     def evaluation(self, step: int, values: Mapping[str, float], score: float) -> None:

@@ -61,7 +61,7 @@ def local_path(checkpoint: str, files: Sequence[str] = FILES) -> str:
 
 
 def require_safetensors(checkpoint: Path) -> None:
-    """Refuses a checkpoint of Hugging Face's without safetensors; others are the hub's old, pickled ones.
+    """Refuses a checkpoint of Hugging Face's without safetensors, as the hub's older ones are.
 
     Args:
       checkpoint: where it lies on this machine.
@@ -72,9 +72,9 @@ def require_safetensors(checkpoint: Path) -> None:
     is_one = (checkpoint / "config.json").is_file() or any(checkpoint.glob("pytorch_model*.bin*"))
     if is_one and not any(checkpoint.glob("*.safetensors*")):
         raise ValueError(
-            f"{checkpoint} has no safetensors, and pickled weights are neither downloaded nor read. Load the "
-            "model in transformers; save_pretrained writes safetensors into a directory that CHECKPOINT can "
-            "name. The tokenizer's files belong there, too."
+            f"{checkpoint} has no safetensors. If its files are incomplete, download all of them. Pickled "
+            "weights are neither downloaded nor read: load such a model in transformers; save_pretrained "
+            "writes safetensors into a directory that CHECKPOINT can name, with the tokenizer's files."
         )
 
 

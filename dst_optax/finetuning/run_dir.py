@@ -61,7 +61,8 @@ class RunDir:
         self.root.mkdir(parents=True, exist_ok=True)
         if processes.any_process(processes.is_primary() and not storage.lock(self.root / LOCK)):
             raise ValueError(
-                f"{self.root}: another process is using it; wait until it ends, or give another run_dir."
+                f"{self.root}: another process is using it; wait until it ends (a notebook uses it until its "
+                "kernel stops), or give another run_dir."
             )
         self.check()
         claimed, kept = (self.root / "run.json").exists(), (self.root / "seed").exists()

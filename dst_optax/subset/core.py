@@ -463,13 +463,16 @@ def _converted(path: str, e: Entries, dtype: np.dtype) -> Entries:
     with np.errstate(over="ignore", invalid="ignore"):
         values = e.values.astype(dtype)
         seeds = None if e.seed_values is None else e.seed_values.astype(dtype)
-    lost = e.values[_is_finite(e.values) & ~_is_finite(values)]
-    if len(lost):
-        raise SubsetError(
-            f"{dtype} cannot hold {len(lost)} of the values of {path!r}, the first of them {lost[0]}; choose "
-            "a dtype of a wider range, for this tensor alone with a rule."
-        )
-    before = None if e.seed_fingerprint is None else (e.dtype, e.seed_fingerprint)
+    for old, new in ((e.values, values), (e.seed_values, seeds)):
+        if old is None or new is None:
+            continue
+        lost = old[_is_finite(old) & ~_is_finite(new)]
+        if len(lost):
+            raise SubsetError(
+                f"{dtype} cannot hold {len(lost)} of the values of {path!r}, the first of them {lost[0]}; "
+                "choose a dtype of a wider range, for this tensor alone with a rule."
+            )
+    before = e.before_astype if e.seed_fingerprint is None else (e.dtype, e.seed_fingerprint)
     out = Entries(e.shape, e.positions, values, seeds, before_astype=before)
     return out if seeds is None else out.take(np.flatnonzero(trees.bits(values) != trees.bits(seeds)))
 

@@ -111,47 +111,42 @@ def load(directory: str | os.PathLike[str]) -> Subset:
     """Reads a subset; see :meth:`Subset.load`."""
     source = as_path(directory)
     for _ in range(_RETRIES):
-        try:
-            return _load(source)
-        except _ChangingError:
-            time.sleep(0.02)
-    return _load(source)
-
-
-class _ChangingError(SubsetError):
-    """The files are being replaced, one after another, so that those read may not belong together."""
-
-
-def _load(source: pathlib.Path) -> Subset:
-    config = read_file(source / CONFIG, MAX_CONFIG)
-    try:
-        return _decoded(source, config)
-    except SubsetError as e:
-        # a save names its tensors first; where it was killed then, its configuration has no name yet
-        pending = unfinished(source / CONFIG) if is_local(source) else []
-        for other in pending:
+        before = _configurations(source)
+        for path in before:
             with contextlib.suppress(SubsetError):
-                return _decoded(source, read_file(other, MAX_CONFIG))
-        if pending or read_file(source / CONFIG, MAX_CONFIG) != config:
-            raise _ChangingError(f"{e} It is being saved: load it later, or save it again.") from e
-        raise
+                return _decoded(path, source / TENSORS)
+        if _configurations(source) == before:  # no save came between
+            break
+        time.sleep(0.02)
+    return _decoded(source / CONFIG, source / TENSORS)
 
 
-def _decoded(source: pathlib.Path, config_text: bytes) -> Subset:
+def _configurations(source: pathlib.Path) -> dict[pathlib.Path, Any]:
+    """The configuration, and those without a name yet: a save names its tensors first."""
+    found: dict[pathlib.Path, Any] = {source / CONFIG: None}
+    for path in [source / CONFIG, *unfinished(source / CONFIG)] if is_local(source) else []:
+        with contextlib.suppress(FileNotFoundError):
+            status = path.stat()
+            found[path] = (status.st_ino, status.st_mtime_ns)
+    return found
+
+
+def _decoded(config_path: pathlib.Path, tensors: pathlib.Path) -> Subset:
+    text = read_file(config_path, MAX_CONFIG)
     try:
-        config = parse_config(config_text)
+        config = parse_config(text)
     except SubsetError as e:
-        raise SubsetError(f"{source / CONFIG}: {e}") from e
-    content = read_file(source / TENSORS, _max_bytes(config))
+        raise SubsetError(f"{config_path}: {e}") from e
+    content = read_file(tensors, _max_bytes(config))
     with ThreadPoolExecutor(1) as pool:  # hashing and decoding run side by side
         digest = pool.submit(lambda: hashlib.sha256(content).hexdigest())
         try:
             return parse(config, content)
         except SubsetError as e:
-            raise SubsetError(f"{source / TENSORS}: {e}") from e
+            raise SubsetError(f"{tensors}: {e}") from e
         finally:
             if digest.result() != config["sha256"][TENSORS]:
-                raise SubsetError(f"{source / TENSORS} is damaged: its checksum is not the one in {CONFIG}.")
+                raise SubsetError(f"{tensors} is damaged: its checksum is not the one in {CONFIG}.")
 
 
 def _max_bytes(config: Mapping[str, Any]) -> int:
@@ -167,8 +162,8 @@ def stored_bytes(directory: str | os.PathLike[str]) -> dict[str, int]:
     Args:
       directory: of a subset that :func:`load` has accepted.
     """
-    content = read_file(as_path(directory) / TENSORS)
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    with (as_path(directory) / TENSORS).open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     offsets = {name: x["data_offsets"] for name, x in header.items() if name != "__metadata__"}
     return {name: stop - start for name, (start, stop) in offsets.items()}
 

@@ -38,27 +38,30 @@ def pieces(wanted: Iterable[tuple[jax.Array, np.ndarray, np.ndarray]]) -> list[l
 
     Returns:
       For each array one piece per shard that this process holds, in the order of ``addressable_shards``;
-      committed to the shard's device if the array is.
+      not committed to a device if the array is not, and lies on the default one.
     """
+    here = jax.device_put(np.zeros(())).device
     host: dict[bool, list[list[Piece]]] = {True: [], False: []}
     devices: list[Any] = []
-    committed = []
+    is_committed = []
     for x, positions, values in wanted:
-        committed.append(x.committed)
-        host[x.committed].append([])
+        committed = x.committed or x.device != here
+        pieces_of_x = []
         for shard in x.addressable_shards:
             shape = shard.data.shape
             chosen, local = trees.to_box(positions, shape, trees.box_start(shard.index), x.shape)
-            host[x.committed][-1].append(_padded_piece(shape, local, values[chosen]))
-            if x.committed:
-                devices += [shard.device] * len(jax.tree.leaves(host[True][-1][-1]))
+            pieces_of_x.append(_padded_piece(shape, local, values[chosen]))
+            if committed:
+                devices += [shard.device] * len(jax.tree.leaves(pieces_of_x[-1]))
+        host[committed].append(pieces_of_x)
+        is_committed.append(committed)
     flat, treedef = jax.tree.flatten(host[True])
     # a committed piece would commit an array that jit may now move to other devices
     placed = {
         True: iter(treedef.unflatten(jax.device_put(flat, devices))),
         False: iter(jax.device_put(host[False])),
     }
-    return [next(placed[x]) for x in committed]
+    return [next(placed[committed]) for committed in is_committed]
 
 
 def _padded_piece(shape: tuple[int, ...], local: np.ndarray, values: np.ndarray) -> Any:

@@ -56,7 +56,7 @@ def for_model(subset: Subset, model: Mapping[str, Any]) -> Subset:
 
 
 def original_of(name: str, subset: Subset, others: Iterable[str]) -> str | None:
-    """Which of some tensors a subset changes as it changes another one, which may be its copy.
+    """The first of some tensors whose seed and tuned values are those of another one, which may be its copy.
 
     Args:
       name: of the tensor that may be a copy.

@@ -391,6 +391,13 @@ def test_arrays_stay_as_committed_as_they_are(device):
     assert found.apply(seed)["w"].committed == found.revert(tuned)["w"].committed == (device is not None)
 
 
+def test_astype_makes_no_seed_value_infinite():
+    seed, tuned = {"w": np.float32([1e30, 1])}, {"w": np.float32([2, 1])}
+    found = subset.from_models(seed, tuned, with_seed_values=True)
+    with pytest.raises(SubsetError, match=r"float16 cannot hold 1 of the values of 'w'.*e\+30"):
+        found.astype(np.float16)
+
+
 def test_each_array_stays_as_committed_as_it_is():
     device = jax.devices()[0]
     seed = {

@@ -280,8 +280,15 @@ def test_a_save_that_was_killed_lost_nothing(tmp_path):
     first.save(tmp_path / "a")
     assert_equal(first, Subset.load(tmp_path / "a"))
     (tmp_path / "a" / files.TENSORS).write_bytes(b"x")
-    with pytest.raises(SubsetError, match=r"is being saved: load it later, or save it again"):
+    with pytest.raises(SubsetError, match=r"is damaged"):
         Subset.load(tmp_path / "a")
+
+
+def test_a_first_save_that_was_killed_lost_nothing(tmp_path):
+    first = example(np.random.default_rng(0), False)[2]
+    first.save(tmp_path)
+    (tmp_path / files.CONFIG).replace(tmp_path / f".tmp-{files.CONFIG}-0")
+    assert_equal(first, Subset.load(tmp_path))
 
 
 def test_a_file_beyond_what_its_configuration_allows_is_not_read(tmp_path):

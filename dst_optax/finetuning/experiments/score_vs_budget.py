@@ -171,7 +171,9 @@ def score_vs_budget(
                 chosen.append(Cell(*group, rate))
             else:
                 print(
-                    f"{task}: {_named(group)} diverges with all learning rates; give lower ones.", flush=True
+                    f"{task}: {_named(group)} diverges with all learning rates; give lower ones, or check "
+                    "the seed model.",
+                    flush=True,
                 )
             storage.write_text(root / "results.md", markdown(sheet.rows))
         for cell in chosen:
@@ -238,18 +240,17 @@ def _seconds_a_run(
 ) -> float:
     """Seconds of a run, from two short ones in a directory that all processes see."""
     spent, short = [], (2, 12)
-    _remove(scratch)  # a killed sweep left it
-    for steps in short:
-        shared = context(scratch / str(steps), replace(recipe, steps=steps, eval_every=steps))
-        start = time.perf_counter()
-        _result(Run(shared, "probe", method, 0))
-        spent.append(time.perf_counter() - start)
-    _remove(scratch)
+    if processes.is_primary():
+        shutil.rmtree(scratch, ignore_errors=True)  # a killed sweep left it
+    processes.barrier(f"{scratch} is free")
+    try:
+        for steps in short:
+            shared = context(scratch / str(steps), replace(recipe, steps=steps, eval_every=steps))
+            start = time.perf_counter()
+            _result(Run(shared, "probe", method, 0))
+            spent.append(time.perf_counter() - start)
+    finally:
+        if processes.is_primary():
+            shutil.rmtree(scratch, ignore_errors=True)
     step = max(spent[1] - spent[0], 0.0) / (short[1] - short[0])
     return spent[0] + step * recipe.steps
-
-
-def _remove(directory: Path) -> None:
-    if processes.is_primary():
-        shutil.rmtree(directory, ignore_errors=True)
-    processes.barrier(f"{directory} is removed")

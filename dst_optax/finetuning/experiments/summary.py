@@ -65,7 +65,8 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
     for task, method, budget in dict.fromkeys((r["task"], r["method"], r.get("budget")) for r in rows):
         group = [r for r in rows if (r["task"], r["method"], r.get("budget")) == (task, method, budget)]
         rate = best_rate(group)
-        same = [r for r in group if r.get("learning_rate") == rate and r["score"] is not None]
+        tried = [r for r in group if r.get("learning_rate") == rate]
+        same = [r for r in tried if r["score"] is not None]
         if not same:
             continue
         scores = [r["score"] if r.get("test_score") is None else r["test_score"] for r in same]
@@ -80,6 +81,7 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
                 "std": float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0,
                 "seconds": float(np.mean([r["seconds"] for r in same])),
                 "runs": len(same),
+                "diverged": len(tried) - len(same),
             }
         )
     return summary
@@ -89,7 +91,7 @@ def operational_ranges(summary: Sequence[Row], task: str) -> dict[str, tuple[flo
     """Budgets at which methods work: their means go at least half the way to full fine-tuning's.
 
     The way starts at the better baseline. Only budgets that were tried are known, and none between the
-    ends is promised to work.
+    ends is promised to work, nor one with which a run diverged.
 
     Args:
       summary: as :func:`summarise` returns it.
@@ -111,7 +113,7 @@ def operational_ranges(summary: Sequence[Row], task: str) -> dict[str, tuple[flo
     if baselines and whole:
         halfway = (max(baselines) + max(whole)) / 2
         for s in same:
-            if s["budget"] is not None and s["mean"] >= halfway:
+            if s["budget"] is not None and s["mean"] >= halfway and not s["diverged"]:
                 free = s["free_params"]
                 low, high = ranges.get(s["method"], (free, free))
                 ranges[s["method"]] = min(low, free), max(high, free)
@@ -150,9 +152,13 @@ def _diverged(row: Row) -> str:
 
 def _table(summary: list[Row]) -> Iterator[str]:
     for s in summary:
-        rivals = [x["mean"] for x in summary if x["budget"] == s["budget"] and x["learning_rate"] is not None]
+        tuned = [x for x in summary if x["budget"] == s["budget"] and x["learning_rate"] is not None]
         score = f"{s['mean']:.1f}" + (f" ± {s['std']:.1f}" if s["runs"] > 1 else "")
-        if s["learning_rate"] is not None and len(rivals) > 1 and s["mean"] == max(rivals):
+        if s["diverged"]:
+            score += f" ({s['diverged']} of {s['runs'] + s['diverged']} diverged)"
+        elif (
+            s in tuned and len(tuned) > 1 and s["mean"] == max(x["mean"] for x in tuned if not x["diverged"])
+        ):
             score = f"**{score}**"
         budget = "" if s["budget"] is None else f"{s['budget']:,}"
         rate = "" if s["learning_rate"] is None else f"{s['learning_rate']:g}"

@@ -48,7 +48,7 @@ class TaskSuite(Protocol):
     @property
     def settings(self) -> Mapping[str, Any]:
         """What else decides on examples or scores, in values of JSON; it identifies a run directory, too."""
-        ...
+        return {}
 
     def register(self, decoder_only: bool) -> str:
         """Registers the seqio tasks as a model wants them, and names what to train on."""

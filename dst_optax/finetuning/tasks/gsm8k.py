@@ -56,13 +56,13 @@ def number(answer: str) -> str:
     r"""The number that an answer ends with, without a unit and needless zeros; empty if it names none.
 
     Example:
-      >>> number("He pays 2*$600=$1200.\n#### 1,200"), number("#### 12.50%")
-      ('1200', '12.5')
+      >>> number("He pays 2*$600=$1200.\n#### 1,200"), number("#### 12.50%"), number("#### -$5")
+      ('1200', '12.5', '-5')
     """
     _, mark, rest = answer.rpartition(MARK)
-    words = rest.replace("$", " ").replace(",", "").split()
+    words = rest.replace("$", "").replace(",", "").split()
     word = re.sub(r"\D+$", "", words[0]) if mark and words else ""
-    return f"{Decimal(word).normalize():f}" if NUMBER.fullmatch(word) else word
+    return f"{Decimal(word).normalize() + 0:f}" if NUMBER.fullmatch(word) else word
 
 
 def _pair(row: dict[str, Any]) -> Pair:
