@@ -210,7 +210,7 @@ def test_a_rate_that_diverges_does_not_end_the_sweep(tmp_path, monkeypatch, caps
     rows = sweep(tmp_path)
     said = capsys.readouterr().out
     assert "full all lr 0.1 rng 0: the loss is nan at step 7" in said
-    assert "rte: dst 100 diverges with all learning rates; give lower ones." in said
+    assert "rte: dst 100 diverges with all learning rates; give lower ones" in said
     diverged = [(r["method"], r["learning_rate"], r["score"]) for r in rows if r.get("diverged")]
     assert diverged == [("full", 0.1, None), ("dst", 0.01, None), ("dst", 0.1, None)]
     assert [s["learning_rate"] for s in summary.summarise(rows) if s["method"] in ("full", "dst")] == [0.01]
@@ -332,6 +332,16 @@ def test_a_variant_with_a_budget_of_its_own_is_no_full_fine_tuning():
     assert found == summary.operational_ranges(summary.summarise(ROWS), "rte")
     half = row("dst", 500, 1.0, 0, 70.0, 70.0)
     assert summary.operational_ranges(summary.summarise([*ROWS, half]), "rte") == {"dst": (64, 500)}
+
+
+def test_a_rate_with_which_a_run_diverged_is_not_praised():
+    rows = [row("full", None, 0.1, 0, 90.0, 90.0), row("seed model", None, None, None, 10.0, 10.0)]
+    rows += [row("dst", 9, 0.1, 0, 90.0, 90.0), {**row("dst", 9, 0.1, 1, None, None), "diverged": True}]
+    rows += [row("lora", 9, 0.1, seed, 80.0, 80.0) for seed in (0, 1)]
+    found = summary.summarise(rows)
+    assert "| 90.0 (1 of 2 diverged) |" in (table := summary.markdown(rows))
+    assert "| **80.0 ± 0.0** |" in table
+    assert list(summary.operational_ranges(found, rows[0]["task"])) == ["lora"]
 
 
 def test_rates_without_a_common_seed_are_not_compared():
