@@ -109,6 +109,12 @@ def report(kind):
     extracted = subset.extract(params, state, with_seed_values=True)
     checks["extracted"] = equal(extracted, subset.from_models(seed, whole, with_seed_values=True))
     checks["a few are free"] = 0 < extracted.count <= 0.2 * extracted.size + len(SHAPES)
+    away = jax.local_devices()[-1]
+    with jax.default_device(away):
+        elsewhere = {
+            p: jnp.array(x) for p, x in seed.items()
+        }  # committed to no device, and not on the default one
+    checks["arrays elsewhere stay there"] = all(x.device == away for x in expected.apply(elsewhere).values())
     store = serving.SubsetStore(put(seed))
     store.add("a", expected)
     store.add("b", extracted)

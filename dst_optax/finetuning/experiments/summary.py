@@ -11,7 +11,7 @@ Row = dict[str, Any]
 def best_rate(rows: Sequence[Row]) -> Any:
     """The learning rate of the best mean score over the random seeds that all rates were tried with.
 
-    A rate with which fewer of these runs diverged goes first.
+    A rate with which fewer of these runs diverged is preferred.
 
     Args:
       rows: of one task, method and budget.
