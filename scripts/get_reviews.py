@@ -3,7 +3,7 @@
 The source archive of vaderSentiment on PyPI (MIT) holds 10,605 sentences from Rotten Tomatoes, each rated
 by twenty people from -4 to 4 (Hutto and Gilbert, 2014). This script downloads it with pip, or takes an
 archive that lies here already, leaves out ratings below 0.5 and repeated sentences, and writes 1,000
-train, 50 validation and 300 test rows, or so many as are asked for, as ``tasks/jsonl.gin`` reads them.
+train, 50 validation and 300 test rows as ``tasks/jsonl.gin`` reads them.
 
     python scripts/get_reviews.py reviews
     python scripts/get_reviews.py reviews --archive=vaderSentiment-3.3.2.tar.gz
@@ -31,26 +31,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("directory", type=Path, help="to make; must not exist")
     parser.add_argument("--archive", type=Path, help="the source archive, if it lies here already")
-    for split, size in SIZES.items():
-        parser.add_argument(f"--{split}", type=int, default=size, help=f"{split} rows; {size:,} by default")
     arguments = parser.parse_args()
     if arguments.directory.exists():
         sys.exit(f"{arguments.directory} exists; name a new directory.")
     with tempfile.TemporaryDirectory() as temporary:
         rows = rated(reviews(arguments.archive or download(Path(temporary))))
-    sizes = {split: getattr(arguments, split) for split in SIZES}
-    if min(sizes.values()) < 1 or len(rows) < sum(sizes.values()):
-        sys.exit(f"{len(rows):,} sentences cannot be {sizes}; every split needs 1 row or more.")
+    if len(rows) < sum(SIZES.values()):
+        sys.exit(f"{len(rows)} sentences are too few for {sum(SIZES.values())} rows.")
     random.Random(RNG_SEED).shuffle(rows)
     temporary = arguments.directory.with_name(f".tmp-{arguments.directory.name}")
     temporary.mkdir(parents=True, exist_ok=True)
     first = 0
-    for split, size in sizes.items():
+    for split, size in SIZES.items():
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows[first : first + size]]
         (temporary / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
         first += size
     temporary.rename(arguments.directory)
-    print(f"{arguments.directory}: {', '.join(f'{size:,} {split}' for split, size in sizes.items())} rows")
+    print(f"{arguments.directory}: {', '.join(f'{size:,} {split}' for split, size in SIZES.items())} rows")
 
 
 def download(directory: Path) -> Path:
