@@ -106,6 +106,7 @@ def test_compilation_does_not_grow_with_tensors_of_one_shape():
     assert different_kernels(many) <= different_kernels(few) + 4
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere all keys are in memory at one time")
 def test_temporary_memory_is_that_of_one_batch(monkeypatch):
     monkeypatch.setattr(counting, "BATCH", 2**17)
     select.choose.clear_cache()
