@@ -40,15 +40,8 @@ def anywhere(name):
     return set(imported(ast.walk(ast.parse(MODULES[name].read_text()))))
 
 
-# Methods of a class that modules above it implement, and a faster way to compute the same.
-WITHIN = {
-    "dst_optax.subset.core": {"dst_optax.subset.files", "dst_optax.subset.coordinates"},
-    "dst_optax.subset.fingerprint": {"dst_optax.subset.fingerprint_jax"},
-}
-
-
 def in_functions_too(name):
-    return (anywhere(name) & MODULES.keys()) - WITHIN.get(name, set()) - {name}
+    return anywhere(name) & MODULES.keys() - {name}
 
 
 @pytest.mark.parametrize("arrows", [at_import, in_functions_too])

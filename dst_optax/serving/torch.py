@@ -16,7 +16,8 @@ import torch
 from dst_optax.serving import in_place
 from dst_optax.serving.in_place import DTYPES, InPlaceStore, Piece
 from dst_optax.serving.store import Loaded
-from dst_optax.subset import Subset, SubsetError, fingerprints, tied
+from dst_optax.subset import Subset, SubsetError, fingerprints
+from dst_optax.subset.entries import same_values
 
 
 class _Slot(NamedTuple):
@@ -126,7 +127,7 @@ class SubsetStore(InPlaceStore):
         leaves = {}
         for name, e in subset.items():
             other = leaves.setdefault(self._primary[name], e)
-            if not tied.same_values(other, e):
+            if not same_values(other, e):
                 raise SubsetError(
                     f"{self._primary[name]!r} and {name!r} are one tensor in the model, and the subset gives "
                     "them different values."

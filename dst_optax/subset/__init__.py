@@ -5,7 +5,8 @@ Reading, inspecting and applying them takes numpy and safetensors; jax is import
 
 from typing import TYPE_CHECKING, Any
 
-from dst_optax.subset.core import Entries, Subset, collisions, compose
+from dst_optax.subset.core import Subset, collisions, compose
+from dst_optax.subset.entries import Entries
 from dst_optax.subset.errors import SubsetError
 from dst_optax.subset.fingerprint import fingerprint, fingerprints
 

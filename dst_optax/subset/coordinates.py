@@ -12,10 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from dst_optax.subset import tied, trees
-from dst_optax.subset.core import COORDINATES, Entries, Subset
+from dst_optax.subset import trees
+from dst_optax.subset.entries import Entries, has_seed_values, same_values
 from dst_optax.subset.errors import SubsetError
 from dst_optax.subset.fingerprint import fingerprint
+
+COORDINATES = "coordinates"
+"""Key of a subset's metadata that says whose names and layouts are meant, if not the parameters'."""
 
 HUGGING_FACE = "huggingface"
 
@@ -61,104 +64,58 @@ class Tensor:
         part[...] = values.T if self.transposed else values
 
 
-def to_hf(subset: Subset, table: Sequence[Tensor], seed: Mapping[str, Any]) -> Subset:
-    """A subset of parameters as one of the Hugging Face checkpoint of the same model.
-
-    Args:
-      subset: its paths are the parameters', stacked or not as the table says.
-      table: the family's, such as ``decoder.tensors(config)``.
-      seed: the seed's tensors by name or by path, of either side; read once.
-
-    Returns:
-      The subset for the checkpoint. What the seed has beyond the table is left as it is. Fingerprints are
-      known where the subset's own recognise the seed.
-
-    Raises:
-      SubsetError: paths or shapes are not the table's, or the seed is another one.
-
-    Example:
-      >>> import numpy as np
-      >>> from dst_optax import subset
-      >>> from dst_optax.subset import coordinates
-      >>> table = [coordinates.Tensor("proj.weight", (3, 2), "proj/kernel", True)]
-      >>> seed = {"proj/kernel": np.zeros((2, 3))}
-      >>> tuned = {"proj/kernel": np.array([[0.0, 0, 7], [0, 0, 0]])}
-      >>> converted = coordinates.to_hf(subset.from_models(seed, tuned), table, seed)
-      >>> converted["proj.weight"].positions.tolist(), converted["proj.weight"].values.tolist()
-      ([4], [7.0])
-    """
-    if subset.metadata.get(COORDINATES) == HUGGING_FACE:
-        raise SubsetError("the subset is in Hugging Face's coordinates already.")
-    rows = _by_path(table, subset)
+def to_hf(
+    leaves: Mapping[str, Entries], table: Sequence[Tensor], seed: Mapping[str, Any]
+) -> dict[str, Entries]:
+    """Entries by path as those of the checkpoint by name, see :meth:`dst_optax.subset.Subset.to_hf`."""
+    rows = _by_path(table, leaves)
     both = _Seed(seed, rows)
-    leaves = {}
-    for path, e in subset.items():
+    converted: dict[str, Entries] = {}
+    for path, e in leaves.items():
         known = _is_known(path, e, both.parameter(path, e.shape))
         for row, chosen, local in _split(e, rows[path]):
             part = dataclasses.replace(e.take(chosen), shape=_untransposed(row), positions=local)
             part = _transposed(part) if row.transposed else part
             mark = fingerprint(both.tensor(row)) if known else None
-            leaves[row.name] = dataclasses.replace(part, seed_fingerprint=mark, before_astype=None)
+            converted[row.name] = dataclasses.replace(part, seed_fingerprint=mark, before_astype=None)
     for row in table:
-        leaves |= {copy: leaves[row.name] for copy in row.copies if copy in both.named}
+        converted |= {copy: converted[row.name] for copy in row.copies if copy in both.named}
     if both.is_hf:
-        rest = {name: x for name, x in both.named.items() if name not in leaves}
-        leaves |= {name: _untouched(x, subset.has_seed_values) for name, x in rest.items()}
-    return Subset(leaves, subset.metadata | {COORDINATES: HUGGING_FACE})
+        rest = {name: x for name, x in both.named.items() if name not in converted}
+        converted |= {name: _untouched(x, has_seed_values(leaves)) for name, x in rest.items()}
+    return converted
 
 
-def from_hf(subset: Subset, table: Sequence[Tensor], seed: Mapping[str, Any]) -> Subset:
-    """The inverse of :func:`to_hf`.
-
-    Args:
-      subset: its names are those of a Hugging Face checkpoint.
-      table: the family's, stacked or not as the parameters are to be.
-      seed: the seed's tensors by name or by path, of either side; read once.
-
-    Returns:
-      The subset for the parameters.
-
-    Raises:
-      SubsetError: names or shapes are not the table's, entries are in tensors that the model does not have,
-        or the seed is another one.
-
-    Example:
-      >>> import numpy as np
-      >>> from dst_optax import subset
-      >>> from dst_optax.subset import coordinates
-      >>> table = [coordinates.Tensor("proj.weight", (3, 2), "proj/kernel", True)]
-      >>> seed = {"proj.weight": np.zeros((3, 2))}
-      >>> tuned = {"proj.weight": np.array([[0.0, 0], [0, 0], [7, 0]])}
-      >>> converted = coordinates.from_hf(subset.from_models(seed, tuned), table, seed)
-      >>> converted["proj/kernel"].positions.tolist(), converted["proj/kernel"].values.tolist()
-      ([2], [7.0])
-    """
+def from_hf(
+    leaves: Mapping[str, Entries], table: Sequence[Tensor], seed: Mapping[str, Any]
+) -> dict[str, Entries]:
+    """The inverse of :func:`to_hf`, see :meth:`dst_optax.subset.Subset.from_hf`."""
     rows = _rows(table)
     names = {row.name for row in table} | {copy for row in table for copy in row.copies}
     for row in table:
-        if row.name not in subset or subset[row.name].shape != row.shape:
+        if row.name not in leaves or leaves[row.name].shape != row.shape:
             raise SubsetError(
                 f"the subset lacks {row.name!r} of shape {list(row.shape)}, which the model has."
             )
-    for name, e in subset.items():
+    for name, e in leaves.items():
         if name not in names and len(e):
             raise SubsetError(f"{name!r} has {len(e)} entries, and the model has no place for them.")
     for row in table:
         for copy in row.copies:
-            if copy in subset and not tied.same_values(subset[copy], subset[row.name]):
+            if copy in leaves and not same_values(leaves[copy], leaves[row.name]):
                 raise SubsetError(
                     f"{copy!r} and {row.name!r} are one tensor in the model, and the subset gives them "
                     "different values."
                 )
     both = _Seed(seed, rows)
-    leaves = {}
+    converted = {}
     for path, parts in rows.items():
-        known = all([_is_known(row.name, subset[row.name], both.tensor(row)) for row in parts])
-        entries = [_transposed(subset[row.name]) if row.transposed else subset[row.name] for row in parts]
+        known = all([_is_known(row.name, leaves[row.name], both.tensor(row)) for row in parts])
+        entries = [_transposed(leaves[row.name]) if row.transposed else leaves[row.name] for row in parts]
         e = _joined(entries) if parts[0].layer is not None else entries[0]
         mark = fingerprint(both.parameter(path, e.shape)) if known else None
-        leaves[path] = dataclasses.replace(e, seed_fingerprint=mark, before_astype=None)
-    return Subset(leaves, {k: v for k, v in subset.metadata.items() if k != COORDINATES})
+        converted[path] = dataclasses.replace(e, seed_fingerprint=mark, before_astype=None)
+    return converted
 
 
 class _Seed:
@@ -206,11 +163,11 @@ def _rows(table: Sequence[Tensor]) -> dict[str, list[Tensor]]:
     return rows
 
 
-def _by_path(table: Sequence[Tensor], subset: Subset) -> dict[str, list[Tensor]]:
+def _by_path(table: Sequence[Tensor], leaves: Mapping[str, Entries]) -> dict[str, list[Tensor]]:
     """The table by our paths, after a check that it is the subset's."""
     rows = _rows(table)
-    for path in [*rows, *subset]:
-        if path not in rows or path not in subset:
+    for path in [*rows, *leaves]:
+        if path not in rows or path not in leaves:
             where = "the table of the model" if path not in rows else "the subset"
             raise SubsetError(
                 f"{where} lacks {path!r}: they are of different models, or layers are stacked in one."
@@ -218,9 +175,9 @@ def _by_path(table: Sequence[Tensor], subset: Subset) -> dict[str, list[Tensor]]
     for path, parts in rows.items():
         shape = _untransposed(parts[0])
         shape = shape if parts[0].layer is None else (shape[0], len(parts), *shape[1:])
-        if subset[path].shape != shape:
+        if leaves[path].shape != shape:
             raise SubsetError(
-                f"{path!r} is {list(subset[path].shape)} in the subset, {list(shape)} in the model."
+                f"{path!r} is {list(leaves[path].shape)} in the subset, {list(shape)} in the model."
             )
     return rows
 

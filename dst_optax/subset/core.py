@@ -1,7 +1,6 @@
 """A subset: the entries in which a tuned model differs from its seed, and what one can do with them."""
 
 import dataclasses
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -9,83 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from dst_optax.subset import dtypes, gaps, trees
+from dst_optax.subset import coordinates, dtypes, files, trees
+from dst_optax.subset.coordinates import COORDINATES, HUGGING_FACE, Tensor
+from dst_optax.subset.entries import Entries, has_seed_values
 from dst_optax.subset.errors import SubsetError
 from dst_optax.subset.fingerprint import fingerprints
-
-COORDINATES = "coordinates"
-"""Key of the metadata that says whose names and layouts are meant, if not the parameters'."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Entries:
-    """The entries of one tensor that differ from the seed.
-
-    Attributes:
-      shape: shape of the tensor.
-      positions: (k,) row-major positions, strictly increasing; int32, int64 for more than 2**31 entries.
-      values: (k,) values of the tuned tensor, in its dtype.
-      seed_values: (k,) values of the seed, or None.
-      seed_fingerprint: of the seed's tensor, or None where the seed is not known.
-      before_astype: dtype and fingerprint of the seed's tensor before :meth:`Subset.astype`, by which
-        conversions recognise it; not written to files.
-
-    Example:
-      >>> import numpy as np
-      >>> from dst_optax import subset
-      >>> entries = subset.Entries((2, 3), np.array([1, 5]), np.array([0.5, 2.0], np.float32))
-      >>> len(entries), entries.size, str(entries.dtype)
-      (2, 6, 'float32')
-    """
-
-    shape: tuple[int, ...]
-    positions: np.ndarray
-    values: np.ndarray
-    seed_values: np.ndarray | None = None
-    seed_fingerprint: str | None = None
-    before_astype: tuple[np.dtype, str] | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", tuple(map(int, self.shape)))
-        if self.size > gaps.MAX_SIZE:
-            raise SubsetError(f"a tensor of shape {self.shape} has more than {gaps.MAX_SIZE} entries.")
-        positions = np.asarray(self.positions)
-        if positions.ndim != 1 or positions.dtype.kind not in "iu":
-            raise SubsetError(f"positions must be 1-d integers, got {positions.dtype}{positions.shape}.")
-        if len(positions) and (
-            not 0 <= positions[0] <= positions[-1] < self.size or not np.all(positions[1:] > positions[:-1])
-        ):
-            raise SubsetError(
-                f"positions must increase strictly and lie in [0, {self.size}), the shape is {self.shape}."
-            )
-        object.__setattr__(self, "positions", positions.astype(gaps.position_dtype(self.size), copy=False))
-        for values in (self.values, self.seed_values):
-            if values is not None and (values.shape != positions.shape or values.dtype != self.dtype):
-                raise SubsetError(
-                    f"values must be {self.dtype}{positions.shape}, got {values.dtype}{values.shape}."
-                )
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Dtype of the tensor."""
-        return self.values.dtype
-
-    @property
-    def size(self) -> int:
-        """Entries of the tensor."""
-        return math.prod(self.shape)
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def take(self, index: Any) -> "Entries":
-        """The entries chosen by an index into ``positions``."""
-        return dataclasses.replace(
-            self,
-            positions=self.positions[index],
-            values=self.values[index],
-            seed_values=None if self.seed_values is None else self.seed_values[index],
-        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -146,7 +73,7 @@ class Subset(Mapping[str, Entries]):
     @property
     def has_seed_values(self) -> bool:
         """Whether :meth:`revert` is possible."""
-        return all(e.seed_values is not None for e in self.values())
+        return has_seed_values(self)
 
     def apply(self, seed: Any, *, verify: bool = True) -> Any:
         """The tuned model.
@@ -295,28 +222,73 @@ class Subset(Mapping[str, Entries]):
         either = self.count + other.count - both
         return both / either if either else 1.0
 
-    def to_hf(self, table: Sequence[Any], seed: Mapping[str, Any]) -> "Subset":
-        """The subset for a Hugging Face checkpoint; see :func:`dst_optax.subset.coordinates.to_hf`."""
-        from dst_optax.subset import coordinates
+    def to_hf(self, table: Sequence[Tensor], seed: Mapping[str, Any]) -> "Subset":
+        """The subset for the Hugging Face checkpoint of the same model.
 
-        return coordinates.to_hf(self, table, seed)
+        Args:
+          table: the family's, such as ``decoder.tensors(config)``, stacked or not as the parameters are.
+          seed: the seed's tensors by name or by path, of either side; read once.
 
-    def from_hf(self, table: Sequence[Any], seed: Mapping[str, Any]) -> "Subset":
-        """The subset for parameters; see :func:`dst_optax.subset.coordinates.from_hf`."""
-        from dst_optax.subset import coordinates
+        Returns:
+          The subset for the checkpoint. What the seed has beyond the table is left as it is. Fingerprints are
+          known where the subset's own recognise the seed.
 
-        return coordinates.from_hf(self, table, seed)
+        Raises:
+          SubsetError: paths or shapes are not the table's, or the seed is another one.
+
+        Example:
+          >>> import numpy as np
+          >>> from dst_optax import subset
+          >>> table = [subset.coordinates.Tensor("proj.weight", (3, 2), "proj/kernel", True)]
+          >>> seed = {"proj/kernel": np.zeros((2, 3))}
+          >>> tuned = {"proj/kernel": np.array([[0.0, 0, 7], [0, 0, 0]])}
+          >>> converted = subset.from_models(seed, tuned).to_hf(table, seed)
+          >>> converted["proj.weight"].positions.tolist(), converted["proj.weight"].values.tolist()
+          ([4], [7.0])
+        """
+        if self.metadata.get(COORDINATES) == HUGGING_FACE:
+            raise SubsetError("the subset is in Hugging Face's coordinates already.")
+        return Subset(coordinates.to_hf(self, table, seed), self.metadata | {COORDINATES: HUGGING_FACE})
+
+    def from_hf(self, table: Sequence[Tensor], seed: Mapping[str, Any]) -> "Subset":
+        """The subset of a Hugging Face checkpoint as one of the parameters: the inverse of :meth:`to_hf`.
+
+        Args:
+          table: the family's, stacked or not as the parameters are to be.
+          seed: the seed's tensors by name or by path, of either side; read once.
+
+        Returns:
+          The subset for the parameters.
+
+        Raises:
+          SubsetError: names or shapes are not the table's, entries are in tensors that the model does not
+            have, or the seed is another one.
+
+        Example:
+          >>> import numpy as np
+          >>> from dst_optax import subset
+          >>> table = [subset.coordinates.Tensor("proj.weight", (3, 2), "proj/kernel", True)]
+          >>> seed = {"proj.weight": np.zeros((3, 2))}
+          >>> tuned = {"proj.weight": np.array([[0.0, 0], [0, 0], [7, 0]])}
+          >>> converted = subset.from_models(seed, tuned).from_hf(table, seed)
+          >>> converted["proj/kernel"].positions.tolist(), converted["proj/kernel"].values.tolist()
+          ([2], [7.0])
+        """
+        metadata = {k: v for k, v in self.metadata.items() if k != COORDINATES}
+        return Subset(coordinates.from_hf(self, table, seed), metadata)
 
     def save(self, directory: str | os.PathLike[str], encoding: str = "gaps") -> None:
         """Writes ``subset.safetensors``, ``subset_config.json`` and ``README.md``, each atomically.
 
         Args:
-          directory: made if it is missing; a subset in it is replaced.
+          directory: local or ``gs://``; made if it is missing. A subset in it is replaced.
           encoding: of positions: ``"gaps"``, or ``"raw"`` for plain integers, which other programs read.
-        """
-        from dst_optax.subset import files
 
-        files.save(self, directory, encoding)
+        Raises:
+          SubsetError: a dtype that safetensors lacks, seed values of some tensors only, metadata that JSON
+            cannot express, or another README.md.
+        """
+        files.save(self.leaves, self.metadata, directory, encoding)
 
     @staticmethod
     def load(directory: str | os.PathLike[str]) -> "Subset":
@@ -331,9 +303,7 @@ class Subset(Mapping[str, Entries]):
         Raises:
           SubsetError: the files are damaged, of another version, or still being saved.
         """
-        from dst_optax.subset import files
-
-        return files.load(directory)
+        return Subset(*files.load(directory))
 
     def _with(self, other: "Subset", f: Callable[[Entries, Entries], Entries]) -> "Subset":
         _check_same_seed([self, other])
@@ -406,8 +376,8 @@ def compose(subsets: Sequence[Subset], on_conflict: str = "error") -> Subset:
     leaves = {p: e for p, (e, _) in merged.items()}
     metadata = {"collisions": counts, "composed": [s.metadata for s in subsets]}
     # paths are the same, so coordinates are; some subset may have lost them
-    coordinates = next((c for s in subsets if (c := s.metadata.get(COORDINATES))), None)
-    return Subset(leaves, metadata | ({COORDINATES: coordinates} if coordinates else {}))
+    system = next((c for s in subsets if (c := s.metadata.get(COORDINATES))), None)
+    return Subset(leaves, metadata | ({COORDINATES: system} if system else {}))
 
 
 def _merge(entries: Sequence[Entries], on_conflict: str) -> tuple[Entries, int]:

@@ -17,8 +17,9 @@ from dst_optax.rule import SubsetRule
 from dst_optax.silos import SiloPlan, Silos, groups_that_share_silos, make_plan
 from dst_optax.state import Free, leaf_states, seed_leaves
 from dst_optax.subset import trees
-from dst_optax.subset.core import Entries, Subset
+from dst_optax.subset.core import Subset
 from dst_optax.subset.dtypes import checked, is_float
+from dst_optax.subset.entries import Entries
 from dst_optax.subset.errors import SubsetError
 from dst_optax.subset.fingerprint import fingerprints
 from dst_optax.tree import is_masked

@@ -26,8 +26,8 @@ import safetensors.numpy
 from dst_optax.atomic import unfinished
 from dst_optax.paths import as_path, is_local, write_files
 from dst_optax.subset import gaps
-from dst_optax.subset.core import Entries, Subset
 from dst_optax.subset.dtypes import BY_NAME, DTYPES, checked
+from dst_optax.subset.entries import Entries, has_seed_values
 from dst_optax.subset.errors import SubsetError
 
 FORMAT = "dst-optax-subset"
@@ -46,30 +46,31 @@ _ENCODINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def save(subset: Subset, directory: str | os.PathLike[str], encoding: str = "gaps") -> None:
-    """Writes a subset; no file is replaced before all of it is on the disk.
+Content = tuple[dict[str, Entries], dict[str, Any]]  # a subset's leaves and metadata
 
-    Args:
-      subset: what to write.
-      directory: local or ``gs://``; made if it is missing. A subset in it is replaced.
-      encoding: of positions: ``"gaps"``, or ``"raw"`` for plain integers, which other programs read.
 
-    Raises:
-      SubsetError: a dtype that safetensors lacks, seed values of some tensors only, metadata that JSON cannot
-        express, or another README.md.
+def save(
+    leaves: Mapping[str, Entries],
+    metadata: Mapping[str, Any],
+    directory: str | os.PathLike[str],
+    encoding: str = "gaps",
+) -> None:
+    """Writes a subset, see :meth:`dst_optax.subset.Subset.save`.
+
+    No file is replaced before all of it is on the disk.
     """
     if encoding not in _ENCODINGS:
         raise SubsetError(f"encoding: got {encoding!r}; it is one of {list(_ENCODINGS)}.")
-    without = [path for path, e in subset.items() if e.seed_values is None]
-    if 0 < len(without) < len(subset):
+    without = [path for path, e in leaves.items() if e.seed_values is None]
+    if 0 < len(without) < len(leaves):
         raise SubsetError(
             f"{without[0]!r} has no seed values, others have; give them to all tensors or to none."
         )
     tensors: dict[str, np.ndarray] = {}
-    leaves: dict[str, Any] = {}
-    for path, e in subset.items():
+    described: dict[str, Any] = {}
+    for path, e in leaves.items():
         checked(e.dtype, path)
-        leaves[path] = {
+        described[path] = {
             "shape": [int(n) for n in e.shape],
             "dtype": e.dtype.name,
             "entries": len(e),
@@ -78,16 +79,15 @@ def save(subset: Subset, directory: str | os.PathLike[str], encoding: str = "gap
         if len(e):
             tensors[f"{path}.values"] = np.ascontiguousarray(e.values)
             tensors[f"{path}.positions"] = _ENCODINGS[encoding](e.positions)
-            if subset.has_seed_values:
-                assert e.seed_values is not None
+            if e.seed_values is not None:
                 tensors[f"{path}.seed_values"] = np.ascontiguousarray(e.seed_values)
     content = safetensors.numpy.save(tensors, {"format": FORMAT})  # of several, the order is random
     config = {
         "format": FORMAT,
         "version": VERSION,
-        "seed_values": subset.has_seed_values,
-        "leaves": leaves,
-        "metadata": subset.metadata,
+        "seed_values": has_seed_values(leaves),
+        "leaves": described,
+        "metadata": metadata,
     }
     try:
         # as it will be read: keys are texts there
@@ -103,12 +103,13 @@ def save(subset: Subset, directory: str | os.PathLike[str], encoding: str = "gap
     if not card_of_ours and _CARD_MARK not in (target / CARD).read_text(errors="replace"):
         raise SubsetError(f"{target / CARD} is not of a subset; give the subset a directory of its own.")
     target.mkdir(parents=True, exist_ok=True)
-    readme = card(subset, len(content)).encode(errors="backslashreplace")  # file names may be no UTF-8
+    about = card(leaves, metadata, len(content))
+    readme = about.encode(errors="backslashreplace")  # names of files may be no UTF-8
     write_files(target, {TENSORS: content, CONFIG: text.encode(), CARD: readme})
 
 
-def load(directory: str | os.PathLike[str]) -> Subset:
-    """Reads a subset; see :meth:`Subset.load`."""
+def load(directory: str | os.PathLike[str]) -> Content:
+    """Reads a subset, see :meth:`dst_optax.subset.Subset.load`."""
     source = as_path(directory)
     for _ in range(_RETRIES):
         before = _configurations(source)
@@ -131,7 +132,7 @@ def _configurations(source: pathlib.Path) -> dict[pathlib.Path, Any]:
     return found
 
 
-def _decoded(config_path: pathlib.Path, tensors: pathlib.Path) -> Subset:
+def _decoded(config_path: pathlib.Path, tensors: pathlib.Path) -> Content:
     text = read_file(config_path, MAX_CONFIG)
     try:
         config = parse_config(text)
@@ -225,7 +226,7 @@ def _parse_leaf(path: str, leaf: Any) -> dict[str, Any]:
     return {**leaf, "shape": tuple(shape), "dtype": BY_NAME[leaf["dtype"]]}
 
 
-def parse(config: Mapping[str, Any], content: bytes) -> Subset:
+def parse(config: Mapping[str, Any], content: bytes) -> Content:
     """Decodes the safetensors file that belongs to a checked configuration.
 
     Raises:
@@ -269,7 +270,7 @@ def parse(config: Mapping[str, Any], content: bytes) -> Subset:
         except SubsetError as e:
             raise SubsetError(f"{path[:200]!r}: {e}") from e
 
-    return Subset({path: entries(path, leaf) for path, leaf in config["leaves"].items()}, config["metadata"])
+    return {path: entries(path, leaf) for path, leaf in config["leaves"].items()}, config["metadata"]
 
 
 def _array(tensor: dict[str, Any], name: str) -> np.ndarray:
@@ -301,10 +302,11 @@ def _check_size(path: pathlib.Path, size: int, limit: int | None) -> None:
         raise SubsetError(f"{path} has {size} bytes; at most {limit} are read.")
 
 
-def card(subset: Subset, file_bytes: int) -> str:
+def card(leaves: Mapping[str, Entries], metadata: Mapping[str, Any], file_bytes: int) -> str:
     """The model card, Markdown."""
-    share = subset.count / subset.size if subset.size else 0.0
-    seeds = "" if subset.has_seed_values else "not "
+    count, size = sum(len(e) for e in leaves.values()), sum(e.size for e in leaves.values())
+    share = count / size if size else 0.0
+    seeds = "" if has_seed_values(leaves) else "not "
     lines = [
         "---",
         _CARD_MARK,
@@ -312,8 +314,8 @@ def card(subset: Subset, file_bytes: int) -> str:
         "---",
         "# A subset of tuned parameters",
         "",
-        f"{subset.count:,} of {subset.size:,} parameters ({share:.3g}) differ from the seed model, in "
-        f"{sum(1 for e in subset.values() if len(e))} of {len(subset)} tensors; {file_bytes:,} bytes. "
+        f"{count:,} of {size:,} parameters ({share:.3g}) differ from the seed model, in "
+        f"{sum(1 for e in leaves.values() if len(e))} of {len(leaves)} tensors; {file_bytes:,} bytes. "
         f"The seed's values are {seeds}stored.",
         "",
         "```python",
@@ -324,9 +326,9 @@ def card(subset: Subset, file_bytes: int) -> str:
         "",
         "The seed model must be the one whose fingerprints `subset_config.json` names; `apply` checks it.",
     ]
-    if subset.metadata:
+    if metadata:
         lines += ["", "| | |", "|---|---|"]
-        for key, value in subset.metadata.items():
+        for key, value in metadata.items():
             text = json.dumps(value) if not isinstance(value, str) else value
             cells = (str(x).replace("|", "\\|").replace("\n", " ") for x in (key, text))
             lines.append("| " + " | ".join(cells) + " |")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dst_optax.subset.fingerprint import MIX, A, B, C, D, E
+from dst_optax.subset.fingerprint_numpy import MIX, A, B, C, D, E
 
 _COLUMNS = 4096
 _ROWS = (256, 16, 1)  # blocks of host arrays; few shapes, so few compilations

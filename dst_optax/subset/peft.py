@@ -15,7 +15,8 @@ import safetensors.numpy
 
 from dst_optax.atomic import atomic_file
 from dst_optax.paths import require_local
-from dst_optax.subset.core import Entries, Subset
+from dst_optax.subset.core import Subset
+from dst_optax.subset.entries import Entries
 from dst_optax.subset.errors import SubsetError
 
 WEIGHTS = "adapter_model.safetensors"

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from dst_optax.subset import trees
-from dst_optax.subset.core import Entries, Subset
+from dst_optax.subset.core import Subset
+from dst_optax.subset.entries import Entries, same_values
 
 
 def without_copies(model: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,11 +104,4 @@ def _same_entries(a: Entries, b: Entries) -> bool:
         and (a.shape, a.dtype) == (b.shape, b.dtype)
         and a.seed_fingerprint == b.seed_fingerprint is not None
         and same_values(a, b)
-    )
-
-
-def same_values(a: Entries, b: Entries) -> bool:
-    """Whether entries have the same positions and, bit for bit, values."""
-    return np.array_equal(a.positions, b.positions) and np.array_equal(
-        trees.bits(a.values), trees.bits(b.values)
     )

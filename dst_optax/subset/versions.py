@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from dst_optax.subset import trees
-from dst_optax.subset.core import Entries, Subset
+from dst_optax.subset.core import Subset
+from dst_optax.subset.entries import Entries
 from dst_optax.subset.errors import SubsetError
 from dst_optax.subset.fingerprint import changed
 

@@ -12,7 +12,7 @@ from flax import nnx
 from typer.testing import CliRunner
 
 from dst_optax import subset
-from dst_optax.subset import SubsetError, files, models
+from dst_optax.subset import SubsetError, models
 from dst_optax.subset_cli import app
 
 SEED = {
@@ -245,7 +245,7 @@ def test_other_dtypes_are_refused_by_path(tmp_path, dtype):
         SUBSET.check({"w": x})
     entries = subset.Entries((4,), np.array([1]), x[:1])
     with pytest.raises(SubsetError, match="'w' has the dtype"):
-        files.save(subset.Subset({"w": entries}), tmp_path / "s")
+        subset.Subset({"w": entries}).save(tmp_path / "s")
 
 
 def test_random_keys_are_no_parameters():

@@ -10,7 +10,7 @@ import safetensors.numpy
 
 from dst_optax import subset
 from dst_optax.subset import fingerprint_jax, models
-from dst_optax.subset.fingerprint import lanes
+from dst_optax.subset.fingerprint_numpy import lanes
 
 PROGRAM = """
 import collections
