@@ -4,9 +4,9 @@
 Subsets are compared with LoRA of as many parameters, merged into the weights and not, with vLLM's own sparse
 patches, and with loading the tuned checkpoint anew:
 
-    pip install 'dst-optax[torch]' transformers peft
+    pip install '.[torch]' transformers peft
     python scripts/benchmark_engines.py torch --checkpoint smollm2 --out docs/benchmarks/engines-torch.json
-    pip install 'dst-optax[vllm]'
+    pip install '.[vllm]'
     python scripts/benchmark_engines.py vllm --checkpoint smollm2 --out docs/benchmarks/engines-vllm.json
 
 Times do not depend on what a model has learnt, so subsets and adapters are random. A request is a switch to
