@@ -26,9 +26,9 @@ PUBLIC = {
     "dst_optax.rule": set(),
     "dst_optax.reference": {"ReferenceState"},
     "dst_optax.subset": {"fingerprint", "fingerprints"},  # described where they are defined
-    "dst_optax.subset.fingerprint": {"changed", "lanes"},
+    "dst_optax.subset.fingerprint": {"changed"},
     "dst_optax.subset.models": {"shard_files"},
-    "dst_optax.subset.coordinates": set(),
+    "dst_optax.subset.coordinates": {"to_hf", "from_hf"},  # described as methods
     "dst_optax.subset.versions": set(),
     "dst_optax.subset.peft": set(),
     "dst_optax.serving": set(),
