@@ -290,12 +290,14 @@ class Run:
         return self.context.programs(self.method)
 
     def _writer(self, state: TrainState) -> Any:
-        return lambda path: self.method.save(path, state.tuned, state.slots)
+        return lambda path: self.method.save(path, self.context.seed, state.tuned, state.slots)
 
     def _export(self, path: Path, state: TrainState) -> None:
         if not path.exists():
             with storage.shared_directory(path) as temporary:
-                self.method.export(temporary, state.tuned, state.slots, self.context.save_model)
+                self.method.export(
+                    temporary, self.context.seed, state.tuned, state.slots, self.context.save_model
+                )
 
     def _finish(self, state: TrainState, progress: Progress) -> dict[str, Any]:
         """Exports the best model, predicts and scores with it."""

@@ -106,10 +106,19 @@ class Trained:
         return moved, after, found["free_params"]
 
 
-@pytest.mark.parametrize("name", METHODS)
+ENTIRELY_FREE = {
+    "dst, all free": DST(ADAM, fraction_of_free_params=1.0),
+    "dst, a tensor free": DST(ADAM, fraction_of_free_params=[("query", 1.0), ("key", 0.0), (".*", 0.1)]),
+    "dst, more than all": DST(ADAM, num_free_params=10**6),
+    "fixed, all free": FixedSubset(ADAM, fraction_of_free_params=1.0),
+    "random, a tensor free": RandomSubset(ADAM, fraction_of_free_params=[("query", 1.0), (".*", 0.1)]),
+}
+
+
+@pytest.mark.parametrize("name", METHODS | ENTIRELY_FREE)
 def test_what_is_saved_is_all_there_is(name, tmp_path):
-    trained = trained_by(name)
-    trained.method.save(tmp_path, trained.tuned, trained.slots)
+    trained = Trained(ENTIRELY_FREE[name]) if name in ENTIRELY_FREE else trained_by(name)
+    trained.method.save(tmp_path, trained.seed, trained.tuned, trained.slots)
     like, empty = trained.tunes[0], trained.method.init(trained.seed, trained.tunes[0])
     tuned, slots = trained.method.load(tmp_path, trained.seed, like, empty)
     for mine, restored in leaf_pairs((trained.tuned, trained.slots), (tuned, slots)):
@@ -259,6 +268,6 @@ def test_a_state_starts_from_the_seed_and_not_from_where_training_starts():
 @pytest.mark.parametrize("name", ["lora", "prompt"])
 def test_exports_hold_what_was_tuned(name, tmp_path):
     trained = trained_by(name)
-    trained.method.export(tmp_path, trained.tuned, trained.slots, None)
+    trained.method.export(tmp_path, trained.seed, trained.tuned, trained.slots, None)
     back = storage.load_model(tmp_path / f"{name}.safetensors", trained.tuned)
     assert differing(back, trained.tuned) == 0

@@ -66,19 +66,25 @@ class Method(Protocol):
         ...
 
     def export(
-        self, directory: Path, tuned: Params, state: Any, save_model: Callable[[Path, Params], None]
+        self,
+        directory: Path,
+        seed: Params,
+        tuned: Params,
+        state: Any,
+        save_model: Callable[[Path, Params], None],
     ) -> None:
         """Writes the tuned model as small as the method allows.
 
         Args:
           directory: where to.
+          seed: parameters of the seed model.
           tuned: tuned parameters.
           state: the optimizer's state.
           save_model: writes a whole model.
         """
         ...
 
-    def save(self, directory: Path, tuned: Params, state: Any) -> None:
+    def save(self, directory: Path, seed: Params, tuned: Params, state: Any) -> None:
         """Writes the tuned model and the optimizer's state, but nothing that the seed holds."""
         ...
 

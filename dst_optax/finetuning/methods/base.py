@@ -50,7 +50,8 @@ class Plain:
         del state, before
         return {"free_params": jnp.float32(sum(x.size for x in jax.tree.leaves(tuned)))}
 
-    def save(self, directory: Path, tuned: Params, state: Any) -> None:  # noqa: D102
+    def save(self, directory: Path, seed: Params, tuned: Params, state: Any) -> None:  # noqa: D102
+        del seed
         storage.save_tree(directory / "tuned", tuned)
         storage.save_tree(directory / "slots", state)
 

@@ -82,13 +82,18 @@ class DST(InPlace):
         }
 
     def export(  # noqa: D102
-        self, directory: Path, tuned: Params, state: Any, save_model: Callable[[Path, Params], None]
+        self,
+        directory: Path,
+        seed: Params,
+        tuned: Params,
+        state: Any,
+        save_model: Callable[[Path, Params], None],
     ) -> None:
         del save_model
-        _save_subset(tuned, state, directory)
+        _save_subset(directory, seed, tuned, state)
 
-    def save(self, directory: Path, tuned: Params, state: Any) -> None:  # noqa: D102
-        _save_subset(tuned, state, directory)
+    def save(self, directory: Path, seed: Params, tuned: Params, state: Any) -> None:  # noqa: D102
+        _save_subset(directory, seed, tuned, state)
         storage.save_tree(directory / "slots", map_states(lambda s: s._replace(seed=None), state))
 
     def load(self, directory: Path, seed: Params, tuned: Params, state: Any) -> tuple[Params, Any]:  # noqa: D102
@@ -101,7 +106,7 @@ class DST(InPlace):
         return storage.pick(patched, tuned), filled
 
 
-def _save_subset(tuned: Params, state: Any, directory: Path) -> None:
-    extracted = subset.extract(tuned, state)
+def _save_subset(directory: Path, seed: Params, tuned: Params, state: Any) -> None:
+    extracted = subset.extract(tuned, state, seed=seed)
     if processes.is_primary():
         extracted.save(directory / "subset")

@@ -18,7 +18,12 @@ class Full(InPlace, Plain):
     """
 
     def export(  # noqa: D102
-        self, directory: Path, tuned: Params, state: Any, save_model: Callable[[Path, Params], None]
+        self,
+        directory: Path,
+        seed: Params,
+        tuned: Params,
+        state: Any,
+        save_model: Callable[[Path, Params], None],
     ) -> None:
-        del state
+        del seed, state
         save_model(directory, tuned)

@@ -66,9 +66,14 @@ class LoRA(Plain):
         return unflatten(flat)
 
     def export(  # noqa: D102
-        self, directory: Path, tuned: Params, state: Any, save_model: Callable[[Path, Params], None]
+        self,
+        directory: Path,
+        seed: Params,
+        tuned: Params,
+        state: Any,
+        save_model: Callable[[Path, Params], None],
     ) -> None:
-        del state, save_model
+        del seed, state, save_model
         storage.save_model(directory / "lora.safetensors", tuned)
 
 

@@ -50,7 +50,12 @@ class Prompt(Plain):
         return frozen | tuned
 
     def export(  # noqa: D102
-        self, directory: Path, tuned: Params, state: Any, save_model: Callable[[Path, Params], None]
+        self,
+        directory: Path,
+        seed: Params,
+        tuned: Params,
+        state: Any,
+        save_model: Callable[[Path, Params], None],
     ) -> None:
-        del state, save_model
+        del seed, state, save_model
         storage.save_model(directory / "prompt.safetensors", tuned)
