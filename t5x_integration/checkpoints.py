@@ -40,7 +40,8 @@ def keep_model(checkpoint: Mapping[str, Any], wanted: Mapping[str, Any], *, is_r
 
     For ``RestoreCheckpointConfig.state_transformation_fns`` with ``fallback_to_scratch = True``, which
     alone would also make up parameters that a checkpoint lacks. What is left out of the optimizer's
-    state starts anew; a run that resumes takes its own checkpoint as it is.
+    state starts anew, and so does the state of DST: the seed is the model in the checkpoint, not what that
+    was tuned from. A run that resumes takes its own checkpoint as it is.
 
     Args:
       checkpoint: T5X's state dict of the checkpoint.
@@ -72,7 +73,9 @@ def keep_model(checkpoint: Mapping[str, Any], wanted: Mapping[str, Any], *, is_r
             f"the initial checkpoint lacks {len(missing)} of the parameters, {missing[0]!r} for one; it "
             f"has {', '.join(list(have)[:4])}, ... Give a checkpoint of this model."
         )
-    return state_utils.intersect_state(checkpoint, wanted)
+    of_dst = tuple(f"{state}/" for state in (*dst_states(have), *dst_states(names)))
+    rest = {name: x for name, x in names.items() if not name.startswith(of_dst)}
+    return state_utils.intersect_state(checkpoint, rest)
 
 
 class InitialCheckpointManager(checkpoints.OrbaxCheckpointManagerInterface):

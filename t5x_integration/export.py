@@ -32,11 +32,11 @@ def export(
       The subset.
 
     Raises:
-      ValueError: no such checkpoint, another model's seed, or no seed for a tensor.
+      ValueError: no such checkpoint, another seed than the run's own, or no seed for a tensor.
     """
     tuned = tensors(checkpoint)
-    model = _model(tuned)
-    seeds = _kept_seed(tuned) if seed is None else _model(tensors(seed))
+    model, kept = _model(tuned), _kept_seed(tuned)
+    seeds = kept if seed is None else _model(tensors(seed))
     lacking = [path for path in model if path not in seeds]
     if lacking:
         raise ValueError(
@@ -44,6 +44,12 @@ def export(
             "the checkpoint that the run started from as the seed."
         )
     seeds = {path: seeds[path] for path in model}
+    other = next((p for p, x in seeds.items() if p in kept and not _are_equal(x, kept[p])), None)
+    if other is not None:
+        raise ValueError(
+            f"{seed} is not what the run in {checkpoint} started from: {other!r} is another one than in the "
+            "seed that DST keeps. Leave --seed out, or give the checkpoint that the run started from."
+        )
     extracted = subset.from_models(seeds, {path: _like(seeds[path], x) for path, x in model.items()})
     extracted.save(out)
     return extracted
@@ -80,6 +86,15 @@ def _like(seed: Any, x: Any) -> Any:
     if x.dtype == seed.dtype or x.dtype.itemsize >= seed.dtype.itemsize:
         return x
     return stored.StoredArray(x.shape, seed.dtype, lambda: np.asarray(unrounded(x, np.asarray(seed))))
+
+
+def _are_equal(given: Any, kept: Any) -> bool:
+    """Whether two tensors are equal, in the dtype of the one that was saved in fewer bits."""
+    if given is kept:
+        return True
+    x, y = np.asarray(given), np.asarray(kept)
+    narrow = min(x.dtype, y.dtype, key=lambda dtype: dtype.itemsize)
+    return x.shape == y.shape and x.astype(narrow).tobytes() == y.astype(narrow).tobytes()
 
 
 def _kept_seed(arrays: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from object_store import bucket  # noqa: F401
 for needed in ("flax", "seqio", "tensorflow"):
     pytest.importorskip(needed)
 
+from flax import traverse_util  # noqa: E402
 from t5x import utils  # noqa: E402
 
 from dst_optax.paths import as_path  # noqa: E402
@@ -160,6 +161,20 @@ STATES = {
     "wrapper": {"param_states": {"a": {"v": 0}}, "dst": {"captured": 0, "seed": {"a": 0}}},
     "chain": {"param_states": {"0": {"count": 0}, "1": {"captured": 0}}},
 }
+
+
+@pytest.mark.parametrize("wanted", STATES)
+@pytest.mark.parametrize("written", STATES)
+def test_a_run_from_a_tuned_model_takes_nothing_of_its_seed(written, wanted):
+    """Its own seed is the model in the checkpoint, whatever that was tuned from."""
+    model = {"target": {"a": 1}}
+    written, wanted = ({**model, "state": {"step": 3, **STATES[x]}} for x in (written, wanted))
+    kept = checkpoints.keep_model(written, wanted)
+    assert kept["target"] == model["target"]
+    assert kept["state"]["step"] == 3
+    names = traverse_util.flatten_dict(kept, sep="/")
+    assert checkpoints.dst_states(names) == []
+    assert not [name for name in names if name.startswith(("state/dst", "state/param_states/1"))]
 
 
 @pytest.mark.parametrize("wanted", STATES)

@@ -60,6 +60,17 @@ def test_without_a_seed_one_is_asked_for(tmp_path):
     assert export.export(run, tmp_path / "subset", before).count == 1
 
 
+def test_another_seed_than_the_runs_own_is_refused(tmp_path):
+    run = save(tmp_path / "run", 10, TUNED)
+    other = save(tmp_path / "other", 9, SEED["a"]["kernel"] + np.float32(1))
+    with pytest.raises(ValueError, match="'a/kernel' is another one than in the seed that DST keeps"):
+        export.export(run, tmp_path / "subset", other)
+    assert not (tmp_path / "subset").exists()
+    for dtype in (np.float32, jnp.bfloat16):  # T5X may have saved it in fewer bits
+        same = save(tmp_path / f"pre_{np.dtype(dtype)}", 9, SEED["a"]["kernel"].astype(dtype))
+        assert len(export.export(run, tmp_path / "subset", same)) == 1
+
+
 def test_what_is_no_checkpoint_is_named(directory):
     with pytest.raises(ValueError, match=f"{directory}/nothing is no checkpoint of T5X"):
         export.export(f"{directory}/nothing", f"{directory}/subset")
