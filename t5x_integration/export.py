@@ -50,6 +50,8 @@ def export(
             f"{seed} is not what the run in {checkpoint} started from: {other!r} is another one than in the "
             "seed that DST keeps. Leave --seed out, or give the checkpoint that the run started from."
         )
+    widest = lambda *arrays: max(arrays, key=lambda x: x.dtype.itemsize)  # noqa: E731
+    seeds = {path: widest(x, kept.get(path, x)) for path, x in seeds.items()}
     extracted = subset.from_models(seeds, {path: _like(seeds[path], x) for path, x in model.items()})
     extracted.save(out)
     return extracted

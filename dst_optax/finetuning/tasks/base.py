@@ -107,7 +107,7 @@ def digest(rows: Any) -> str:
 
 
 def vocabulary_digest(vocabulary: "seqio.Vocabulary") -> str:
-    """SHA-256 of a vocabulary's kind and, of SentencePiece's and tokenizers', its pieces.
+    """SHA-256 of a vocabulary's kind and, of SentencePiece's and tokenizers', all that they are.
 
     Example:
       >>> import seqio
@@ -115,6 +115,6 @@ def vocabulary_digest(vocabulary: "seqio.Vocabulary") -> str:
       '286adda6'
     """
     proto: bytes = getattr(vocabulary, "sp_model", b"")
-    pieces: dict[str, int] = getattr(vocabulary, "pieces", {})
+    identity: Sequence[Any] = getattr(vocabulary, "identity", [])
     kind = [type(vocabulary).__name__, vocabulary.vocab_size, hashlib.sha256(proto).hexdigest()]
-    return digest([kind, sorted(pieces.items())])
+    return digest([kind, identity])

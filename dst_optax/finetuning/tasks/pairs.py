@@ -150,6 +150,15 @@ class Pairs(OneTask, ABC):
                     f"{changed[0]!r:.200} becomes {self._spelled(changed[0])!r:.200}.",
                     flush=True,
                 )
+            unknown = self.vocabulary.unk_id
+            prompts = [prompt for prompt, _ in rows[split]] if unknown is not None else []
+            odd = [prompt for prompt in prompts if unknown in self.vocabulary.encode(prompt)]
+            if odd and processes.is_primary():
+                print(
+                    f"{self.name} {split}: {len(odd)} of {len(prompts)} prompts have characters that the "
+                    f"vocabulary lacks: {odd[0]!r:.200} becomes {self._spelled(odd[0])!r:.200}.",
+                    flush=True,
+                )
             if (unread := self.unread(split)) and processes.is_primary():
                 fields = ", ".join(f"{name!r} (in {count:,} rows)" for name, count in unread.items())
                 print(f"{self.name} {split}: fields that are never read: {fields}.", flush=True)

@@ -38,7 +38,8 @@ def read_rows(path: Path, parse: Callable[[dict[str, Any], int], Iterable[Row]])
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique)
+                encoding = "utf-8-sig" if number == 1 else "utf-8"  # some editors mark a file's beginning
+                row = json.loads(line.decode(encoding), object_pairs_hook=_unique)
                 if not isinstance(row, dict):
                     raise ValueError(f"expected an object, got {type(row).__name__}")
                 rows += parse(row, number)

@@ -1,5 +1,6 @@
 """Your own JSONL and GSM8K: fields, conversations, splits, right answers, and bad rows by file and line."""
 
+import codecs
 import json
 
 import pytest
@@ -64,6 +65,8 @@ def test_conversations_need_a_vocabulary_with_a_template(tmp_path):
 
 
 class WithoutBraces(seqio.ByteVocabulary):
+    unk_id = ord("?") + 3
+
     def _encode(self, s):
         return super()._encode(s.replace("{", "?"))
 
@@ -75,6 +78,16 @@ def test_completions_that_the_vocabulary_cannot_write_are_told(tmp_path, capsys)
     told = capsys.readouterr().out
     assert "train: 1 of 2 completions" in told
     assert "'{' becomes '?'" in told
+    assert "prompts" not in told
+    assert "validation" not in told
+
+
+def test_prompts_that_the_vocabulary_lacks_characters_of_are_told(tmp_path, capsys):
+    good, bad = {"prompt": "a", "completion": "b"}, {"prompt": "a{}", "completion": "b"}
+    data = Jsonl(written(tmp_path, train=[good, bad], validation=[good]), WithoutBraces())
+    data.check()
+    told = capsys.readouterr().out
+    assert "train: 1 of 2 prompts have characters that the vocabulary lacks: 'a{}' becomes 'a?}'." in told
     assert "validation" not in told
 
 
@@ -98,6 +111,13 @@ def test_a_completion_that_is_cut_has_no_end(tmp_path):
     lengths = {"inputs": 4, "targets": 4}
     examples = task.get_dataset(lengths, "validation", shuffle=False).as_numpy_iterator()
     assert [e["targets"].tolist() for e in examples] == [BYTES.encode("abcd"), [*BYTES.encode("abc"), 1]]
+
+
+def test_a_mark_at_the_beginning_of_a_file_is_passed_over(tmp_path):
+    data = Jsonl(written(tmp_path, train=[{"prompt": "a", "completion": "b"}] * 2), BYTES)
+    file = tmp_path / "train.jsonl"
+    file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
+    assert data.pairs("train") == (("a", "b"),) * 2
 
 
 def test_rows_that_have_changed_are_read_again(tmp_path):

@@ -50,7 +50,9 @@ class ChatTemplate:
           ValueError: the template refuses the messages, or fails.
         """
         try:
-            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt)
+            return self._template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None
+            )
         except (jinja2.TemplateError, TypeError, AttributeError) as e:
             raise ValueError(f"the chat template refuses the messages: {e}.") from e
 

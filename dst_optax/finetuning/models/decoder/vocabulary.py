@@ -123,6 +123,16 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
                 f"{self!r} ends texts with {list(self.eos_ids)}, {directory} with {list(other.eos_ids)}; "
                 "take the tokenizer and the settings of the checkpoint."
             )
+        for part in ("normalizer", "pre_tokenizer", "model"):
+            if self._described[part] != other._described[part]:
+                raise ValueError(
+                    f"{self!r} has another {part} than the tokenizer of {directory}; take that one."
+                )
+        if self.prefix_ids != other.prefix_ids:
+            raise ValueError(
+                f"{self!r} begins texts with {list(self.prefix_ids)}, {directory} with "
+                f"{list(other.prefix_ids)}; take the tokenizer of the checkpoint."
+            )
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
         """A conversation in the words of the model's chat template.
@@ -134,8 +144,8 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
           What the model is given, and what it shall answer, without the end of text.
 
         Raises:
-          ValueError: there is no template, it refuses the messages, or what it makes of them does not begin
-            with what it makes of all but the last.
+          ValueError: there is no template, it refuses the messages or leaves words of them out, or what it
+            makes of them does not begin with what it makes of all but the last.
         """
         given = self._template(messages[:-1], add_generation_prompt=True)
         whole = self._template(messages)
@@ -146,7 +156,24 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
         answer = whole[len(given) :].rstrip()
         while end := next((x for x in ends if answer.endswith(x)), ""):
             answer = answer.removesuffix(end).rstrip()
+        # of earlier answers templates leave reasoning out, as the model is used to
+        asked = [(given, message) for message in messages[:-1] if message["role"] != "assistant"]
+        for text, message in [*asked, (answer, messages[-1])]:
+            if "".join(message["content"].split()) not in "".join(text.split()):
+                raise ValueError(
+                    f"the chat template leaves out words of a message of {message['role']!r}, "
+                    f"{message['content']!r:.80}; give prompts and completions that are worded already."
+                )
         return given, answer
+
+    @cached_property
+    def identity(self) -> Sequence[Any]:
+        """All that says how texts become tokens and where they end, as values of JSON."""
+        return [self._described, self.eos_ids, self.eos_id, self.prefix_ids]
+
+    @cached_property
+    def _described(self) -> dict[str, Any]:
+        return json.loads(self._tokenizer.to_str())
 
     @cached_property
     def _template(self) -> Any:

@@ -12,6 +12,7 @@ seqio = pytest.importorskip("seqio")
 from dst_optax.finetuning import inputs  # noqa: E402
 from dst_optax.finetuning.models import decoder  # noqa: E402
 from dst_optax.finetuning.tasks import features  # noqa: E402
+from dst_optax.finetuning.tasks.base import vocabulary_digest  # noqa: E402
 
 MODEL = decoder.CausalLM(decoder.CONFIGS["smollm2_135m"])
 
@@ -138,6 +139,19 @@ def with_template(directory, path, template, **settings):
         ("{% for %}", "the chat template cannot be read"),
         ("{{ messages[0].content + 1 }}", "the chat template refuses the messages: can only concatenate"),
         ("{{ raise_exception('no system') }}", "the chat template refuses the messages: no system"),
+        (
+            "{% if tools is not none or documents is not none %}!{% endif %}"
+            "{% for m in messages %}{{ m.content }}|{% endfor %}",
+            ("Hi|", "Ho|"),
+        ),
+        (
+            "{% for m in messages %}{{ m.content[0] }}|{% endfor %}",
+            "leaves out words of a message of 'user', 'Hi'",
+        ),
+        (
+            "{% for m in messages %}{{ m.content[loop.index0 :] }}|{% endfor %}",
+            "leaves out words of a message of 'assistant', 'Ho'",
+        ),
     ],
 )
 def test_templates_of_the_hub(directory, tmp_path, template, words):
@@ -147,6 +161,39 @@ def test_templates_of_the_hub(directory, tmp_path, template, words):
     else:
         with pytest.raises(ValueError, match=words or "words earlier messages anew"):
             vocabulary.chat(MESSAGES)
+
+
+def test_reasoning_of_earlier_answers_may_be_left_out(directory, tmp_path):
+    template = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}|{% endfor %}"
+    vocabulary = with_template(directory, tmp_path, template)
+    reasoned = {"role": "assistant", "content": "<think>well</think>Ho"}
+    assert vocabulary.chat([MESSAGES[0], reasoned, *MESSAGES]) == ("Hi|Ho|Hi|", "Ho|")
+    with pytest.raises(
+        ValueError, match="leaves out words of a message of 'assistant', '<think>well</think>Ho'"
+    ):
+        vocabulary.chat([MESSAGES[0], reasoned])
+
+
+OTHER_TOKENIZERS = {
+    "prefix": lambda x: x | {"post_processor": None},
+    "normalizer": lambda x: x | {"normalizer": {"type": "Lowercase"}},
+    "pre_tokenizer": lambda x: x | {"pre_tokenizer": x["pre_tokenizer"] | {"add_prefix_space": True}},
+    "model": lambda x: x | {"model": x["model"] | {"ignore_merges": True}},
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_TOKENIZERS)
+def test_tokenizers_of_the_same_pieces_are_told_apart(directory, tmp_path, kind):
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    described = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(OTHER_TOKENIZERS[kind](described)))
+    ours, other = vocabulary_of(directory), vocabulary_of(tmp_path)
+    assert ours.pieces == other.pieces
+    assert vocabulary_digest(ours) != vocabulary_digest(other)
+    assert vocabulary_digest(ours) == vocabulary_digest(vocabulary_of(directory))
+    ours.check_same(directory)
+    with pytest.raises(ValueError, match="begins texts with" if kind == "prefix" else f"has another {kind}"):
+        ours.check_same(tmp_path)
 
 
 def test_special_tokens_may_be_named_in_a_file_of_their_own(directory, tmp_path):
