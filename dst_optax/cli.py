@@ -64,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: of the command line, without the program's name; None takes the process's.
 
     Returns:
-      Exit status: 0, 2 for bad input and a full disk, 130 for an interrupted run that can be resumed.
+      Exit status: 0, 2 for bad input, files that cannot be used and a full disk, 130 for an interrupted run
+      that can be resumed.
 
     Example:
       >>> main(["plan"])
@@ -77,6 +78,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         said, *_ = str(error).partition("\n  In call to configurable")  # gin's trace of its calls
         print(f"dst-optax: {said}", file=sys.stderr)
+        return 2
+    except (
+        FileNotFoundError,
+        FileExistsError,
+        NotADirectoryError,
+        IsADirectoryError,
+        PermissionError,
+    ) as error:
+        print(f"dst-optax: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         from dst_optax.finetuning.storage import FULL

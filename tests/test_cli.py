@@ -108,7 +108,7 @@ def test_banners_are_dropped_and_nothing_else(capfd):
     assert capfd.readouterr().err == "E0000 00:00:1795646731.437189    7000 x.cc:1] something is wrong\n"
 
 
-def test_a_full_disk(monkeypatch, capsys):
+def test_a_full_disk_and_files_that_cannot_be_used(monkeypatch, capsys):
     def fail(number):
         def write(*_, **__):
             raise OSError(number, "full", "run/metrics.jsonl")
@@ -120,6 +120,9 @@ def test_a_full_disk(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith(
         "dst-optax: run/metrics.jsonl: the disk is full; what was finished"
     )
+    fail(errno.EACCES)
+    assert cli.main([]) == 2
+    assert capsys.readouterr().err == "dst-optax: [Errno 13] full: 'run/metrics.jsonl'\n"
     fail(errno.EIO)
     with pytest.raises(OSError, match="full"):
         cli.main([])

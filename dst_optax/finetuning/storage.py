@@ -223,15 +223,15 @@ def load_model(path: Path, like: Any) -> Any:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read, it is truncated or damaged: {error}") from error
-    want = {name: x.shape for name, x in named_leaves(like).items()}
-    have = {name: x.shape for name, x in tensors.items()}
+    want = {name: f"{np.dtype(x.dtype)}{list(x.shape)}" for name, x in named_leaves(like).items()}
+    have = {name: f"{x.dtype}{list(x.shape)}" for name, x in tensors.items()}
     if want != have:
         differ = sorted(set(want.items()) ^ set(have.items()))
         raise ValueError(
             f"{path} holds another model; the first differences are {differ[:4]}. Give the model "
             "configuration that it was made with."
         )
-    return tree_lib.map_named(lambda path, x: tensors[path].astype(x.dtype), like)
+    return tree_lib.map_named(lambda path, x: tensors[path], like)
 
 
 def pick(params: Any, like: Any) -> Any:

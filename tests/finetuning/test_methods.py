@@ -125,6 +125,12 @@ def test_what_is_saved_is_all_there_is(name, tmp_path):
         np.testing.assert_array_equal(mine, restored)
 
 
+@pytest.mark.parametrize("method", [DST, FixedSubset, RandomSubset])
+def test_a_budget_of_another_type_is_bad_input(method):
+    with pytest.raises(ValueError, match="fraction_of_free_params: got True"):
+        method(ADAM, fraction_of_free_params=True).init(small(), small())
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_free_parameters_are_counted_as_they_are(name):
     trained = trained_by(name)

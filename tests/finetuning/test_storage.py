@@ -101,6 +101,8 @@ def test_models(tmp_path):
     np.testing.assert_array_equal(found["l"]["k"], model["l"]["k"])
     with pytest.raises(ValueError, match="holds another model"):
         storage.load_model(tmp_path / "m", {"l": {"k": np.zeros((2, 3)), "s": np.zeros(1)}})
+    with pytest.raises(ValueError, match=r"holds another model.*bfloat16\[1\]"):
+        storage.load_model(tmp_path / "m", {"l": {**model["l"], "s": np.zeros(1, jnp.bfloat16)}})
     content = (tmp_path / "m").read_bytes()
     (tmp_path / "m").write_bytes(content[:-5])
     with pytest.raises(ValueError, match="truncated or damaged"):

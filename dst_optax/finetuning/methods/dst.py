@@ -54,7 +54,12 @@ class DST(InPlace):
     def rule(self) -> SubsetRule:
         """What keeps the subset within its budget."""
         silos = self.silos or BY_LAYER
-        return SubsetRule(self.fraction_of_free_params, self.num_free_params, silos, self.distance, self.ties)
+        try:
+            return SubsetRule(
+                self.fraction_of_free_params, self.num_free_params, silos, self.distance, self.ties
+            )
+        except TypeError as e:  # of what a gin file says
+            raise ValueError(str(e)) from e
 
     def init(self, seed: Params, tuned: Params) -> Any:  # noqa: D102
         return DSTState(self.optimizer.init(tuned), dst_optax.reseed(self.rule.init(tuned), seed))

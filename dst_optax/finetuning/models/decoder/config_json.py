@@ -82,7 +82,7 @@ def read_config(path: str | os.PathLike[str], **layout: Any) -> DecoderConfig:
             f"{path} holds no {CONFIG}; give the directory of a Hugging Face checkpoint, with all its files."
         )
     try:
-        return _config({k: v for k, v in json.loads(file.read_text()).items() if v is not None}, layout)
+        return _config(json.loads(file.read_text()), layout)
     except json.JSONDecodeError as e:
         raise ValueError(f"{file} is not JSON: {e}.") from e
     except (KeyError, TypeError, AttributeError) as e:
@@ -91,10 +91,13 @@ def read_config(path: str | os.PathLike[str], **layout: Any) -> DecoderConfig:
         raise ValueError(f"{file}: {e}") from e
 
 
-def _config(given: dict[str, Any], layout: Mapping[str, Any]) -> DecoderConfig:
-    family = given["model_type"]
+def _config(written: dict[str, Any], layout: Mapping[str, Any]) -> DecoderConfig:
+    family = written["model_type"]
     if family not in FAMILIES:
         raise ValueError(f"model_type {family!r} is not supported; {', '.join(FAMILIES)} are.")
+    given = {key: value for key, value in written.items() if value is not None}
+    if null := [key for key in _DEFAULTS[family] if key in written and key not in given]:
+        raise ValueError(f"{null[0]} is null, which is not its default; write what it is, or leave it out.")
     for key, reason in _UNSUPPORTED.items():
         if given.get(key):
             raise ValueError(f"{key} is {given[key]!r}: {reason}, which is not supported.")

@@ -84,7 +84,7 @@ def load(
     Args:
       path: a directory of Hugging Face's, with one safetensors file or an index of several; or one file.
       config: the model's shape; with ``scan_layers`` its layers are stacked.
-      dtype: dtype of the parameters; None keeps the checkpoint's.
+      dtype: dtype of the parameters; None keeps the checkpoint's, of stacked layers the widest.
 
     Returns:
       Parameters as numpy arrays in the host's memory; ``jax.device_put(params, decoder.shardings(config,
@@ -119,8 +119,8 @@ def load(
     _check(path, {name: x.shape for name, x in weights.items()}, {row.name: row.shape for row in rows})
     params: dict[str, np.ndarray] = {}
     for path_of, shape in parameters.shapes(config).items():
-        first = next(weights[row.name] for row in rows if row.path == path_of)
-        params[path_of] = np.empty(shape, dtype or first.dtype)
+        held_as = [weights[row.name].dtype for row in rows if row.path == path_of]
+        params[path_of] = np.empty(shape, dtype or np.result_type(*held_as))
     for name, row in by_name.items():
         row.place(params[row.path], _values(path, name, weights[name]))
     return unflatten(params)

@@ -137,6 +137,8 @@ def test_config_json_as_published(tmp_path, name):
         ("gemma3_270m", dict(final_logit_softcapping=30.0), "final_logit_softcapping"),
         ("gemma3_270m", dict(use_bidirectional_attention=True), "use_bidirectional_attention"),
         ("llama3_2_1b", dict(hidden_size=None), "hidden_size"),
+        ("gemma3_270m", dict(sliding_window=None), "sliding_window is null"),
+        ("gemma3_270m", dict(tie_word_embeddings=None), "tie_word_embeddings is null"),
         ("llama3_2_1b", dict(num_key_value_heads=5), "num_kv_heads"),
     ],
 )
@@ -219,6 +221,18 @@ def test_bfloat16_shards_are_read_into_any_dtype(tmp_path):
     (tmp_path / shards[1]).unlink()
     with pytest.raises(ValueError, match=shards[1]):
         decoder.load(tmp_path, TIED)
+
+
+def test_layers_of_several_dtypes_are_stacked_in_the_widest(tmp_path):
+    stacked = dataclasses.replace(TIED, scan_layers=True)
+    decoder.save_hf(cases.weights(TIED), TIED, tmp_path)
+    exact = decoder.load(tmp_path, stacked, dtype=None)
+    names = [row.name for row in decoder.tensors(stacked) if row.layer == 0]
+    rewrite(tmp_path, lambda held: held.update({n: held[n].astype(ml_dtypes.bfloat16) for n in names}))
+    for path, x in flatten(decoder.load(tmp_path, stacked, dtype=None)).items():
+        assert x.dtype == np.float32
+        if path.startswith("layers/"):
+            np.testing.assert_array_equal(x[:, 1:], flatten(exact)[path][:, 1:])
 
 
 def rewrite(path, change):
