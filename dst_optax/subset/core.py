@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -210,7 +210,9 @@ class Subset(Mapping[str, Entries]):
 
     def intersection(self, other: "Subset") -> "Subset":
         """Entries whose positions are in both; values are this subset's."""
-        return self._with(other, lambda a, b: a.take(np.isin(a.positions, b.positions, assume_unique=True)))
+        _check_same_seed([self, other])
+        shared = {p: np.isin(e.positions, other[p].positions, assume_unique=True) for p, e in self.items()}
+        return Subset({p: e.take(shared[p]) for p, e in self.items()}, dict(self.metadata))
 
     def union(self, other: "Subset") -> "Subset":
         """Entries whose positions are in either; where they are in both, values are this subset's."""
@@ -304,10 +306,6 @@ class Subset(Mapping[str, Entries]):
           SubsetError: the files are damaged, of another version, or still being saved.
         """
         return Subset(*files.load(directory))
-
-    def _with(self, other: "Subset", f: Callable[[Entries, Entries], Entries]) -> "Subset":
-        _check_same_seed([self, other])
-        return Subset({p: f(e, other[p]) for p, e in self.items()}, dict(self.metadata))
 
 
 def collisions(subsets: Sequence[Subset]) -> dict[str, int]:

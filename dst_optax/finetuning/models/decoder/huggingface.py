@@ -24,8 +24,8 @@ from dst_optax.subset import models
 from dst_optax.subset.coordinates import Tensor
 from dst_optax.subset.dtypes import is_float
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+WEIGHTS = models.WEIGHTS
+INDEX = models.INDEX
 SHARD_BYTES = 5_000_000_000
 
 
