@@ -92,6 +92,20 @@ def test_budget_at_every_checkpoint(tuned, pretrained, way, kind):
     assert sizes[PRE] == 0 < sizes[PRE + EVERY]
 
 
+@pytest.mark.parametrize("kind", ["orbax", "legacy"])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_seed_of_a_run_from_a_tuned_model_is_that_model(root, tuned, way, kind):
+    start, second = tuned(way, kind) / f"checkpoint_{END}", root / f"{way}_{kind}_again"
+    runs.train(second, END + EVERY, files=WAYS[way], initial=start)
+    seed = runs.model(runs.arrays(start))
+    found = runs.arrays(second / f"checkpoint_{END + EVERY}")
+    assert runs.check_budget(seed, runs.model(found)) > 0
+    prefix = "state/param_states/1/" if way == "chain" else "state/dst/"
+    assert found[f"{prefix}step"] == EVERY
+    kept = {name.removeprefix(f"{prefix}seed/"): x for name, x in found.items() if f"{prefix}seed/" in name}
+    runs.assert_same(kept, seed)
+
+
 def test_the_wrapper_keeps_the_pretrained_slots(tuned, pretrained):
     before = runs.arrays(pretrained["legacy"])
     first = runs.arrays(tuned("wrapper", "legacy") / f"checkpoint_{PRE}")
