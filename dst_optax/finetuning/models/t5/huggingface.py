@@ -32,6 +32,22 @@ _SUBLAYERS = {
     },
 }
 _NORMED = {"pre_cross_attention_layer_norm": "encoder_decoder_attention", "pre_mlp_layer_norm": "mlp"}
+_DEFAULTS = {
+    "vocab_size": 32128,
+    "d_model": 512,
+    "num_heads": 8,
+    "num_layers": 6,
+    "d_kv": 64,
+    "d_ff": 2048,
+    "feed_forward_proj": "relu",
+    "dropout_rate": 0.1,
+    "tie_word_embeddings": True,  # transformers 5 says ``scale_decoder_outputs`` as well, which goes first
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "layer_norm_epsilon": 1e-6,
+}
+"""What ``transformers`` takes a file that leaves a key out to mean."""
+
 _FEED_FORWARD = {name: ours for ours, name in MLP_ACTIVATIONS.items()} | {
     "gated-gelu_new": ("gelu", "linear"),  # other names of the same functions
     "gated-swish": ("silu", "linear"),
@@ -171,29 +187,29 @@ def config_of(path: str | os.PathLike[str]) -> T5Config:
             f"{file}: an mT5 whose logits are tied to its embeddings is not supported. Published ones are "
             "not tied; if there is an lm_head.weight, set tie_word_embeddings to false."
         )
-    feed_forward = settings.get("feed_forward_proj", "relu")
-    if feed_forward not in _FEED_FORWARD:
+    if null := [name for name in _DEFAULTS if name in settings and settings[name] is None]:
+        raise ValueError(f"{file}: {null[0]} is null; write what it is, or leave it out for the default.")
+    given = _DEFAULTS | settings
+    if given["feed_forward_proj"] not in _FEED_FORWARD:
         raise ValueError(
-            f"{file}: feed_forward_proj is {feed_forward!r}; supported are {', '.join(_FEED_FORWARD)}."
+            f"{file}: feed_forward_proj is {given['feed_forward_proj']!r}; supported are "
+            f"{', '.join(_FEED_FORWARD)}."
         )
-    layers = settings.get("num_layers", 6)
-    untied = settings.get("tie_word_embeddings") is False
+    decoder_layers = given.get("num_decoder_layers")
     return T5Config(
-        vocab_size=settings.get("vocab_size", 32128),  # the defaults are those of transformers
-        emb_dim=settings.get("d_model", 512),
-        num_heads=settings.get("num_heads", 8),
-        num_encoder_layers=layers,
-        num_decoder_layers=layers
-        if settings.get("num_decoder_layers") is None
-        else settings["num_decoder_layers"],
-        head_dim=settings.get("d_kv", 64),
-        mlp_dim=settings.get("d_ff", 2048),
-        mlp_activations=_FEED_FORWARD[feed_forward],
-        dropout_rate=settings.get("dropout_rate", 0.1),
-        logits_via_embedding=settings.get("scale_decoder_outputs", not untied),  # so since transformers 5
-        relpos_buckets=settings.get("relative_attention_num_buckets", 32),
-        relpos_max_distance=settings.get("relative_attention_max_distance", 128),
-        norm_epsilon=settings.get("layer_norm_epsilon", 1e-6),
+        vocab_size=given["vocab_size"],
+        emb_dim=given["d_model"],
+        num_heads=given["num_heads"],
+        num_encoder_layers=given["num_layers"],
+        num_decoder_layers=given["num_layers"] if decoder_layers is None else decoder_layers,
+        head_dim=given["d_kv"],
+        mlp_dim=given["d_ff"],
+        mlp_activations=_FEED_FORWARD[given["feed_forward_proj"]],
+        dropout_rate=given["dropout_rate"],
+        logits_via_embedding=given.get("scale_decoder_outputs", given["tie_word_embeddings"]),
+        relpos_buckets=given["relative_attention_num_buckets"],
+        relpos_max_distance=given["relative_attention_max_distance"],
+        norm_epsilon=given["layer_norm_epsilon"],
     )
 
 

@@ -356,6 +356,7 @@ def test_the_shape_comes_from_config_json(tmp_path, config):
         ({"decoder_start_token_id": 2}, "decoder_start_token_id is 2"),
         ({"model_type": "umt5"}, "model_type is 'umt5'"),
         ({"feed_forward_proj": "gelu"}, "feed_forward_proj is 'gelu'"),  # the exact one, which flax's is not
+        ({"tie_word_embeddings": None}, "tie_word_embeddings is null"),
     ],
 )
 def test_a_config_json_of_another_t5_is_refused(tmp_path, change, says):
