@@ -13,6 +13,7 @@ import jax
 from dst_optax.finetuning.models.base import LanguageModel
 
 Params = Any
+SaveModel = Callable[[Path, Params], None]  # writes a whole model
 
 
 class Method(Protocol):
@@ -65,14 +66,7 @@ class Method(Protocol):
         """
         ...
 
-    def export(
-        self,
-        directory: Path,
-        seed: Params,
-        tuned: Params,
-        state: Any,
-        save_model: Callable[[Path, Params], None],
-    ) -> None:
+    def export(self, directory: Path, seed: Params, tuned: Params, state: Any, save_model: SaveModel) -> None:
         """Writes the tuned model as small as the method allows.
 
         Args:

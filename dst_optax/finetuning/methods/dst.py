@@ -1,6 +1,5 @@
 """Dynamic Subset Tuning: a small, moving subset of the parameters is free."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ import dst_optax
 from dst_optax import diagnostics, distances, subset
 from dst_optax import silos as silos_lib
 from dst_optax.finetuning import processes, storage
-from dst_optax.finetuning.methods import Params
+from dst_optax.finetuning.methods import Params, SaveModel
 from dst_optax.finetuning.methods.base import InPlace
 from dst_optax.finetuning.models.base import STACKED
 from dst_optax.rule import SubsetRule
@@ -86,14 +85,7 @@ class DST(InPlace):
             **{name: metrics[name] for name in ("budget", "passes", "num_nonfinite")},
         }
 
-    def export(  # noqa: D102
-        self,
-        directory: Path,
-        seed: Params,
-        tuned: Params,
-        state: Any,
-        save_model: Callable[[Path, Params], None],
-    ) -> None:
+    def export(self, directory: Path, seed: Params, tuned: Params, state: Any, save_model: SaveModel) -> None:  # noqa: D102
         del save_model
         _save_subset(directory, seed, tuned, state)
 

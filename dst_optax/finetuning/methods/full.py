@@ -1,11 +1,10 @@
 """Full fine-tuning: every parameter is free."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dst_optax.finetuning.methods import Params
+from dst_optax.finetuning.methods import Params, SaveModel
 from dst_optax.finetuning.methods.base import InPlace, Plain
 
 
@@ -17,13 +16,6 @@ class Full(InPlace, Plain):
       optimizer: any optax optimizer.
     """
 
-    def export(  # noqa: D102
-        self,
-        directory: Path,
-        seed: Params,
-        tuned: Params,
-        state: Any,
-        save_model: Callable[[Path, Params], None],
-    ) -> None:
+    def export(self, directory: Path, seed: Params, tuned: Params, state: Any, save_model: SaveModel) -> None:  # noqa: D102
         del seed, state
         save_model(directory, tuned)

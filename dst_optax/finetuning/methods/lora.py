@@ -8,7 +8,7 @@ References:
   Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*, arXiv 2106.09685.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from dst_optax.finetuning import storage
-from dst_optax.finetuning.methods import Params
+from dst_optax.finetuning.methods import Params, SaveModel
 from dst_optax.finetuning.methods.base import Plain
 from dst_optax.finetuning.models.base import LanguageModel, flatten, unflatten
 
@@ -65,14 +65,7 @@ class LoRA(Plain):
             flat[path] = flat[path] + self.alpha / a.shape[-1] * jnp.einsum("i...r,...ro->i...o", a, b)
         return unflatten(flat)
 
-    def export(  # noqa: D102
-        self,
-        directory: Path,
-        seed: Params,
-        tuned: Params,
-        state: Any,
-        save_model: Callable[[Path, Params], None],
-    ) -> None:
+    def export(self, directory: Path, seed: Params, tuned: Params, state: Any, save_model: SaveModel) -> None:  # noqa: D102
         del seed, state, save_model
         storage.save_model(directory / "lora.safetensors", tuned)
 

@@ -4,7 +4,6 @@ References:
   Lester et al., *The Power of Scale for Parameter-Efficient Prompt Tuning*, arXiv 2104.08691.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dst_optax.finetuning import storage
-from dst_optax.finetuning.methods import Params
+from dst_optax.finetuning.methods import Params, SaveModel
 from dst_optax.finetuning.methods.base import Plain
 from dst_optax.finetuning.models.base import LanguageModel, flatten
 
@@ -49,13 +48,6 @@ class Prompt(Plain):
     def merge(self, frozen: Params, tuned: Params) -> Params:  # noqa: D102
         return frozen | tuned
 
-    def export(  # noqa: D102
-        self,
-        directory: Path,
-        seed: Params,
-        tuned: Params,
-        state: Any,
-        save_model: Callable[[Path, Params], None],
-    ) -> None:
+    def export(self, directory: Path, seed: Params, tuned: Params, state: Any, save_model: SaveModel) -> None:  # noqa: D102
         del seed, state, save_model
         storage.save_model(directory / "prompt.safetensors", tuned)
