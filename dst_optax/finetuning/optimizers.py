@@ -48,6 +48,7 @@ def decayed(
     warmup: int = 50,
     direction: optax.GradientTransformation | None = None,
     weight_decay: float = 0.0,
+    delay: int = 0,
 ) -> optax.GradientTransformation:
     """A clipped optimizer whose learning rate warms up, then falls like a cosine; what sweeps compare with.
 
@@ -61,18 +62,23 @@ def decayed(
       direction: what the learning rate scales, e.g. ``optax.scale_by_lion()``; None is Adam with a ``b2`` of
         0.98.
       weight_decay: share of every parameter that a step at a learning rate of 1 takes off.
+      delay: steps before the warm-up in which ``direction`` collects its moments and nothing moves.
 
     Raises:
-      ValueError: the warm-up is negative or no shorter than the run, or the learning rate is not finite and
-        positive.
+      ValueError: the delay or the warm-up is negative, both together are no shorter than the run, or the
+        learning rate is not finite and positive.
 
     Example:
       >>> tx = decayed(1e-3, steps=300)
     """
     _check(learning_rate, warmup)
-    if warmup >= steps:
-        raise ValueError(f"warmup: {warmup} steps, but the run has only {steps}; make it shorter.")
-    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, steps)
+    if delay < 0:
+        raise ValueError(f"delay: got {delay} steps; it must be 0 or more.")
+    if delay + warmup >= steps:
+        before = f"{delay} and {warmup}" if delay else warmup
+        raise ValueError(f"warmup: {before} steps, but the run has only {steps}; make it shorter.")
+    moving = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, steps - delay)
+    shape = optax.join_schedules([optax.constant_schedule(0.0), moving], [delay])
     peak = optax.inject_hyperparams(optax.scale)(step_size=-learning_rate)
     return clipped(
         optax.chain(

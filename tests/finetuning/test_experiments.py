@@ -424,12 +424,27 @@ def test_decayed_scales_any_direction(direction, step):
         (lambda: optimizers.decayed(1e-3, steps=100, warmup=None), "warmup: got None steps"),
         (lambda: optimizers.decayed(1e-3, steps=100, warmup=-3), "warmup: got -3 steps"),
         (lambda: optimizers.decayed(1e-3, steps=30), "warmup: 50 steps, but the run has only 30"),
+        (lambda: optimizers.decayed(1e-3, steps=100, delay=-1), "delay: got -1 steps"),
+        (lambda: optimizers.decayed(1e-3, steps=60, delay=10), "warmup: 10 and 50 steps, but the run has only 60"),
         (lambda: optimizers.decayed(-1e-3, steps=100), "learning rate is -0.001"),
     ],
 )
 def test_schedules_that_would_train_nothing_are_refused(schedule, says):
     with pytest.raises(ValueError, match=says):
         schedule()
+
+
+def test_a_delay_collects_moments_before_anything_moves():
+    grads = iter([{"w": jax.numpy.array([0.5, x])} for x in (0.5, -0.5, 0.5, -0.5, 0.5)])
+    tx = optimizers.decayed(1e-2, steps=10, warmup=1, delay=3)
+    adam = optax.scale_by_adam(b2=0.98)
+    params = {"w": jax.numpy.zeros(2)}
+    state, reference = tx.init(params), adam.init(params)
+    for step, grad in enumerate(grads):
+        updates, state = tx.update(grad, state, params)
+        direction, reference = adam.update(grad, reference)
+        rate = 1e-2 if step == 4 else 0.0  # 3 steps of delay, one of warm-up, which begins at 0
+        np.testing.assert_allclose(updates["w"], -rate * direction["w"], rtol=1e-5)
 
 
 def test_a_grid_of_learning_rates_is_one_program():
