@@ -1,18 +1,16 @@
 """Loading T5 from whichever kind of checkpoint lies at a path."""
 
-import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jax.typing import DTypeLike
 
 from dst_optax.finetuning import hub
+from dst_optax.finetuning.models import checkpoints
 from dst_optax.finetuning.models.t5 import huggingface, parameters, t5x
 from dst_optax.finetuning.models.t5.config import T5Config
 from dst_optax.subset import models
-from dst_optax.subset.dtypes import is_float
 
 
 def load(
@@ -47,27 +45,13 @@ def load(
       (128, 2, 64)
     """
     path = Path(path)
-    _check_kind(path)
-    arrays = models.open_model(path)
-    wanted = parameters.shapes(dataclasses.replace(config, scan_layers=False))
-    if any("/" in name for name in arrays):
-        tensors = t5x.renamed(path, arrays)
-    else:
-        huggingface.check_config(path, config)
-        tensors = huggingface.renamed(path, arrays, wanted)
-    parameters.check(path, {name: tensor.shape for name, tensor in tensors.items()}, wanted)
-    params = parameters.unflatten({name: _values(path, name, tensors[name], dtype) for name in wanted})
-    return parameters.stack_layers(params) if config.scan_layers else params
-
-
-def _check_kind(path: Path) -> None:
     if not path.exists():
         raise ValueError(f"{path} does not exist; give a T5X or a Hugging Face checkpoint.")
     hub.require_safetensors(path)
-
-
-def _values(path: Path, name: str, tensor: parameters.Tensor, dtype: DTypeLike | None) -> np.ndarray:
-    x = tensor.read()
-    if not is_float(x.dtype):
-        raise ValueError(f"{path}: {name} has dtype {x.dtype}; parameters are floating-point numbers.")
-    return np.array(x, dtype, order="C")
+    arrays = models.open_model(path)
+    if any("/" in name for name in arrays):
+        return t5x.read(path, arrays, config, dtype)
+    huggingface.check_config(path, config)
+    arrays.pop(huggingface.UNUSED, None)
+    table, shapes = huggingface.tensors(config), parameters.shapes(config)
+    return parameters.unflatten(checkpoints.read(path, arrays, table, shapes, dtype))

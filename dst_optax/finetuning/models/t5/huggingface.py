@@ -3,22 +3,16 @@
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-import safetensors.numpy
 
-from dst_optax.atomic import atomic_file
+from dst_optax.finetuning.models import checkpoints
 from dst_optax.finetuning.models.t5 import parameters
 from dst_optax.finetuning.models.t5.config import MLP_ACTIVATIONS, T5Config
-from dst_optax.finetuning.models.t5.parameters import Tensor
-from dst_optax.subset import coordinates, models
+from dst_optax.subset import coordinates
 
-WEIGHTS = models.WEIGHTS
 CONFIG = "config.json"
 FAMILIES = ("t5", "mt5")
 """What ``model_type`` may be."""
@@ -96,11 +90,6 @@ def name_of(path: str) -> str:
     raise ValueError(f"{path!r} is not a parameter of T5.")
 
 
-def is_transposed(path: str) -> bool:
-    """Whether ``transformers`` holds this parameter the other way round."""
-    return path.endswith(("/kernel", "/rel_embedding"))
-
-
 def tensors(config: T5Config) -> list[coordinates.Tensor]:
     """Every tensor of a checkpoint, and where it lies in our parameters.
 
@@ -123,7 +112,7 @@ def tensors(config: T5Config) -> list[coordinates.Tensor]:
     """
     rows = []
     for path, shape in parameters.shapes(dataclasses.replace(config, scan_layers=False)).items():
-        name, transposed, layer = name_of(path), is_transposed(path), None
+        name, transposed, layer = name_of(path), path.endswith(("/kernel", "/rel_embedding")), None
         if config.scan_layers and (match := parameters.LAYER.match(path)):
             stack, index, rest = match.groups()
             path, layer = f"{stack}/{stack}/{rest}", int(index)
@@ -231,66 +220,20 @@ def check_config(path: Path, config: T5Config) -> None:
         )
 
 
-def renamed(
-    path: Path, tensors: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]
-) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by our paths, none read yet.
-
-    Args:
-      path: of the checkpoint, for errors.
-      tensors: arrays by their Hugging Face names.
-      wanted: path to shape of the parameters in the unstacked layout.
-
-    Returns:
-      Path to tensor; what has no place in ``wanted`` keeps its Hugging Face name.
-
-    Raises:
-      ValueError: copies of the embedding differ.
-
-    Example:
-      >>> import numpy as np
-      >>> from dst_optax.finetuning.models import t5
-      >>> from dst_optax.finetuning.models.t5 import huggingface
-      >>> tensors = {"shared.weight": np.ones((3, 2))}
-      >>> list(huggingface.renamed(Path("m"), tensors, t5.shapes(t5.CONFIGS["tiny"])))
-      ['token_embedder/embedding']
-    """
-    by_name = {name: Tensor(tuple(x.shape), partial(np.asarray, x)) for name, x in tensors.items()}
-    by_name.pop(UNUSED, None)
-    names = {name_of(ours): ours for ours in wanted}
-    for copy in COPIES:
-        if copy in by_name and copy not in names and SHARED in by_name:
-            _check_copy(path, copy, by_name.pop(copy), by_name[SHARED])
-    return {
-        names.get(name, name): _turned(tensor) if is_transposed(names.get(name, "")) else tensor
-        for name, tensor in by_name.items()
-    }
-
-
-def _turned(tensor: Tensor) -> Tensor:
-    return Tensor(tensor.shape[::-1], lambda: tensor.read().T)
-
-
-def _check_copy(path: Path, name: str, copy: Tensor, shared: Tensor) -> None:
-    if copy.shape != shared.shape or not np.array_equal(copy.read(), shared.read()):
-        raise ValueError(
-            f"{path}: {name} differs from {SHARED}, but by this config T5 shares them; "
-            "give the T5Config of this checkpoint (logits_via_embedding=False if its logits are untied)."
-        )
-
-
 def save_hf(params: Any, config: T5Config, path: str | os.PathLike[str]) -> None:
     """Writes a checkpoint that ``transformers.T5ForConditionalGeneration.from_pretrained`` reads.
 
-    Each file appears whole or not at all.
+    Each file appears whole or not at all; the configuration comes last.
 
     Args:
       params: a T5's parameters, stacked or not; written in their dtype.
       config: its shape.
-      path: a directory; made if missing. Gets ``model.safetensors`` and ``config.json``.
+      path: a directory; made if missing. Gets ``config.json`` and ``model.safetensors``, or several files
+        and an index where that would have more than 5 GB.
 
     Raises:
-      ValueError: the parameters are not those of ``config``; nothing is written.
+      ValueError: the parameters are not those of ``config``, or another model lies in ``path``, in one file
+        instead of several or the other way round; nothing is written.
 
     Example:
       >>> import tempfile, jax, jax.numpy as jnp
@@ -302,18 +245,10 @@ def save_hf(params: Any, config: T5Config, path: str | os.PathLike[str]) -> None
       (384, 64)
     """
     flat = parameters.flatten(parameters.unstack_layers(jax.device_get(params)))  # numpy changes no bits
-    wanted = parameters.shapes(dataclasses.replace(config, scan_layers=False))
-    parameters.check("the parameters", {p: x.shape for p, x in flat.items()}, wanted)
-    tensors = {}
-    for name, x in flat.items():
-        tensors[name_of(name)] = np.ascontiguousarray(x.T if is_transposed(name) else x)
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path / CONFIG) as temporary:
-        dtype = flat["token_embedder/embedding"].dtype
-        temporary.write_text(json.dumps(_config_json(config, str(dtype)), indent=2) + "\n")
-    with atomic_file(path / WEIGHTS) as temporary:
-        safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
+    unstacked = dataclasses.replace(config, scan_layers=False)
+    checkpoints.check("the parameters", {p: x.shape for p, x in flat.items()}, parameters.shapes(unstacked))
+    text = json.dumps(_config_json(config, str(flat["token_embedder/embedding"].dtype)), indent=2) + "\n"
+    checkpoints.write(Path(path), flat, tensors(unstacked), text)
 
 
 def _config_json(config: T5Config, dtype: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -181,36 +181,6 @@ def shardings(params: Any, mesh: Mesh, rules: Sequence[tuple[str, Any]] = AXIS_R
     """
     wanted = spmd.logical_to_mesh_sharding(logical_axes(params), mesh, rules)
     return jax.tree.map(lambda x, sharding: dividing(sharding, x.shape), params, wanted)
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """A parameter in a file, read when it is wanted.
-
-    Attributes:
-      shape: its shape.
-      read: reads it.
-    """
-
-    shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
-
-
-def check(source: Any, given: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises a ValueError that names what is missing, what is too much and what has another shape."""
-    faults = [
-        f"{path} has shape {tuple(given[path])}, the model's is {shape}"
-        for path, shape in wanted.items()
-        if path in given and tuple(given[path]) != shape
-    ]
-    faults += [f"{path} is missing" for path in wanted if path not in given]
-    faults += [f"{path} has no place in the model" for path in given if path not in wanted]
-    if faults:
-        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise ValueError(
-            f"{source} does not fit the config: {'; '.join(faults[:5])}{more}. "
-            "Give the T5Config of this model."
-        )
 
 
 def _numpy_of(x: Any) -> Any:

@@ -1,41 +1,64 @@
 """Checkpoints with T5X's names, those of the minimal and of the scalable T5."""
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 
-from dst_optax.finetuning.models.t5.parameters import STACKED, Tensor
+from dst_optax.finetuning.models import checkpoints
+from dst_optax.finetuning.models.t5 import parameters
+from dst_optax.finetuning.models.t5.config import T5Config
 
 
-def renamed(path: Path, arrays: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by our paths, layers unstacked, none read yet.
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A parameter in a file, read when it is wanted.
+
+    Attributes:
+      shape: its shape.
+      read: reads it.
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+def read(path: Path, arrays: Mapping[str, Any], config: T5Config, dtype: DTypeLike | None) -> dict[str, Any]:
+    """The parameters that a checkpoint holds; names and shapes are checked before most values are read.
 
     Checkpoints of the scalable T5 fit when all layers have the same relative position bias.
 
     Args:
       path: of the checkpoint, for errors.
       arrays: arrays by T5X's paths.
+      config: the model's shape; with ``scan_layers`` its layers are stacked.
+      dtype: dtype of the parameters; None keeps the checkpoint's.
 
     Returns:
-      Path to tensor.
+      The tree of parameters.
 
     Raises:
-      ValueError: layers have different relative position biases.
+      ValueError: the checkpoint is of another model, or layers have different relative position biases.
     """
-    return _unstacked(
+    tensors = _unstacked(
         path, {name: Tensor(tuple(x.shape), partial(np.asarray, x)) for name, x in arrays.items()}
     )
+    wanted = parameters.shapes(dataclasses.replace(config, scan_layers=False))
+    checkpoints.check(path, {name: tensor.shape for name, tensor in tensors.items()}, wanted)
+    params = parameters.unflatten({name: _values(path, name, tensors[name], dtype) for name in wanted})
+    return parameters.stack_layers(params) if config.scan_layers else params
 
 
 def _unstacked(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of single layers from stacked ones; attention kernels with two axes."""
     flat: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        match = STACKED.match(name)
+        match = parameters.STACKED.match(name)
         if match is None:
             flat[name] = tensor
             continue
@@ -63,3 +86,9 @@ def _shared_bias(path: Path, name: str, tensor: Tensor) -> Tensor:
             "T5 1.0, T5 1.1 and ByT5 share it, and only those are supported."
         )
     return Tensor(values[:, 0].shape, lambda: values[:, 0])
+
+
+def _values(path: Path, name: str, tensor: Tensor, dtype: DTypeLike | None) -> np.ndarray:
+    x = tensor.read()
+    held = checkpoints.float_dtype(path, name, x)
+    return np.array(x, held if dtype is None else dtype, order="C")

@@ -223,6 +223,17 @@ def test_bfloat16_shards_are_read_into_any_dtype(tmp_path):
         decoder.load(tmp_path, TIED)
 
 
+@pytest.mark.parametrize(("first", "then"), [(4000, 10**9), (10**9, 4000)])
+def test_a_model_that_would_be_read_instead_is_no_place_for_another(tmp_path, first, then):
+    params = cases.weights(TIED)
+    decoder.save_hf(params, TIED, tmp_path, shard_bytes=first)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"holds a model as model\.safetensors.* another directory"):
+        decoder.save_hf(params, TIED, tmp_path, shard_bytes=then)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+    decoder.save_hf(params, TIED, tmp_path, shard_bytes=first)
+
+
 def test_layers_of_several_dtypes_are_stacked_in_the_widest(tmp_path):
     stacked = dataclasses.replace(TIED, scan_layers=True)
     decoder.save_hf(cases.weights(TIED), TIED, tmp_path)
