@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Scores the last model of runs, the mean of their last snapshots, and that mean cut to a budget.
+r"""Scores the last snapshot of runs of DST, the mean of their last snapshots, and that mean cut to a budget.
 
 A mean's entries are those of all its snapshots, more than the budget allows; cutting keeps those that moved
 furthest, with DST's own rule. For runs of score_vs_budget with SNAPSHOT_EVERY:
 
-    python scripts/average_snapshots.py --checkpoint smollm2 --data reviews --budget 1345150 runs/a/*/*/rng_0
+    python scripts/average_snapshots.py --checkpoint smollm2 --data reviews --budget 1345150 \
+        runs/a/*/dst*/rng_0
 """
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def main() -> None:
                 "free_params": subset.from_models(seed, params).count,
                 "score": evaluator.score(placed)[1],
             }
-            row["test_score"] = evaluator.score(placed, "test")[1] if evaluator.tests else math.nan
+            row["test_score"] = evaluator.score(placed, "test")[1] if evaluator.tests else None
             print(json.dumps(row), flush=True)
 
 

@@ -72,11 +72,10 @@ def decayed(
       >>> tx = decayed(1e-3, steps=300)
     """
     _check(learning_rate, warmup)
-    if delay < 0:
-        raise ValueError(f"delay: got {delay} steps; it must be 0 or more.")
+    _check(learning_rate, delay, "delay")
     if delay + warmup >= steps:
-        before = f"{delay} and {warmup}" if delay else warmup
-        raise ValueError(f"warmup: {before} steps, but the run has only {steps}; make it shorter.")
+        names, before = ("delay and warmup", f"{delay} and {warmup}") if delay else ("warmup", warmup)
+        raise ValueError(f"{names}: {before} steps, but the run has only {steps}; make it shorter.")
     moving = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, steps - delay)
     shape = optax.join_schedules([optax.constant_schedule(0.0), moving], [delay])
     peak = optax.inject_hyperparams(optax.scale)(step_size=-learning_rate)
@@ -90,8 +89,8 @@ def decayed(
     )
 
 
-def _check(peak: float | None, warmup: int | None) -> None:
-    if warmup is None or warmup < 0:
-        raise ValueError(f"warmup: got {warmup} steps; it must be 0 or more.")
+def _check(peak: float | None, steps: int | None, name: str = "warmup") -> None:
+    if steps is None or steps < 0:
+        raise ValueError(f"{name}: got {steps} steps; it must be 0 or more.")
     if peak is None or not 0 < peak < math.inf:
         raise ValueError(f"the learning rate is {peak}; it must be finite and above 0.")

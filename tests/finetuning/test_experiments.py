@@ -425,9 +425,10 @@ def test_decayed_scales_any_direction(direction, step):
         (lambda: optimizers.decayed(1e-3, steps=100, warmup=-3), "warmup: got -3 steps"),
         (lambda: optimizers.decayed(1e-3, steps=30), "warmup: 50 steps, but the run has only 30"),
         (lambda: optimizers.decayed(1e-3, steps=100, delay=-1), "delay: got -1 steps"),
+        (lambda: optimizers.decayed(1e-3, steps=100, delay=None), "delay: got None steps"),
         (
             lambda: optimizers.decayed(1e-3, steps=60, delay=10),
-            "warmup: 10 and 50 steps, but the run has only 60",
+            "delay and warmup: 10 and 50 steps, but",
         ),
         (lambda: optimizers.decayed(-1e-3, steps=100), "learning rate is -0.001"),
     ],

@@ -47,15 +47,14 @@ def read(
       >>> read(Path("m"), held, table, {"proj/kernel": (2, 3)}, None)["proj/kernel"].shape
       (2, 3)
     """
-    held = dict(held)
-    for row in table:
-        for copy in row.copies:
-            if copy in held and row.name in held:
-                _check_copy(path, copy, held.pop(copy), row.name, held[row.name])
-    check(path, {name: x.shape for name, x in held.items()}, {row.name: row.shape for row in table})
+    copies = {copy: row.name for row in table for copy in row.copies if copy in held and row.name in held}
+    own = {name: x.shape for name, x in held.items() if name not in copies}
+    check(path, own, {row.name: row.shape for row in table})
     parts: dict[str, list[np.dtype]] = {}
     for row in table:
         parts.setdefault(row.path, []).append(float_dtype(path, row.name, held[row.name]))
+    for copy, original in copies.items():
+        _check_copy(path, copy, held[copy], original, held[original])
     params = {p: np.empty(shape, dtype or np.result_type(*parts[p])) for p, shape in shapes.items()}
     for row in table:
         row.place(params[row.path], np.asarray(held[row.name]))
@@ -81,8 +80,8 @@ def write(
       source: a checkpoint whose tokenizer and settings are copied.
 
     Raises:
-      ValueError: another model lies there, in one file instead of several or the other way round, which
-        readers would take for the new one; nothing is written.
+      ValueError: another model lies there and not as one file that one file replaces whole; nothing is
+        written.
 
     Example:
       >>> import tempfile, numpy as np
@@ -93,12 +92,12 @@ def write(
       ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
     """
     shards = _shards(table, params, shard_bytes)
-    stale = directory / (models.INDEX if len(shards) == 1 else models.WEIGHTS)
-    if stale.exists():
-        raise ValueError(
-            f"{directory} holds a model as {stale.name}, which would be read instead of the new one. Give "
-            "another directory, or move that model away."
-        )
+    for name in (models.INDEX, *([models.WEIGHTS] if len(shards) > 1 else [])):
+        if (directory / name).exists():  # files that are replaced one by one would be a mixture for a while
+            raise ValueError(
+                f"{directory} holds a model with a {name}, which the new one cannot replace at once. Give "
+                "another directory, or move that model away."
+            )
     directory.mkdir(parents=True, exist_ok=True)
     if source is not None:
         hub.copy_settings(source, directory)
@@ -133,8 +132,8 @@ def check(source: Any, given: Shapes, wanted: Shapes) -> None:
     if faults:
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ValueError(
-            f"{source} does not fit the config: {'; '.join(faults[:5])}{more}. Give the config.json of this "
-            "model, or where you give none, its configuration."
+            f"{source} does not fit the config: {'; '.join(faults[:5])}{more}. Give the configuration of "
+            "this model."
         )
 
 
@@ -154,8 +153,8 @@ def float_dtype(path: Path, name: str, x: Any) -> np.dtype:
 def _check_copy(path: Path, name: str, copy: Any, original: str, values: Any) -> None:
     if copy.shape != values.shape or not np.array_equal(copy, values):
         raise ValueError(
-            f"{path}: {name} differs from {original}, but the model's configuration ties them. If they are "
-            "not, set tie_word_embeddings to false in config.json, or logits_via_embedding in a T5Config."
+            f"{path}: {name} differs from {original}, but by the model's configuration they are one tensor. "
+            "If the checkpoint has two, correct its config.json, or give the configuration that it has."
         )
 
 

@@ -124,8 +124,8 @@ def save_hf(
       shard_bytes: weights beyond so many bytes are written as several files and an index.
 
     Raises:
-      ValueError: the parameters are not those of ``config``, or another model lies in ``path``, in one file
-        instead of several or the other way round; nothing is written.
+      ValueError: the parameters are not those of ``config``, or a model lies in ``path`` and not as one file
+        that one file replaces whole; nothing is written.
 
     Example:
       >>> import tempfile, jax, jax.numpy as jnp

@@ -220,7 +220,13 @@ def check_config(path: Path, config: T5Config) -> None:
         )
 
 
-def save_hf(params: Any, config: T5Config, path: str | os.PathLike[str]) -> None:
+def save_hf(
+    params: Any,
+    config: T5Config,
+    path: str | os.PathLike[str],
+    source: str | os.PathLike[str] | None = None,
+    shard_bytes: int = checkpoints.SHARD_BYTES,
+) -> None:
     """Writes a checkpoint that ``transformers.T5ForConditionalGeneration.from_pretrained`` reads.
 
     Each file appears whole or not at all; the configuration comes last.
@@ -228,12 +234,13 @@ def save_hf(params: Any, config: T5Config, path: str | os.PathLike[str]) -> None
     Args:
       params: a T5's parameters, stacked or not; written in their dtype.
       config: its shape.
-      path: a directory; made if missing. Gets ``config.json`` and ``model.safetensors``, or several files
-        and an index where that would have more than 5 GB.
+      path: a directory; made if missing.
+      source: the directory of a checkpoint of the same model, whose tokenizer and settings are copied.
+      shard_bytes: weights beyond so many bytes are written as several files and an index.
 
     Raises:
-      ValueError: the parameters are not those of ``config``, or another model lies in ``path``, in one file
-        instead of several or the other way round; nothing is written.
+      ValueError: the parameters are not those of ``config``, or a model lies in ``path`` and not as one file
+        that one file replaces whole; nothing is written.
 
     Example:
       >>> import tempfile, jax, jax.numpy as jnp
@@ -248,7 +255,8 @@ def save_hf(params: Any, config: T5Config, path: str | os.PathLike[str]) -> None
     unstacked = dataclasses.replace(config, scan_layers=False)
     checkpoints.check("the parameters", {p: x.shape for p, x in flat.items()}, parameters.shapes(unstacked))
     text = json.dumps(_config_json(config, str(flat["token_embedder/embedding"].dtype)), indent=2) + "\n"
-    checkpoints.write(Path(path), flat, tensors(unstacked), text)
+    settings = None if source is None else Path(source)
+    checkpoints.write(Path(path), flat, tensors(unstacked), text, shard_bytes, settings)
 
 
 def _config_json(config: T5Config, dtype: str) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dst_optax.finetuning import hub
 from dst_optax.finetuning.models.base import Batch, Params, Rules, replace_given
 from dst_optax.finetuning.models.t5 import parameters
 from dst_optax.finetuning.models.t5.checkpoints import load
@@ -64,9 +63,7 @@ class T5:
         return load(checkpoint, self.config)
 
     def save(self, directory: Path, params: Params, source: Path | None = None) -> None:  # noqa: D102
-        save_hf(params, self.config, directory)
-        if source is not None:
-            hub.copy_settings(source, directory)
+        save_hf(params, self.config, directory, source)
 
     def shardings(self, params: Params, mesh: Mesh, rules: Rules | None = None) -> Any:  # noqa: D102
         return parameters.shardings(params, mesh, rules or self.axis_rules)

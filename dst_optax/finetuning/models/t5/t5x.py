@@ -90,5 +90,5 @@ def _shared_bias(path: Path, name: str, tensor: Tensor) -> Tensor:
 
 def _values(path: Path, name: str, tensor: Tensor, dtype: DTypeLike | None) -> np.ndarray:
     x = tensor.read()
-    held = checkpoints.float_dtype(path, name, x)
-    return np.array(x, held if dtype is None else dtype, order="C")
+    checkpoints.float_dtype(path, name, x)
+    return np.array(x, dtype, order="C")

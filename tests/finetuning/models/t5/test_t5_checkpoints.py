@@ -135,6 +135,14 @@ def test_hugging_face_round_trip(tmp_path, name, scan):
     ]
 
 
+@pytest.mark.parametrize("scan", [False, True])
+def test_large_models_are_saved_in_shards(tmp_path, scan):
+    config = dataclasses.replace(CONFIG, scan_layers=scan)
+    t5.save_hf(PARAMS, CONFIG, tmp_path, shard_bytes=5000)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert_same(t5.load(tmp_path, config), t5.stack_layers(PARAMS) if scan else PARAMS)
+
+
 def test_hugging_face_shards(tmp_path):
     assert_same(t5.load(write_sharded(tmp_path, hf_tensors(CONFIG)), CONFIG))
     (tmp_path / "model-00001-of-00003.safetensors").unlink()
@@ -238,7 +246,7 @@ def test_t5x_of_another_model_is_refused(tmp_path, write, wrong, message):
             r"encoder\.block\.0\.layer\.1\..*\.wi\.weight is missing",
         ),
         (dict(num_decoder_layers=1), r"decoder\.block\.1\..* has no place in the model"),
-        (dict(logits_via_embedding=True), "logits_via_embedding in a T5Config"),
+        (dict(logits_via_embedding=True), "by the model's configuration they are one tensor"),
     ],
 )
 def test_hugging_face_of_another_model_is_refused(tmp_path, wrong, message):
