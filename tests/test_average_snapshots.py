@@ -19,7 +19,7 @@ TUNED = [
 
 
 def test_a_mean_moves_what_some_model_moved():
-    averaged = average_snapshots.mean(SEED, TUNED)
+    averaged = average_snapshots.mean(TUNED)
     assert averaged["a"].dtype == np.float32
     np.testing.assert_allclose(averaged["a"], [0.1, 0.6, 0.4 / 3, 0.1], rtol=1e-6)
     np.testing.assert_allclose(averaged["b"], [[2 / 3, 2], [3, 6]], rtol=1e-6)
@@ -27,7 +27,7 @@ def test_a_mean_moves_what_some_model_moved():
 
 
 def test_a_cut_mean_keeps_the_budget_and_the_entries_that_moved_furthest():
-    cut = average_snapshots.cut(SEED, average_snapshots.mean(SEED, TUNED), 2)
+    cut = average_snapshots.cut(SEED, average_snapshots.mean(TUNED), 2)
     np.testing.assert_allclose(cut["a"], [0.1, 0.6, 0.1, 0.1], rtol=1e-6)
     np.testing.assert_allclose(cut["b"], [[1, 2], [3, 6]], rtol=1e-6)
 
